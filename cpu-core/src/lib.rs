@@ -1,0 +1,1 @@
+//! The interpreter: state, decode to traces, handlers, exceptions, VMX exits.

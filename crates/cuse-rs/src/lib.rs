@@ -1,0 +1,1 @@
+//! The CUSE and FUSE wire protocol: requests, replies, interrupts, passthrough.

@@ -1,0 +1,1 @@
+//! 8259 PIC, I/O APIC, local APIC, i8254 PIT.

@@ -1,0 +1,1 @@
+//! What KVM means: VM and vCPU objects, every ioctl, every exit reason.

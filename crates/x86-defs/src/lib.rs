@@ -1,0 +1,1 @@
+//! Names that the SDM gives: control bits, MSR numbers, vectors, descriptor and page-entry formats.

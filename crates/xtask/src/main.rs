@@ -1,0 +1,3 @@
+//! cargo xtask: demo, test, bench and what they install.
+
+fn main() {}

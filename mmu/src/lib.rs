@@ -1,0 +1,1 @@
+//! Guest-physical slots, page walks, TLB, access rights, dirty log.

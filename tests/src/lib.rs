@@ -1,0 +1,1 @@
+//! Whole-system tests: harness as the library, cases beside it.
