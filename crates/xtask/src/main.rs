@@ -1,3 +1,38 @@
-//! cargo xtask: demo, test, bench and what they install.
+//! `cargo xtask`: what a checkout can do with itself. `demo` shows it, `test` proves it, `bench` measures it.
 
-fn main() {}
+mod cargo;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Build, show, test and measure softkvm.
+///
+/// Every command sets up what it needs by itself: tools come from Debian's archive, a guest kernel is downloaded and
+/// unpacked into a cache (never installed on this machine), and a second run starts at once from that cache.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", version, arg_required_else_help = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Test(args) => test::run(&args),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! The cargo that runs us, pointed at the workspace that we belong to.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The top of this checkout.
+pub(crate) fn workspace() -> &'static Path {
+    // Compiled in, so it holds wherever in the checkout `cargo xtask` was typed.
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("crates/xtask is two folders deep")
+}
+
+/// `cargo ARGS` in the workspace, with the toolchain that is running us.
+pub(crate) fn cargo<I: IntoIterator<Item: AsRef<OsStr>>>(args: I) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from));
+    command.args(args).current_dir(workspace());
+    command
+}
