@@ -1,1 +1,27 @@
 //! Numbers and layouts of the KVM API of 2007 and of today, no behaviour.
+//!
+//! Today's structures are those of the crate `kvm-bindings`. [`legacy`] has what `include/linux/kvm.h` of Linux 2.6.22
+//! had and today's lacks, [`request`] every request number, [`Plain`] moves structures from and to bytes.
+
+pub mod legacy;
+mod plain;
+pub mod request;
+
+pub use kvm_bindings::{
+    kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_dirty_log, kvm_dtable, kvm_enable_cap,
+    kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_irq_routing, kvm_irq_routing_entry, kvm_mp_state, kvm_msi,
+    kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_run, kvm_segment, kvm_signal_mask, kvm_sregs, kvm_translation,
+    kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+pub use plain::{DirtyLog, Plain};
+
+/// Capabilities, exit reasons, flags: the constants of today's header under their own names.
+pub mod consts {
+    pub use kvm_bindings::*;
+}
+
+/// `KVM_API_VERSION`: 12 since 2.6.22.
+pub const KVM_API_VERSION: i32 = kvm_bindings::KVM_API_VERSION as i32;
+
+/// Vectors that `KVM_INTERRUPT` accepts are below this.
+pub const KVM_NR_INTERRUPTS: u32 = 256;

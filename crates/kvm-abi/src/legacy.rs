@@ -1,0 +1,79 @@
+//! What `include/linux/kvm.h` of Linux 2.6.22 had and today's header lacks.
+//!
+//! The rest of that header still has today's numbers and layouts: exit reasons 0 to 10, `kvm_run` up to byte 96 except
+//! for `hypercall`, and every request that is not in this module.
+
+/// `KVM_SET_MEMORY_REGION`: RAM that the kernel allocates, reached through mmap of the VM file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct kvm_memory_region {
+    /// 0 to 3.
+    pub slot: u32,
+    /// Bit 0: `KVM_MEM_LOG_DIRTY_PAGES`. Others have no meaning.
+    pub flags: u32,
+    /// Bytes, a multiple of 4 KiB.
+    pub guest_phys_addr: u64,
+    /// Bytes, a multiple of 4 KiB; 0 deletes.
+    pub memory_size: u64,
+}
+
+/// `KVM_SET_MEMORY_ALIAS`: a second address for RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct kvm_memory_alias {
+    /// 0 to 3, numbered apart from memory slots.
+    pub slot: u32,
+    /// No meaning.
+    pub flags: u32,
+    /// Bytes, a multiple of 4 KiB.
+    pub guest_phys_addr: u64,
+    /// Bytes, a multiple of 4 KiB; 0 removes.
+    pub memory_size: u64,
+    /// Bytes; the low 12 bits are dropped.
+    pub target_phys_addr: u64,
+}
+
+/// One breakpoint of `kvm_debug_guest`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct kvm_breakpoint {
+    /// Zero or not.
+    pub enabled: u32,
+    /// Not looked at.
+    pub padding: u32,
+    /// Linear address.
+    pub address: u64,
+}
+
+/// `KVM_DEBUG_GUEST`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct kvm_debug_guest {
+    /// Zero switches everything below off.
+    pub enabled: u32,
+    /// Not looked at.
+    pub pad: u32,
+    /// Execution breakpoints.
+    pub breakpoints: [kvm_breakpoint; 4],
+    /// Zero or not.
+    pub singlestep: u32,
+    /// What the compiler adds on x86-64; on i386 the structure ends before.
+    pub pad2: u32,
+}
+
+/// Slots and aliases of a 2.6.22 VM.
+pub const KVM_MEMORY_SLOTS: u32 = 4;
+/// Aliases of a 2.6.22 VM.
+pub const KVM_ALIAS_SLOTS: u32 = 4;
+/// Entries that `KVM_SET_CPUID` takes at most.
+pub const KVM_MAX_CPUID_ENTRIES: u32 = 40;
+
+/// Byte offsets of `hypercall` in a 2.6.22 `kvm_run`; today a field `nr` stands before `args`.
+pub mod hypercall {
+    /// Six `u64`.
+    pub const ARGS: usize = 32;
+    /// One `u64`.
+    pub const RET: usize = 80;
+    /// One `u32`.
+    pub const LONGMODE: usize = 88;
+}
