@@ -1,1 +1,4 @@
-//! Whole-system tests: harness as the library, cases beside it.
+//! Whole-system tests: the harness as this library, the cases in `tests/`.
+
+pub mod softkvm;
+pub mod summary;

@@ -1,6 +1,9 @@
 //! `cargo xtask`: what a checkout can do with itself. `demo` shows it, `test` proves it, `bench` measures it.
 
 mod cargo;
+mod console;
+mod demo;
+mod progress;
 mod test;
 
 use std::process::ExitCode;
@@ -20,11 +23,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::Args),
     Test(test::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args),
         Command::Test(args) => test::run(&args),
     };
     match done {

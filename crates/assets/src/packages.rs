@@ -1,0 +1,125 @@
+//! Programs from Debian's archive: what we run, which package has it, and installing what is missing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{Progress, host};
+
+/// A file that we need and the package of Debian 12 that brings it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    /// A program to be found by PATH, or an absolute path.
+    pub file: &'static str,
+    /// Debian's name of the package.
+    pub package: &'static str,
+}
+
+const fn need(file: &'static str, package: &'static str) -> Need {
+    Need { file, package }
+}
+
+/// The VMM of the demo.
+pub const QEMU: Need = need("qemu-system-x86_64", "qemu-system-x86");
+/// Everything that runs in the guest's user space, linked statically.
+pub const BUSYBOX: Need = need("busybox", "busybox-static");
+/// Makes the bootable ISO.
+pub const GRUB_MKRESCUE: Need = need("grub-mkrescue", "grub-common");
+/// What the ISO boots: GRUB for PC BIOS.
+pub const GRUB_PC: Need = need("/usr/lib/grub/i386-pc/boot_hybrid.img", "grub-pc-bin");
+/// grub-mkrescue writes the ISO with it.
+pub const XORRISO: Need = need("xorriso", "xorriso");
+/// grub-mkrescue makes an EFI image with it where GRUB's EFI half is installed.
+pub const MTOOLS: Need = need("mformat", "mtools");
+/// Mount namespaces for the tests.
+pub const UNSHARE: Need = need("unshare", "util-linux");
+
+/// All of them.
+pub const ALL: &[Need] = &[QEMU, BUSYBOX, GRUB_MKRESCUE, GRUB_PC, XORRISO, MTOOLS, UNSHARE];
+
+/// Where the file is, if it is there.
+pub fn find(need: Need) -> Option<PathBuf> {
+    if need.file.starts_with('/') {
+        return Some(PathBuf::from(need.file)).filter(|p| p.exists());
+    }
+    // /sbin and /usr/sbin are not in everybody's PATH.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+        .map(|dir| dir.join(need.file))
+        .find(|file| file.is_file())
+}
+
+/// Installs what is missing of `needs`. Nothing runs, and nobody needs to be root, when all is there.
+pub fn ensure(needs: &[Need], progress: &dyn Progress) -> Result<()> {
+    let mut missing: Vec<&str> = needs.iter().filter(|n| find(**n).is_none()).map(|n| n.package).collect();
+    missing.sort_unstable();
+    missing.dedup();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let list = missing.join(" ");
+    require_apt(&format!("the package(s) {list}"))?;
+    if !nix::unistd::geteuid().is_root() {
+        bail!("{list}: not installed. Next step: `sudo apt-get install {list}`, or run the same command as root");
+    }
+    progress.step("updating the package lists");
+    apt(&["update"], Path::new("/"))?;
+    progress.step(&format!("installing {list}"));
+    let mut args = vec!["install", "--yes", "--no-install-recommends"];
+    args.extend(&missing);
+    apt(&args, Path::new("/"))?;
+    match needs.iter().find(|n| find(**n).is_none()) {
+        Some(still) => bail!("{} was installed, but {} is still not there", still.package, still.file),
+        None => Ok(()),
+    }
+}
+
+/// Says what to do where there is no apt of Debian's.
+pub(crate) fn require_apt(what: &str) -> Result<()> {
+    if !host::is_debian() || find(need("apt-get", "apt")).is_none() {
+        bail!(
+            "{what}: comes from Debian's archive, and this is {}. Next step: run in a Debian 12 machine or container \
+             (`docker run -it --privileged debian:12`), or put it in place by hand",
+            host::distribution()
+        );
+    }
+    Ok(())
+}
+
+/// Runs apt-get without questions. What it said is shown only when it fails.
+pub(crate) fn apt(args: &[&str], dir: &Path) -> Result<()> {
+    let output = Command::new("apt-get")
+        .args(["-q", "-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=300"])
+        .args(args)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot start apt-get")?;
+    if !output.status.success() {
+        bail!(
+            "apt-get {} failed ({}). Next step: run it by hand; it said:\n{}{}",
+            args.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(())
+}
+
+/// What a program prints, as text. Fails with what it said to stderr.
+pub(crate) fn output_of(program: &str, args: &[&str], dir: &Path) -> Result<String> {
+    let output = Command::new(program)
+        .args(args)
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start {program}"))?;
+    if !output.status.success() {
+        bail!("{program} {}: {}\n{}", args.join(" "), output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

@@ -1,0 +1,71 @@
+//! The QEMU command lines that are used everywhere, so that demo, tests and benchmarks boot the same machine.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::packages::{self, QEMU};
+
+/// What executes the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accel {
+    /// /dev/kvm: softkvm, when QEMU is started by `softkvm run`.
+    Kvm,
+    /// QEMU's own JIT, for comparison.
+    Tcg,
+}
+
+/// QEMU's PC without display: the first serial port is on stdin and stdout (multiplexed with the monitor, Ctrl-A C).
+#[derive(Debug, Clone)]
+pub struct Machine {
+    args: Vec<std::ffi::OsString>,
+}
+
+/// What every boot of Linux here is told. `panic=-1` reboots at once on a panic, which `-no-reboot` makes the end of
+/// QEMU: a guest that dies never hangs the caller.
+pub const LINUX_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+
+impl Machine {
+    /// A PC with `memory_mib` of RAM and nothing to boot from. All interrupt controllers and timers are QEMU's.
+    pub fn new(accel: Accel, memory_mib: u32) -> Self {
+        let mut machine = Self { args: Vec::new() };
+        match accel {
+            Accel::Kvm => machine.push(["-accel", "kvm", "-machine", "pc,kernel-irqchip=off"]),
+            Accel::Tcg => machine.push(["-accel", "tcg", "-machine", "pc"]),
+        }
+        machine.push(["-m", &memory_mib.to_string(), "-nographic", "-no-reboot"]);
+        machine
+    }
+
+    /// Adds arguments.
+    pub fn push<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(&mut self, args: I) {
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+    }
+
+    /// Boots `kernel` and `initrd` without a boot loader. `options` go behind [`LINUX_COMMAND_LINE`].
+    pub fn linux(mut self, kernel: &Path, initrd: &Path, options: &str) -> Self {
+        let append = format!("{LINUX_COMMAND_LINE} {options}");
+        self.push(["-kernel".as_ref(), kernel.as_os_str(), "-initrd".as_ref(), initrd.as_os_str()]);
+        self.push(["-append", append.trim_end()]);
+        self
+    }
+
+    /// A CD in the drive.
+    pub fn cdrom(mut self, iso: &Path) -> Self {
+        self.push(["-cdrom".as_ref(), iso.as_os_str()]);
+        self
+    }
+
+    /// Program and arguments.
+    pub fn command_line(&self) -> Vec<std::ffi::OsString> {
+        let program = packages::find(QEMU).unwrap_or_else(|| PathBuf::from(QEMU.file));
+        std::iter::once(program.into_os_string()).chain(self.args.iter().cloned()).collect()
+    }
+
+    /// The machine as a process of its own, without softkvm.
+    pub fn command(&self) -> Command {
+        let line = self.command_line();
+        let mut command = Command::new(&line[0]);
+        command.args(&line[1..]);
+        command
+    }
+}

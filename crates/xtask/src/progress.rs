@@ -1,0 +1,51 @@
+//! What is going on, on stderr: a spinner or a bar where a human looks, a line per step elsewhere.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use assets::Progress;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// One line that always shows the current step.
+pub(crate) struct Bar {
+    bar: ProgressBar,
+    terminal: bool,
+}
+
+impl Bar {
+    pub(crate) fn new() -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Self { bar, terminal }
+    }
+
+    /// Takes the line away; what is printed next begins in column one.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the templates below are constant")
+}
+
+impl Progress for Bar {
+    fn step(&self, what: &str) {
+        if !self.terminal {
+            eprintln!("{what}");
+            return;
+        }
+        self.bar.reset();
+        self.bar.set_style(style("{spinner} {msg} ({elapsed})"));
+        self.bar.set_message(what.to_owned());
+    }
+
+    fn bytes(&self, done: u64, total: u64) {
+        if total > 0 {
+            self.bar.set_style(style("{spinner} {msg} {wide_bar} {bytes}/{total_bytes} ({eta} left)"));
+            self.bar.set_length(total);
+            self.bar.set_position(done.min(total));
+        }
+    }
+}

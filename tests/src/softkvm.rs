@@ -1,0 +1,56 @@
+//! The program under test: where it is, how it is started.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, bail};
+use assets::host;
+
+/// The top of this checkout.
+pub fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is one folder deep")
+}
+
+/// Builds the release binary with cargo's own progress on stderr, and says where it is.
+pub fn build() -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--release", "--package", "cuse-daemon"])
+        .current_dir(workspace())
+        .status()
+        .context("cannot start cargo")?;
+    if !status.success() {
+        bail!("softkvm did not build. Next step: cargo build --release --package cuse-daemon");
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
+    Ok(workspace().join(target).join("release/softkvm"))
+}
+
+/// `$SOFTKVM`, else the release binary, built once per process.
+pub fn binary() -> Result<&'static Path> {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(path) = BINARY.get() {
+        return Ok(path);
+    }
+    let path = match std::env::var_os("SOFTKVM") {
+        Some(given) => PathBuf::from(given),
+        None => build()?,
+    };
+    Ok(BINARY.get_or_init(|| path))
+}
+
+/// Fails where softkvm cannot run, naming what is missing and the next step.
+pub fn require_host() -> Result<()> {
+    host::require_root()?;
+    host::require_fuse()
+}
+
+/// `softkvm run OPTIONS -- LINE`: the command sees our /dev/kvm, in a mount namespace of its own.
+pub fn run<O: AsRef<OsStr>, L: AsRef<OsStr>>(options: &[O], line: &[L]) -> Result<Command> {
+    require_host()?;
+    let mut command = Command::new(binary()?);
+    command.arg("run").args(options).arg("--").args(line);
+    Ok(command)
+}
