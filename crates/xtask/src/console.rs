@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 
 use anyhow::{Context, Result};
+use softkvm_tests::console::Plain;
 
 /// Lines that were looked for.
 #[derive(Default)]
@@ -21,7 +22,7 @@ const POWER_DOWN: &str = "reboot: Power down";
 pub(crate) fn show(guest: &mut impl Read, screen: &mut impl Write, verbatim: bool) -> Result<Seen> {
     let mut seen = Seen::default();
     let mut line = Vec::new();
-    let mut plain = Plain::Text;
+    let mut plain = Plain::default();
     let mut buffer = [0; 4096];
     loop {
         let n = guest.read(&mut buffer).context("reading the guest's console")?;
@@ -48,26 +49,6 @@ impl Seen {
     fn look_at(&mut self, line: &str) {
         self.booted |= line.trim_start().starts_with(assets::initramfs::BOOTED);
         self.powered_off |= line.contains(POWER_DOWN);
-    }
-}
-
-/// Filters ECMA-48 escape sequences: `ESC c`, `ESC [ … final`.
-enum Plain {
-    Text,
-    Escape,
-    Control,
-}
-
-impl Plain {
-    fn keeps(&mut self, byte: u8) -> bool {
-        match (&self, byte) {
-            (Plain::Text, 0x1b) => *self = Plain::Escape,
-            (Plain::Text, _) => return true,
-            (Plain::Escape, b'[') => *self = Plain::Control,
-            (Plain::Escape, _) | (Plain::Control, 0x40..=0x7e) => *self = Plain::Text,
-            (Plain::Control, _) => {}
-        }
-        false
     }
 }
 
