@@ -1,0 +1,155 @@
+//! The memory of one VM, and how a change of it reaches running vCPUs.
+//!
+//! A change makes a new [`Slots`] and bumps the generation; nothing in the old picture is modified. A vCPU works on the
+//! picture in its [`View`] and takes a new one between two instructions. Whoever changes memory and must know that
+//! nobody uses the old state any more (the RAM of a deleted slot, a harvested dirty bit) changes, kicks the vCPUs and calls
+//! [`Memory::wait_until_seen`]. Guest execution pays nothing for this: no lock, no counter.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::{Condvar, Mutex, RwLock};
+
+use crate::slot::{Alias, Change, SlotError, SlotSpec, Slots};
+
+/// Guest-physical memory of a VM.
+#[derive(Debug, Default)]
+pub struct Memory {
+    current: RwLock<Arc<Slots>>,
+    /// Bumped, with `current` locked, by every change.
+    generation: AtomicU64,
+    views: Mutex<Vec<Arc<Position>>>,
+    /// Threads in `wait_until_seen`.
+    waiters: AtomicU32,
+    seen: Condvar,
+}
+
+/// Where a view is. 0: outside of guest execution. Otherwise inside, and one more than the generation it works with.
+#[derive(Debug, Default)]
+pub(crate) struct Position(AtomicU64);
+
+impl Memory {
+    /// A VM without memory.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The slots as they are now.
+    pub fn slots(&self) -> Arc<Slots> {
+        self.current.read().clone()
+    }
+
+    /// Number of the current state; every change, a harvest of dirty bits included, makes it larger.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// The slots and their generation, as one.
+    pub(crate) fn snapshot(&self) -> (Arc<Slots>, u64) {
+        let current = self.current.read();
+        (current.clone(), self.generation())
+    }
+
+    fn change<T>(
+        &self,
+        make: impl FnOnce(&Slots) -> Result<Option<(Slots, T)>, SlotError>,
+    ) -> Result<Option<T>, SlotError> {
+        let mut current = self.current.write();
+        let Some((new, answer)) = make(&current)? else { return Ok(None) };
+        let old = std::mem::replace(&mut *current, Arc::new(new));
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        drop(current);
+        drop(old); // Perhaps the last user of a mapping: unmapped without the lock.
+        Ok(Some(answer))
+    }
+
+    /// Makes or changes a slot, as KVM_SET_USER_MEMORY_REGION with a size does. An existing slot keeps its RAM and, while
+    /// it logs, its dirty bits.
+    pub fn set_slot(&self, spec: SlotSpec) -> Result<Change, SlotError> {
+        let change = self.change(|slots| match slots.with(&spec)? {
+            (_, Change::Nothing) => Ok(None),
+            done => Ok(Some(done)),
+        })?;
+        Ok(change.unwrap_or(Change::Nothing))
+    }
+
+    /// Deletes a slot; `Invalid` if there is none.
+    pub fn delete_slot(&self, id: u32) -> Result<(), SlotError> {
+        self.change(|slots| Ok(Some((slots.without(id)?, ()))))?;
+        Ok(())
+    }
+
+    /// Sets alias number `index`, or removes it if `alias.len` is 0. KVM_SET_MEMORY_ALIAS of 2007: removing an alias that
+    /// is not there is no error, and nothing is checked about the target.
+    pub fn set_alias(&self, index: u32, alias: Alias) -> Result<(), SlotError> {
+        self.change(|slots| Ok(Some((slots.with_alias(index, alias)?, ()))))?;
+        Ok(())
+    }
+
+    /// The dirty bits of a slot, 64 pages to a word, lowest bit first; clears them. Vcpus may still write pages they found
+    /// dirty before, so wait until they have seen the new generation before telling the client. `NotFound` if the slot
+    /// does not exist or does not log.
+    pub fn take_dirty(&self, id: u32) -> Result<Vec<u64>, SlotError> {
+        // Exclusive, so that a picture taken with the old generation is also one from before the harvest.
+        let current = self.current.write();
+        let dirty = current.by_id(id).and_then(|slot| slot.dirty()).ok_or(SlotError::NotFound)?;
+        let bits = dirty.take();
+        if bits.iter().any(|&word| word != 0) {
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(bits)
+    }
+
+    /// Blocks until every view is outside of guest execution or works with `generation` or a newer one. Kick the vCPUs
+    /// first; never call it from a thread whose own view is inside.
+    pub fn wait_until_seen(&self, generation: u64) {
+        let mut views = self.views.lock();
+        // Announced before the positions are read: a view that moves after our look finds the announcement (both sides use
+        // sequentially consistent accesses) and then needs the lock, which we give up only while asleep.
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        while views.iter().any(|view| (1..=generation).contains(&view.0.load(Ordering::SeqCst))) {
+            self.seen.wait(&mut views);
+        }
+        self.waiters.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn register(&self) -> Arc<Position> {
+        let position = Arc::new(Position::default());
+        self.views.lock().push(position.clone());
+        position
+    }
+
+    pub(crate) fn deregister(&self, position: &Arc<Position>) {
+        self.views.lock().retain(|other| !Arc::ptr_eq(other, position));
+        self.wake();
+    }
+
+    /// Says that a view is inside, working with `generation`.
+    #[inline]
+    pub(crate) fn inside(&self, position: &Position, generation: u64) {
+        position.0.store(generation + 1, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Says that a view is outside.
+    #[inline]
+    pub(crate) fn outside(&self, position: &Position) {
+        position.0.store(0, Ordering::SeqCst);
+        self.wake();
+    }
+
+    #[inline]
+    fn wake(&self) {
+        if self.waiters.load(Ordering::SeqCst) != 0 {
+            let _views = self.views.lock();
+            self.seen.notify_all();
+        }
+    }
+}
+
+impl Position {
+    pub(crate) fn is_inside(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != 0
+    }
+}

@@ -1,0 +1,210 @@
+//! A vCPU's picture of guest-physical memory.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use thiserror::Error;
+use x86_defs::{GuestPhysAddr, PAGE_MASK};
+
+use crate::memory::{Memory, Position};
+use crate::slot::{Lookup, Slot, Slots};
+
+/// An access of several bytes met a page that is not RAM for it. The bytes before that page have been copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum AccessError {
+    /// No slot there.
+    #[error("no memory at {0}")]
+    Hole(GuestPhysAddr),
+    /// A write to a read-only slot.
+    #[error("read-only memory at {0}")]
+    Readonly(GuestPhysAddr),
+}
+
+/// Who looks a slot up. Each remembers the slot it found last: page tables and data are often in different slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub(crate) enum User {
+    Data,
+    /// A paging-structure entry; the level does not matter, the tables of a guest are rarely far apart.
+    Tables,
+}
+
+/// A vCPU's picture of its VM's memory. Host pointers that it gave stay mapped until it takes a newer picture.
+#[derive(Debug)]
+pub struct View {
+    memory: Arc<Memory>,
+    position: Arc<Position>,
+    slots: Arc<Slots>,
+    generation: u64,
+    hints: [Cell<usize>; 2],
+}
+
+impl View {
+    /// A view of `memory`, outside of guest execution.
+    pub fn new(memory: &Arc<Memory>) -> Self {
+        let (slots, generation) = memory.snapshot();
+        Self { memory: memory.clone(), position: memory.register(), slots, generation, hints: Default::default() }
+    }
+
+    /// The memory that this is a view of.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// The slots in this picture.
+    pub fn slots(&self) -> &Arc<Slots> {
+        &self.slots
+    }
+
+    /// The generation of this picture.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Enters guest execution with the newest picture. True if it is newer than the last one: then everything that
+    /// caches host pointers or write permission must go before the next access.
+    #[must_use = "cached host pointers are stale when this is true"]
+    pub fn enter(&mut self) -> bool {
+        // Inside first, then look: a change made before the look is seen here, one made after it finds us inside.
+        self.memory.inside(&self.position, self.generation);
+        self.refresh()
+    }
+
+    /// Leaves guest execution. Pointers given before may be used no more until [`View::enter`] says they are good.
+    pub fn leave(&mut self) {
+        self.memory.outside(&self.position);
+    }
+
+    /// Takes the newest picture, between two instructions. True if it is newer than the last one, see [`View::enter`].
+    #[must_use = "cached host pointers are stale when this is true"]
+    #[inline]
+    pub fn refresh(&mut self) -> bool {
+        self.memory.generation() != self.generation && self.take()
+    }
+
+    #[cold]
+    fn take(&mut self) -> bool {
+        let (slots, generation) = self.memory.snapshot();
+        self.slots = slots;
+        self.generation = generation;
+        if self.position.is_inside() {
+            self.memory.inside(&self.position, generation);
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn locate(&self, gpa: u64, user: User) -> Option<(&Slot, u64)> {
+        let cell = &self.hints[user as usize];
+        let mut hint = cell.get();
+        let found = self.slots.locate(gpa, &mut hint);
+        cell.set(hint);
+        found
+    }
+
+    /// What is at the 4-KByte page of `gpa`, for a read (or fetch) or a write. A lookup for writing marks the page dirty;
+    /// so does the first touch of a page of a slot that logs.
+    #[inline]
+    pub fn page(&self, gpa: GuestPhysAddr, write: bool) -> Lookup {
+        let Some((slot, offset)) = self.locate(gpa.0 & PAGE_MASK, User::Data) else { return Lookup::Hole };
+        let writable = slot.writable();
+        if write && !writable {
+            return Lookup::Readonly;
+        }
+        slot.log(offset, write);
+        Lookup::Ram { ptr: slot.span().host(offset), writable, logged: slot.dirty().is_some() }
+    }
+
+    /// Marks the page of `gpa` dirty, if its slot logs.
+    #[inline]
+    pub fn mark_dirty(&self, gpa: GuestPhysAddr) {
+        if let Some((slot, offset)) = self.locate(gpa.0, User::Data) {
+            slot.log(offset, true);
+        }
+    }
+
+    /// Copies from guest memory. One of 1, 2, 4 or 8 bytes inside a page is a single load.
+    pub fn read(&self, gpa: GuestPhysAddr, buf: &mut [u8]) -> Result<(), AccessError> {
+        let mut at = gpa;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at_mut(rest.len().min(at.bytes_to_page_end() as usize));
+            let (slot, offset) = self.locate(at.0, User::Data).ok_or(AccessError::Hole(at))?;
+            slot.log(offset, false);
+            slot.span().read(offset, now).ok_or(AccessError::Hole(at))?;
+            at = at.wrapping_add(now.len() as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Copies into guest memory and marks the pages dirty. One of 1, 2, 4 or 8 bytes inside a page is a single store.
+    pub fn write(&self, gpa: GuestPhysAddr, bytes: &[u8]) -> Result<(), AccessError> {
+        let mut at = gpa;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(at.bytes_to_page_end() as usize));
+            let (slot, offset) = self.locate(at.0, User::Data).ok_or(AccessError::Hole(at))?;
+            if !slot.writable() {
+                return Err(AccessError::Readonly(at));
+            }
+            slot.span().write(offset, now).ok_or(AccessError::Readonly(at))?;
+            if slot.dirty().is_some() {
+                // The bytes are there before the mark is looked at, so whoever takes the mark finds the bytes.
+                fence(Ordering::SeqCst);
+                slot.log(offset, true);
+            }
+            at = at.wrapping_add(now.len() as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// The aligned doubleword at `gpa`, as one load; `None` if there is no RAM or `gpa` is not aligned.
+    #[inline]
+    pub fn load_u32(&self, gpa: GuestPhysAddr) -> Option<u32> {
+        let (slot, offset) = self.locate(gpa.0, User::Tables)?;
+        slot.span().load_u32(offset)
+    }
+
+    /// The aligned quadword at `gpa`, as one load; `None` if there is no RAM or `gpa` is not aligned.
+    #[inline]
+    pub fn load_u64(&self, gpa: GuestPhysAddr) -> Option<u64> {
+        let (slot, offset) = self.locate(gpa.0, User::Tables)?;
+        slot.span().load_u64(offset)
+    }
+
+    /// Puts `new` at `gpa` if `old` is there, atomically, and marks the page dirty. `None` if it is not writable RAM or not
+    /// aligned, otherwise whether `old` was there.
+    #[inline]
+    pub fn compare_exchange_u32(&self, gpa: GuestPhysAddr, old: u32, new: u32) -> Option<bool> {
+        self.exchange(gpa, |slot, offset| slot.span().compare_exchange_u32(offset, old, new))
+    }
+
+    /// As [`View::compare_exchange_u32`], for a quadword.
+    #[inline]
+    pub fn compare_exchange_u64(&self, gpa: GuestPhysAddr, old: u64, new: u64) -> Option<bool> {
+        self.exchange(gpa, |slot, offset| slot.span().compare_exchange_u64(offset, old, new))
+    }
+
+    #[inline(always)]
+    fn exchange(&self, gpa: GuestPhysAddr, exchange: impl FnOnce(&Slot, u64) -> Option<bool>) -> Option<bool> {
+        let (slot, offset) = self.locate(gpa.0, User::Tables)?;
+        if !slot.writable() {
+            return None;
+        }
+        let done = exchange(slot, offset)?;
+        if done {
+            slot.log(offset, true);
+        }
+        Some(done)
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        self.memory.deregister(&self.position);
+    }
+}
