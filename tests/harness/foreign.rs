@@ -105,6 +105,8 @@ pub fn results(output: &str) -> BTreeMap<String, String> {
             let result = result.split(',').next().unwrap_or(result);
             (name.trim().to_owned(), result.trim().to_owned())
         })
+        // `test a ... ` and then nothing: it did not come back.
+        .filter(|(_, result)| !result.is_empty())
         .collect()
 }
 
@@ -144,7 +146,7 @@ mod tests {
     use super::*;
 
     const OUTPUT: &str = "running 4 tests\ntest a::one ... ok\ntest a::two ... FAILED\n\
-                          test a::three - should panic ... ok\ntest a::four ... ignored, needs SEV\n";
+                          test a::three - should panic ... ok\ntest a::four ... ignored, needs SEV\ntest a::six ... ";
 
     #[test]
     fn results_are_read_by_name() {
@@ -153,6 +155,7 @@ mod tests {
         assert_eq!(results["a::two"], "FAILED");
         assert_eq!(results["a::three"], "ok");
         assert_eq!(results["a::four"], "ignored");
+        assert!(!results.contains_key("a::six"));
     }
 
     #[test]

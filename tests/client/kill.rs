@@ -1,0 +1,101 @@
+//! Processes that die at the wrong moment: nothing may stay behind, nobody may hang.
+
+use std::fs;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use assets::qemu::{Accel, Machine};
+use assets::{Quiet, initramfs, kernel, packages};
+use softkvm_tests::console::Console;
+use softkvm_tests::service::{Resources, Service};
+use softkvm_tests::{eventually, long, softkvm};
+
+const BOOT: Duration = Duration::from_secs(120);
+/// The whole boot of the demo, roughly: moments are chosen in it.
+const BOOT_MS: u64 = 5000;
+/// For the daemon to notice that a client is gone.
+const NOTICE: Duration = Duration::from_secs(5);
+
+fn machine() -> Machine {
+    packages::ensure(&[packages::QEMU], &Quiet).expect("QEMU");
+    let kernel = kernel::ensure(&Quiet).expect("the kernel");
+    let initrd = initramfs::ensure(&Quiet).expect("the initramfs");
+    Machine::new(Accel::Kvm, 256).linux(&kernel.image(), &initrd, "")
+}
+
+/// Waits until the daemon holds no more than `base` for its clients.
+fn settles(service: &Service, base: Resources) -> Result<(), Resources> {
+    let mut now = Resources::default();
+    let settled = eventually(NOTICE, || {
+        now = service.resources().expect("the daemon still answers");
+        (now.vms, now.memfds, now.mappings) == (0, base.memfds, base.mappings) && now.threads <= base.threads
+    });
+    if settled { Ok(()) } else { Err(now) }
+}
+
+#[test]
+fn qemu_killed_at_random_moments_leaves_nothing_in_the_daemon() {
+    let machine = machine();
+    let service = Service::start().expect("the daemon starts");
+    let empty = service.resources().expect("the daemon answers");
+    assert_eq!(empty.vms, 0);
+    let seed = match std::env::var("SOFTKVM_TEST_SEED") {
+        Ok(given) => given.parse().expect("SOFTKVM_TEST_SEED is a number"),
+        Err(_) => u64::from(SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").subsec_nanos()),
+    };
+    println!("SOFTKVM_TEST_SEED={seed} repeats this run");
+    // One boot to user space first: the daemon's pool of workers grows to what one QEMU needs, and stays.
+    let mut first = Console::start(&mut service.client(&machine.command_line())).expect("QEMU starts");
+    first.expect(initramfs::BOOTED, BOOT).expect("user space");
+    drop(first);
+    eventually(NOTICE, || service.resources().is_ok_and(|now| now.vms == 0));
+    let grown = service.resources().expect("the daemon answers");
+    let base = Resources { threads: grown.threads, ..empty };
+    let mut x = seed | 1;
+    for round in 0..if long() { 200 } else { 20 } {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let moment = Duration::from_millis((x >> 33) % BOOT_MS);
+        let mut qemu = Console::start(&mut service.client(&machine.command_line())).expect("QEMU starts");
+        std::thread::sleep(moment);
+        qemu.kill();
+        qemu.wait(NOTICE).expect("a killed QEMU is gone at once");
+        if let Err(now) = settles(&service, base) {
+            panic!("round {round}, killed after {moment:?}: {now:?} stays, not {base:?}\n{}", service.tail());
+        }
+    }
+}
+
+#[test]
+fn qemu_ends_when_the_daemon_that_started_it_is_killed() {
+    let mut machine = machine();
+    let name = format!("softkvm-test-{}", std::process::id());
+    machine.push(["-name", &name]);
+    let mut run = Console::start(&mut softkvm::run::<&str, _>(&[], &machine.command_line()).expect("softkvm"))
+        .expect("softkvm starts");
+    run.expect("Linux version", BOOT).expect("the boot is under way");
+    assert_eq!(processes(&name), 1, "softkvm run has one QEMU");
+    run.kill();
+    assert!(eventually(Duration::from_secs(2), || processes(&name) == 0), "QEMU is still there\n{}", run.tail());
+}
+
+#[test]
+fn qemu_says_so_and_does_not_hang_when_the_hosts_daemon_is_killed() {
+    let machine = machine();
+    let service = Service::start().expect("the daemon starts");
+    let mut qemu = Console::start(&mut service.client(&machine.command_line())).expect("QEMU starts");
+    qemu.expect("Linux version", BOOT).expect("the boot is under way");
+    service.kill();
+    // QEMU's way to fail: it names the error and stops the machine, its monitor still answers.
+    assert!(eventually(Duration::from_secs(2), || qemu.errors().contains("kvm run failed")), "{}", qemu.tail());
+    nix::sys::signal::kill(qemu.pid(), nix::sys::signal::Signal::SIGTERM).expect("QEMU is there");
+    qemu.wait(Duration::from_secs(2)).expect("QEMU ends when it is told to");
+}
+
+/// How many QEMUs run under this name. The daemon has it in its command line as well, and is not counted.
+fn processes(name: &str) -> usize {
+    let all = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+    all.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+        .map(|line| String::from_utf8_lossy(&line).into_owned())
+        .filter(|line| line.split('\0').any(|arg| arg == name))
+        .filter(|line| line.split('\0').next().is_some_and(|program| program.contains("qemu-system")))
+        .count()
+}

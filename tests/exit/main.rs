@@ -1,0 +1,3 @@
+//! How guests leave guest mode, seen by a VMM of our own.
+
+mod ends;

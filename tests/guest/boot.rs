@@ -1,0 +1,66 @@
+//! SeaBIOS, GRUB and Linux, each to the line that proves it.
+
+use std::time::Duration;
+
+use assets::qemu::Machine;
+use assets::{Quiet, initramfs, iso, kernel};
+use softkvm_tests::qemu;
+
+const MEMORY_MIB: u32 = 256;
+/// Generous: a loaded machine must not fail a test. What is slow is the benchmark's business.
+const FIRMWARE: Duration = Duration::from_secs(120);
+const KERNEL: Duration = Duration::from_secs(180);
+
+/// SeaBIOS runs all its option ROMs, iPXE asks the network, and nothing is there. Real and big real mode, PCI, PAM: the
+/// firmware moves itself to RAM under its own feet by deleting and adding memory slots.
+#[test]
+fn seabios_without_a_disk_says_no_bootable_device() {
+    let mut console = qemu::start(|accel| Machine::new(accel, 128)).expect("QEMU starts");
+    console.expect("SeaBIOS (version", FIRMWARE).expect("the firmware shows itself");
+    console.expect("No bootable device", FIRMWARE).expect("the firmware gets to its end");
+}
+
+/// `-kernel`: the shortest way to user space, and back out through ACPI.
+#[test]
+fn linux_reaches_user_space_and_powers_off() {
+    let kernel = kernel::ensure(&Quiet).expect("the kernel");
+    let initrd = initramfs::ensure(&Quiet).expect("the initramfs");
+    let mut console =
+        qemu::start(|accel| Machine::new(accel, MEMORY_MIB).linux(&kernel.image(), &initrd, "")).expect("QEMU starts");
+    console.expect("Linux version", FIRMWARE).expect("the kernel's first line");
+    console.expect("Run /init as init process", KERNEL).expect("the kernel's last line before user space");
+    console.expect(initramfs::BOOTED, KERNEL).expect("user space");
+    console.expect("reboot: Power down", KERNEL).expect("the way out");
+    assert!(console.finish(FIRMWARE).expect("QEMU ends").success());
+}
+
+/// A CD through the BIOS: disk services, GRUB between real and protected mode, its menu as VGA text, the kernel from it.
+#[test]
+fn grub_shows_its_menu_and_boots_linux() {
+    let kernel = kernel::ensure(&Quiet).expect("the kernel");
+    let initrd = initramfs::ensure(&Quiet).expect("the initramfs");
+    let iso = iso::ensure(&kernel, &initrd, &Quiet).expect("the ISO");
+    let mut console = qemu::start(|accel| Machine::new(accel, MEMORY_MIB).cdrom(&iso)).expect("QEMU starts");
+    console.expect("GNU GRUB", FIRMWARE).expect("the head of the menu");
+    console.expect(iso::MENU_ENTRY, FIRMWARE).expect("the entry of the menu");
+    console.expect("Linux version", KERNEL).expect("the kernel that GRUB loaded");
+    console.expect(initramfs::BOOTED, KERNEL).expect("user space");
+    console.expect("reboot: Power down", KERNEL).expect("the way out");
+    assert!(console.finish(FIRMWARE).expect("QEMU ends").success());
+}
+
+/// The guest's shell answers what is typed: interrupts come in while the guest halts.
+#[test]
+fn the_shell_of_the_demo_answers() {
+    let kernel = kernel::ensure(&Quiet).expect("the kernel");
+    let initrd = initramfs::ensure(&Quiet).expect("the initramfs");
+    let mut console =
+        qemu::start(|accel| Machine::new(accel, MEMORY_MIB).linux(&kernel.image(), &initrd, initramfs::SHELL_OPTION))
+            .expect("QEMU starts");
+    console.expect("softkvm guest #", KERNEL).expect("the prompt");
+    console.send("echo $((6 * 7)) is the answer\n").expect("typing");
+    console.expect("42 is the answer", FIRMWARE).expect("the shell's answer");
+    console.send("exit\n").expect("typing");
+    console.expect("reboot: Power down", FIRMWARE).expect("the way out");
+    assert!(console.finish(FIRMWARE).expect("QEMU ends").success());
+}

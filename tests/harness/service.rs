@@ -1,0 +1,100 @@
+//! `softkvm serve` in a mount namespace of its own: a daemon that outlives its clients, and what it holds on to.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::console::Console;
+use crate::{eventually, softkvm};
+
+/// One host-wide daemon at a time, as on a real host.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// A running daemon; killed when dropped.
+pub struct Service {
+    console: Console,
+    _one: MutexGuard<'static, ()>,
+}
+
+/// What a daemon holds for its clients.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// VMs by its own account.
+    pub vms: usize,
+    /// Open memfds: `/proc/PID/fd`.
+    pub memfds: usize,
+    /// Mappings of memfds: `/proc/PID/maps`.
+    pub mappings: usize,
+    /// `/proc/PID/task`
+    pub threads: usize,
+}
+
+impl Service {
+    /// Starts the daemon and waits until it answers.
+    pub fn start() -> Result<Self> {
+        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        softkvm::require_host()?;
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "--"]).arg(softkvm::binary()?).arg("serve");
+        let service = Self { console: Console::start(&mut command)?, _one: one };
+        if !eventually(Duration::from_secs(10), || service.status().is_ok()) {
+            bail!("softkvm serve does not answer: {:?}\n{}", service.status().err(), service.console.tail());
+        }
+        Ok(service)
+    }
+
+    /// The daemon's process. `unshare` has become it by exec.
+    pub fn pid(&self) -> nix::unistd::Pid {
+        self.console.pid()
+    }
+
+    /// `line`, run where the daemon's /dev/kvm is.
+    pub fn client<L: AsRef<OsStr>>(&self, line: &[L]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--mount=/proc/{}/ns/mnt", self.pid())).arg("--").args(line);
+        command
+    }
+
+    /// `softkvm status --json`
+    pub fn status(&self) -> Result<Value> {
+        let line = [softkvm::binary()?.as_os_str(), "status".as_ref(), "--json".as_ref()];
+        let output = self.client(&line).output().context("cannot start nsenter")?;
+        if !output.status.success() {
+            bail!("softkvm status: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+        serde_json::from_slice(&output.stdout).context("softkvm status --json prints no JSON")
+    }
+
+    /// What the daemon holds now.
+    pub fn resources(&self) -> Result<Resources> {
+        let proc = PathBuf::from(format!("/proc/{}", self.pid()));
+        let status = self.status()?;
+        let vms = status["vms"].as_array().context("the status has no list of VMs")?.len();
+        let fds = fs::read_dir(proc.join("fd")).context("reading /proc/PID/fd")?;
+        let memfds = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok()).filter(|to| is_memfd(to)).count();
+        let maps = fs::read_to_string(proc.join("maps")).context("reading /proc/PID/maps")?;
+        let mappings = maps.lines().filter(|line| line.contains("/memfd:")).count();
+        let threads = fs::read_dir(proc.join("task")).context("reading /proc/PID/task")?.count();
+        Ok(Resources { vms, memfds, mappings, threads })
+    }
+
+    /// Ends the daemon as nothing else can: SIGKILL.
+    pub fn kill(&self) {
+        self.console.kill();
+    }
+
+    /// What it has said.
+    pub fn tail(&self) -> String {
+        self.console.tail()
+    }
+}
+
+fn is_memfd(link: &std::path::Path) -> bool {
+    link.to_string_lossy().starts_with("/memfd:")
+}
