@@ -1,0 +1,170 @@
+//! Compares two outcomes of one case. What the architecture leaves open is masked here, and nothing else is.
+
+use iced_x86::{CpuidFeature, Instruction, Mnemonic};
+
+use crate::decode;
+use crate::layout::DATA_BASE;
+use crate::state::{Case, End, GPR_NAMES, Outcome, SEG_NAMES, flag};
+use crate::vendor;
+
+/// One piece of state in which two outcomes differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Name of the piece, as vectors spell it.
+    pub what: String,
+    /// What the oracle says.
+    pub expected: String,
+    /// What the other side says.
+    pub actual: String,
+}
+
+/// State that an instruction leaves undefined, or that vendors define differently.
+#[derive(Clone, Debug, Default)]
+pub struct Mask {
+    /// RFLAGS bits.
+    pub rflags: u64,
+    /// x87 status word bits.
+    pub fsw: u16,
+    /// General-purpose registers (by number) of which nothing is known.
+    pub gpr: Vec<usize>,
+    /// Byte ranges of memory, by address.
+    pub memory: Vec<(u64, u64)>,
+}
+
+impl Mask {
+    /// What `case` leaves open when it completes.
+    pub fn of(case: &Case, instruction: &Instruction) -> Self {
+        let mut mask = Self { rflags: undefined_flags(instruction), ..Self::default() };
+        vendor::widen(&mut mask, case, instruction);
+        mask
+    }
+}
+
+/// RFLAGS bits that the decoder's tables call undefined after `instruction`.
+pub fn undefined_flags(instruction: &Instruction) -> u64 {
+    from_iced(instruction.rflags_undefined())
+}
+
+/// RFLAGS bits that `instruction` writes to a defined value.
+pub fn defined_flags(instruction: &Instruction) -> u64 {
+    from_iced(instruction.rflags_modified() & !instruction.rflags_undefined())
+}
+
+fn from_iced(bits: u32) -> u64 {
+    use iced_x86::RflagsBits as B;
+    const BITS: [(u32, u64); 8] = [
+        (B::OF, flag::OF),
+        (B::SF, flag::SF),
+        (B::ZF, flag::ZF),
+        (B::AF, flag::AF),
+        (B::CF, flag::CF),
+        (B::PF, flag::PF),
+        (B::DF, flag::DF),
+        (B::AC, flag::AC),
+    ];
+    BITS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum()
+}
+
+/// Where `actual` differs from `expected`; empty where they agree.
+pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Difference> {
+    let instruction = decode(case);
+    let mut found = Vec::new();
+    let mut report = |what: &str, expected: String, actual: String| {
+        if expected != actual {
+            found.push(Difference { what: what.to_owned(), expected, actual });
+        }
+    };
+    report("end", end_text(expected.end), end_text(actual.end));
+    let (e, a) = (&expected.state, &actual.state);
+    let done = expected.end == End::Done && actual.end == End::Done;
+    let mask = if done || is_partial(&instruction) { Mask::of(case, &instruction) } else { Mask::default() };
+    for (at, name) in GPR_NAMES.iter().enumerate().filter(|(at, _)| !mask.gpr.contains(at)) {
+        report(name, hex(e.gpr[at]), hex(a.gpr[at]));
+    }
+    report("rip", hex(e.rip), hex(a.rip));
+    let open = mask.rflags | flag::TF | flag::RF | flag::IF | 2;
+    for (name, bit) in flag::NAMES.iter().filter(|(_, bit)| open & bit == 0) {
+        report(name, u64::from(e.rflags & bit != 0).to_string(), u64::from(a.rflags & bit != 0).to_string());
+    }
+    for (at, name) in SEG_NAMES.iter().enumerate() {
+        report(name, hex(e.seg[at].into()), hex(a.seg[at].into()));
+    }
+    report("fsbase", hex(e.fs_base), hex(a.fs_base));
+    report("gsbase", hex(e.gs_base), hex(a.gs_base));
+    report("fcw", hex(e.x87.fcw.into()), hex(a.x87.fcw.into()));
+    report("fsw", hex((e.x87.fsw & !mask.fsw).into()), hex((a.x87.fsw & !mask.fsw).into()));
+    report("ftw", hex(e.x87.ftw.into()), hex(a.x87.ftw.into()));
+    for at in 0..8 {
+        report(&format!("st{at}"), format!("{:020x}", e.x87.st[at]), format!("{:020x}", a.x87.st[at]));
+    }
+    report("mxcsr", hex(e.mxcsr.into()), hex(a.mxcsr.into()));
+    for (at, (e, a)) in e.ymm.iter().zip(&a.ymm).enumerate() {
+        report(&format!("xmm{at}"), format!("{:032x}", e[0]), format!("{:032x}", a[0]));
+        report(&format!("ymmh{at}"), format!("{:032x}", e[1]), format!("{:032x}", a[1]));
+    }
+    if e.memory != a.memory {
+        for (at, (e, a)) in e.memory.iter().zip(a.memory.iter()).enumerate() {
+            let address = DATA_BASE + at as u64;
+            if e != a && !mask.memory.iter().any(|(start, end)| (*start..*end).contains(&address)) {
+                report(&format!("[{address:x}]"), format!("{e:02x}"), format!("{a:02x}"));
+            }
+        }
+    }
+    found
+}
+
+/// Instructions that may have written results when they fault.
+fn is_partial(instruction: &Instruction) -> bool {
+    let features = instruction.cpuid_features();
+    instruction.is_string_instruction()
+        || instruction.mnemonic() == Mnemonic::Maskmovdqu
+        || features.contains(&CpuidFeature::FPU)
+}
+
+fn hex(value: u64) -> String {
+    format!("{value:x}")
+}
+
+/// An ending as vectors spell it.
+pub fn end_text(end: End) -> String {
+    match end {
+        End::Done => "done".to_owned(),
+        End::Lost(how) => format!("lost: {how}"),
+        End::Exception(exception) => exception_text(&exception),
+    }
+}
+
+const EXCEPTION_NAMES: [&str; 22] = [
+    "#DE", "#DB", "#NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "#9", "#TS", "#NP", "#SS", "#GP", "#PF", "#15",
+    "#MF", "#AC", "#MC", "#XM", "#VE", "#CP",
+];
+
+/// `#UD`, `#GP(0)`, `#PF(6)@20003000`.
+fn exception_text(exception: &crate::state::Exception) -> String {
+    let name = EXCEPTION_NAMES.get(usize::from(exception.vector)).copied().unwrap_or("#?");
+    match exception.vector {
+        // For an address of its own half Linux tells the user only "present" (fault.c, `sanitize_error_code`).
+        14 if exception.cr2 >> 47 != 0 => format!("{name}({:x})@{:x}", exception.error | 1, exception.cr2),
+        14 => format!("{name}({:x})@{:x}", exception.error, exception.cr2),
+        8 | 10..=13 | 17 | 21 => format!("{name}({:x})", exception.error),
+        _ => name.to_owned(),
+    }
+}
+
+/// The exception that `exception_text` spells so.
+pub(crate) fn parse_exception(text: &str) -> Option<crate::state::Exception> {
+    let name_end = text.find('(').unwrap_or(text.len());
+    let vector = EXCEPTION_NAMES.iter().position(|name| *name == &text[..name_end])? as u8;
+    let (error, cr2) = match text[name_end..].strip_prefix('(') {
+        None => (0, 0),
+        Some(rest) => {
+            let (error, rest) = rest.split_once(')')?;
+            let cr2 = match rest.strip_prefix('@') {
+                Some(cr2) => u64::from_str_radix(cr2, 16).ok()?,
+                None => 0,
+            };
+            (u32::from_str_radix(error, 16).ok()?, cr2)
+        }
+    };
+    Some(crate::state::Exception { vector, error, cr2 })
+}

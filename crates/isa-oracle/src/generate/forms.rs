@@ -1,0 +1,213 @@
+//! Encodings to generate, from iced-x86's own tables.
+
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind, OpCodeTableKind,
+};
+
+use super::rng::Rng;
+use crate::state::Mode;
+
+/// What the generator may emit: extensions that the interpreter is to have.
+pub(crate) const FEATURES: &[CpuidFeature] = {
+    use CpuidFeature as F;
+    &[
+        F::INTEL8086,
+        F::INTEL8086_ONLY,
+        F::INTEL186,
+        F::INTEL286,
+        F::INTEL386,
+        F::INTEL486,
+        F::X64,
+        F::CMOV,
+        F::CX8,
+        F::CMPXCHG16B,
+        F::FPU,
+        F::FPU287,
+        F::FPU387,
+        F::FXSR,
+        F::MMX,
+        F::MULTIBYTENOP,
+        F::PAUSE,
+        F::POPCNT,
+        F::SSE,
+        F::SSE2,
+        F::SSE3,
+        F::SSSE3,
+        F::SSE4_1,
+        F::SSE4_2,
+        F::CLFSH,
+    ]
+};
+
+/// Left out, and why: what they do is not decided by the state of a case.
+const EXCLUDED: &[(Mnemonic, &str)] = {
+    use Mnemonic as M;
+    &[
+        (M::Syscall, "enters the kernel"),
+        (M::Sysenter, "enters the kernel"),
+        (M::Sysret, "privileged, but #UD first where SCE is off"),
+        (M::Sysexit, "privileged"),
+        (M::Int1, "its trap is the harness's own"),
+        (M::Int, "the kernel's IDT decides"),
+        (M::Cpuid, "answers what softkvm offers, not what the host is"),
+        (M::Rdtsc, "time"),
+        (M::Rdpmc, "the kernel's CR4.PCE decides"),
+        (M::Sgdt, "the kernel emulates it under UMIP"),
+        (M::Sidt, "the kernel emulates it under UMIP"),
+        (M::Sldt, "the kernel emulates it under UMIP"),
+        (M::Smsw, "the kernel emulates it under UMIP"),
+        (M::Str, "the kernel emulates it under UMIP"),
+        (M::Lar, "the kernel's GDT decides"),
+        (M::Lsl, "the kernel's GDT decides"),
+        (M::Verr, "the kernel's GDT decides"),
+        (M::Verw, "the kernel's GDT decides"),
+        (M::Lds, "the kernel's GDT decides"),
+        (M::Les, "the kernel's GDT decides"),
+        (M::Lfs, "the kernel's GDT decides"),
+        (M::Lgs, "the kernel's GDT decides"),
+        (M::Lss, "the kernel's GDT decides"),
+        (M::Loadall, "not on any CPU of this kind"),
+        (M::Iret, "far transfer: tests of their own"),
+        (M::Iretd, "far transfer: tests of their own"),
+        (M::Iretq, "far transfer: tests of their own"),
+        (M::Retf, "far transfer: tests of their own"),
+        (M::Ud0, "length differs by vendor"),
+        (M::Hlt, "privileged"),
+        (M::Mwait, "privileged"),
+        (M::Monitor, "privileged"),
+        (M::Montmul, "not Intel's or AMD's"),
+    ]
+};
+
+/// Whether the generator leaves `mnemonic` out.
+pub(crate) fn is_excluded(mnemonic: Mnemonic) -> bool {
+    EXCLUDED.iter().any(|(excluded, _)| *excluded == mnemonic)
+}
+
+/// Whether `code` is an instruction that tests may run in `mode`.
+pub(crate) fn is_tested(code: Code, mode: Mode) -> bool {
+    let info = code.op_code();
+    let in_mode = match mode {
+        Mode::Bits64 => info.mode64() && info.long_mode(),
+        Mode::Bits32 => info.mode32() && info.compatibility_mode(),
+    };
+    let by_features = code.cpuid_features().iter().all(|feature| FEATURES.contains(feature));
+    let far =
+        info.op_kinds().iter().any(|kind| matches!(kind, OpCodeOperandKind::farbr2_2 | OpCodeOperandKind::farbr4_2))
+            || code.is_jmp_far_indirect()
+            || code.is_call_far_indirect();
+    let selector = info.op_kinds().contains(&OpCodeOperandKind::seg_reg)
+        || (code.mnemonic() == Mnemonic::Pop && matches!(info.op_kinds(), [kind] if is_segment(*kind)));
+    let decoded = match mode {
+        Mode::Bits64 => info.intel_decoder64(),
+        Mode::Bits32 => info.intel_decoder32(),
+    };
+    info.is_instruction()
+        && in_mode
+        && by_features
+        && decoded
+        && !far
+        && !selector
+        && !info.is_privileged()
+        && !info.is_reserved_nop()
+        && !is_excluded(code.mnemonic())
+}
+
+fn is_segment(kind: OpCodeOperandKind) -> bool {
+    use OpCodeOperandKind as K;
+    matches!(kind, K::es | K::cs | K::ss | K::ds | K::fs | K::gs)
+}
+
+/// All encodings that tests may run in `mode` and `keep` wants.
+pub(crate) fn all(mode: Mode, keep: impl Fn(Code) -> bool) -> Vec<Code> {
+    Code::values().filter(|code| is_tested(*code, mode) && keep(*code)).collect()
+}
+
+/// Bytes that may well be `code`: its prefixes and opcode, then random ModRM, SIB, displacement and immediate bytes. The
+/// decoder tells how many of them belong to it, and what it became where the random bytes chose something else.
+pub(crate) fn bytes(rng: &mut Rng, code: Code, mode: Mode) -> Option<Vec<u8>> {
+    let info = code.op_code();
+    if info.encoding() != EncodingKind::Legacy {
+        return None;
+    }
+    let mut out = Vec::with_capacity(15);
+    if info.fwait() {
+        out.push(0x9b);
+    }
+    if info.address_size() != 0 && info.address_size() != mode.bitness() || rng.one_in(24) {
+        out.push(0x67);
+    }
+    let natural = 32;
+    let wants_66 = match info.mandatory_prefix() {
+        MandatoryPrefix::P66 => true,
+        _ => info.operand_size() == 16 && natural != 16,
+    };
+    if wants_66 {
+        out.push(0x66);
+    }
+    match info.mandatory_prefix() {
+        MandatoryPrefix::PF3 => out.push(0xf3),
+        MandatoryPrefix::PF2 => out.push(0xf2),
+        _ => {}
+    }
+    if out.is_empty() || rng.one_in(2) {
+        if info.can_use_lock_prefix() && rng.one_in(4) {
+            out.insert(0, 0xf0);
+        }
+        if info.can_use_rep_prefix() && rng.one_in(2) {
+            out.insert(0, 0xf3);
+        } else if info.can_use_repne_prefix() && rng.one_in(2) {
+            out.insert(0, 0xf2);
+        }
+        if rng.one_in(12) {
+            out.insert(0, rng.pick(&[0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x64, 0x65]));
+        }
+    }
+    let wide = mode == Mode::Bits64 && (info.operand_size() == 64 && !info.default_op_size64() || info.w() == 1);
+    if mode == Mode::Bits64 && (wide || rng.one_in(2)) {
+        out.push(0x40 | rng.below(8) as u8 | if wide { 8 } else { 0 });
+    }
+    match info.table() {
+        OpCodeTableKind::T0F => out.push(0x0f),
+        OpCodeTableKind::T0F38 => out.extend([0x0f, 0x38]),
+        OpCodeTableKind::T0F3A => out.extend([0x0f, 0x3a]),
+        _ => {}
+    }
+    put_opcode(rng, info, &mut out);
+    Some(out)
+}
+
+fn put_opcode(rng: &mut Rng, info: &OpCodeInfo, out: &mut Vec<u8>) {
+    use OpCodeOperandKind as K;
+    let in_opcode = info
+        .op_kinds()
+        .iter()
+        .any(|kind| matches!(kind, K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode | K::sti_opcode));
+    let mut opcode = info.op_code();
+    if in_opcode {
+        opcode += rng.below(8) as u32;
+    }
+    if info.op_code_len() == 2 {
+        out.push((opcode >> 8) as u8);
+    }
+    out.push(opcode as u8);
+    let mut modrm = rng.bits() as u8;
+    if rng.one_in(4) {
+        modrm |= 0xc0;
+    }
+    if info.is_group() {
+        modrm = modrm & 0xc7 | (info.group_index() as u8) << 3;
+    }
+    if info.is_rm_group() {
+        modrm = modrm & 0xf8 | info.rm_group_index() as u8 | 0xc0;
+    }
+    out.push(modrm);
+    let mut rest = [0; 12];
+    rng.fill(&mut rest);
+    for byte in &mut rest {
+        if rng.one_in(4) {
+            *byte = rng.pick(&[0, 1, 0x7f, 0x80, 0xff, 0x1f, 0x20, 0x3f]);
+        }
+    }
+    out.extend(rest);
+}

@@ -1,0 +1,13 @@
+//! Runs single instructions on the host CPU in a sandboxed child, records vectors, fuzzes the interpreter against it.
+
+pub mod compare;
+pub mod generate;
+pub mod host;
+pub mod layout;
+pub mod record;
+pub mod state;
+mod stop;
+pub mod vector;
+pub mod vendor;
+
+pub use stop::decode;

@@ -1,0 +1,104 @@
+//! Records vectors: cases of every encoding of a mnemonic, and what the host CPU made of them.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use iced_x86::{Code, Mnemonic};
+
+use crate::compare::differences;
+use crate::generate::{self, Breadth, Generator};
+use crate::host::{Error, Oracle};
+use crate::state::{Case, End, Mode};
+use crate::vector::{self, Vector};
+use crate::{decode, vendor};
+
+/// Vectors of each encoding.
+const PER_FORM: usize = 11;
+/// Vectors of a mnemonic at least, as far as its forms give them.
+const PER_MNEMONIC: usize = 50;
+
+/// Mnemonics that have vectors, with their encodings.
+pub fn mnemonics() -> BTreeMap<String, Vec<(Code, Mode)>> {
+    let mut found: BTreeMap<String, Vec<(Code, Mode)>> = BTreeMap::new();
+    let mut put = |mode: Mode, keep: &dyn Fn(Code) -> bool| {
+        for code in generate::all(mode, keep) {
+            found.entry(file_stem(code.mnemonic())).or_default().push((code, mode));
+        }
+    };
+    put(Mode::Bits64, &|_| true);
+    // Compatibility mode for what 64-bit mode has not.
+    put(Mode::Bits32, &|code| !generate::is_tested(code, Mode::Bits64));
+    found
+}
+
+/// `add` for ADD.
+pub fn file_stem(mnemonic: Mnemonic) -> String {
+    format!("{mnemonic:?}").to_lowercase()
+}
+
+/// The text of one vector file.
+pub fn record(oracle: &mut Oracle, stem: &str, forms: &[(Code, Mode)]) -> Result<String, Error> {
+    let seed = stem.bytes().fold(0u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+    let mut generator = Generator::new(seed, Breadth::Used);
+    let per_form = PER_FORM.max(PER_MNEMONIC.div_ceil(forms.len()));
+    let mut lines = String::new();
+    for (code, mode) in forms {
+        // Half a kilobyte of image makes long lines, and few of them say it all.
+        let count = if code.op_code().is_save_restore() { per_form / 4 } else { per_form };
+        let cases: Vec<Case> = distinct(&mut generator, *code, *mode, count);
+        for (case, outcome) in cases.iter().zip(oracle.run(&cases)?) {
+            if matches!(outcome.end, End::Lost(_)) {
+                continue;
+            }
+            let vector = Vector { case: case.clone(), expected: outcome };
+            let line = vector::line(&vector);
+            let read_back = vector::parse(&line).expect("a written line is a line");
+            let lost = differences(case, &vector.expected, &read_back[0].expected);
+            assert!(lost.is_empty(), "the format keeps what is compared: {line}: {lost:?}");
+            let _ = writeln!(lines, "{line}");
+        }
+    }
+    Ok(format!("{}{lines}", header(stem, forms)))
+}
+
+fn header(stem: &str, forms: &[(Code, Mode)]) -> String {
+    let mut out = format!(
+        "# {} · recorded on {}, `cargo xtask record isa {stem}` · undefined flags are masked by the decoder's own fact\n",
+        stem.to_uppercase(),
+        host_cpu()
+    );
+    if let Some((code, _)) = forms.first() {
+        for note in vendor::notes(code.mnemonic()) {
+            let _ = writeln!(out, "# vendor: {note}");
+        }
+    }
+    out
+}
+
+/// Cases of `code`, no two alike. Fewer where the encoding has fewer.
+fn distinct(generator: &mut Generator, code: Code, mode: Mode, count: usize) -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::with_capacity(count);
+    for _ in 0..count * 200 {
+        if cases.len() == count {
+            break;
+        }
+        let Some(case) = generator.case(code, mode) else { continue };
+        let new = |other: &Case| other.bytes != case.bytes || other.state != case.state;
+        if decode(&case).code() == code && cases.iter().all(new) {
+            cases.push(case);
+        }
+    }
+    cases
+}
+
+/// `AuthenticAMD 1a-02-01`: vendor, family, model, stepping of the CPU this runs on.
+pub fn host_cpu() -> String {
+    use std::arch::x86_64::__cpuid;
+    let leaf = __cpuid(0);
+    let vendor: Vec<u8> = [leaf.ebx, leaf.edx, leaf.ecx].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let eax = __cpuid(1).eax;
+    let base_family = eax >> 8 & 0xf;
+    let family = if base_family == 0xf { base_family + (eax >> 20 & 0xff) } else { base_family };
+    let model = if matches!(base_family, 6 | 0xf) { eax >> 12 & 0xf0 | eax >> 4 & 0xf } else { eax >> 4 & 0xf };
+    format!("{} {family:02x}-{model:02x}-{:02x}", String::from_utf8_lossy(&vendor), eax & 0xf)
+}
