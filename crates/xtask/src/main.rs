@@ -1,5 +1,6 @@
 //! `cargo xtask`: what a checkout can do with itself. `demo` shows it, `test` proves it, `bench` measures it.
 
+mod bench;
 mod cargo;
 mod console;
 mod demo;
@@ -25,12 +26,14 @@ struct Cli {
 enum Command {
     Demo(demo::Args),
     Test(test::Args),
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => test::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,0 +1,114 @@
+//! The bare API, by a VMM of our own: what an exit costs, and a VM.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use kvm_ioctls::Kvm;
+use softkvm_tests::softkvm;
+use tiny_vmm::code_asm::*;
+use tiny_vmm::{Guest, Mode, VcpuExit, assemble};
+
+use crate::row::Row;
+
+const OUT: &str = "exit round trip, OUT, tiny VMM";
+const MMIO: &str = "exit round trip, MMIO read, tiny VMM";
+const FIRST: &str = "KVM_CREATE_VM to the first instruction";
+const LOOP: &str = "tight loop, tiny VMM";
+pub(crate) const NAMES: &[&str] = &[OUT, MMIO, FIRST, LOOP];
+
+const RAM: usize = 2 << 20;
+const EXITS: u32 = 20_000;
+const ITERATIONS: u32 = 200_000_000;
+
+/// Measures in a process that sees softkvm's /dev/kvm.
+pub(crate) fn measure_inside_softkvm() -> Result<Vec<Row>> {
+    let me = std::env::current_exe().context("our own path")?;
+    let output = softkvm::run::<&str, _>(&[], &[me.as_os_str(), "--inside".as_ref()])?
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start softkvm")?;
+    if !output.status.success() {
+        bail!("the measuring process under softkvm ended with {}", output.status);
+    }
+    serde_json::from_slice(&output.stdout).context("the measuring process printed no rows")
+}
+
+/// Measures on the /dev/kvm that is there.
+pub(crate) fn measure() -> Result<Vec<Row>> {
+    Ok(vec![
+        Row::new(OUT, "µs", Some(round_trip(|a| a.out(dx, al))?), None),
+        Row::new(MMIO, "µs", Some(round_trip(|a| a.mov(al, byte_ptr(rbx)))?), None),
+        Row::new(FIRST, "µs", Some(first_instruction()?), None),
+        Row::new(LOOP, "MIPS", Some(tight_loop()?), None),
+    ])
+}
+
+/// Microseconds per turn of a loop whose body exits once.
+fn round_trip(body: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Result<f64> {
+    let code = assemble(Mode::Long, |a| {
+        let mut again = a.create_label();
+        // A port and a page that are nobody's: the page is just behind RAM.
+        a.mov(edx, 0x80)?;
+        a.mov(ebx, u32::try_from(RAM).expect("RAM ends below 4 GiB"))?;
+        a.set_label(&mut again)?;
+        body(a)?;
+        a.jmp(again)
+    })?;
+    let mut guest = Guest::new(Mode::Long, RAM, &code)?;
+    exits(&mut guest, EXITS / 10)?;
+    let started = Instant::now();
+    exits(&mut guest, EXITS)?;
+    Ok(micros(started.elapsed()) / f64::from(EXITS))
+}
+
+fn exits(guest: &mut Guest, count: u32) -> Result<()> {
+    for _ in 0..count {
+        match guest.run().context("KVM_RUN")? {
+            VcpuExit::IoOut(..) => {}
+            VcpuExit::MmioRead(_, data) => data.fill(0),
+            other => bail!("an unexpected exit: {other:?}"),
+        }
+    }
+    Ok(())
+}
+
+/// Microseconds from `KVM_CREATE_VM` to the exit of a guest whose first instruction is HLT; the median of several.
+fn first_instruction() -> Result<f64> {
+    const ROUNDS: usize = 21;
+    let code = assemble(Mode::Long, |a| a.hlt())?;
+    let kvm = Kvm::new().context("cannot open /dev/kvm")?;
+    let mut times = Vec::with_capacity(ROUNDS);
+    for _ in 0..ROUNDS {
+        let started = Instant::now();
+        let mut guest = Guest::on(&kvm, Mode::Long, RAM, &code)?;
+        match guest.run().context("KVM_RUN")? {
+            VcpuExit::Hlt => times.push(micros(started.elapsed())),
+            other => bail!("an unexpected exit: {other:?}"),
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[ROUNDS / 2])
+}
+
+/// Guest instructions per microsecond in `dec; jnz`.
+fn tight_loop() -> Result<f64> {
+    let code = assemble(Mode::Long, |a| {
+        let mut again = a.create_label();
+        a.mov(ecx, ITERATIONS)?;
+        a.set_label(&mut again)?;
+        a.dec(ecx)?;
+        a.jnz(again)?;
+        a.hlt()
+    })?;
+    let mut guest = Guest::new(Mode::Long, RAM, &code)?;
+    let started = Instant::now();
+    match guest.run().context("KVM_RUN")? {
+        VcpuExit::Hlt => Ok(2.0 * f64::from(ITERATIONS) / micros(started.elapsed())),
+        other => bail!("an unexpected exit: {other:?}"),
+    }
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
