@@ -1,1 +1,27 @@
-//! The interpreter: state, decode to traces, handlers, exceptions, VMX exits.
+//! The interpreter: an x86-64 CPU that decodes once, keeps traces of decoded operations, and reports what VMX would.
+//!
+//! [`Cpu::run`] is the whole of it: it comes back with an [`Exit`], the caller deals with that and calls again.
+
+mod access;
+mod cpu;
+mod decode;
+mod event;
+mod fault;
+mod flags;
+mod host;
+mod isa;
+mod op;
+mod platform;
+mod run;
+mod state;
+mod vmx;
+mod word;
+
+pub use cpu::{Cpu, Kick};
+pub use isa::is_implemented;
+pub use platform::{HostPlatform, Platform};
+pub use state::{
+    CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, PendingException, Regs, Seg, Segment, Sregs,
+    VectorRegister, XSAVE_LEGACY_BYTES,
+};
+pub use vmx::{Exit, Io, Mmio};

@@ -11,6 +11,7 @@ pub mod memory;
 pub mod rights;
 mod sigbus;
 pub mod slot;
+pub mod tlb;
 pub mod view;
 pub mod walk;
 

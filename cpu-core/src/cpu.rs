@@ -1,0 +1,674 @@
+//! One CPU: architectural state and the caches that hang on it.
+//!
+//! The hot part comes first, so that handlers reach it with short displacements. Everything derived (bounds, contexts)
+//! is recomputed by [`Cpu::derive`] whenever what it hangs on changes.
+
+#![expect(unsafe_code, reason = "one `unsafe impl Send`, with its proof")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use mmu::tlb::Tlb;
+use mmu::{Memory, View};
+use x86_defs::{Cr0, Cr4, Dr7, Efer, Rflags};
+
+use crate::decode::trace::Traces;
+use crate::fault::Fault;
+use crate::flags::{Flags, STATUS};
+use crate::op::{Op, RasEntry};
+use crate::platform::Platform;
+use crate::state::{CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, Regs, Seg, Segment, Sregs};
+use crate::vmx::{Exit, Io, Mmio};
+use crate::word::Word;
+
+/// Byte offset of a slot of `gpr` that always holds 0: absent base or index.
+pub(crate) const SLOT_ZERO: u8 = 16 * 8;
+/// Holds the offset in CS at which the running trace starts; an op's own is that plus [`Op::off`].
+pub(crate) const SLOT_TRACE_IP: u8 = 17 * 8;
+/// Holds a 64-bit displacement that does not fit an op.
+pub(crate) const SLOT_WIDE: u8 = 18 * 8;
+
+const RAS_ENTRIES: usize = 32;
+const JUMP_ENTRIES: usize = 4096;
+
+/// Fault or exit is recorded in [`Cpu::stop`]; nothing of the instruction has been committed.
+#[derive(Clone, Copy, Debug)]
+pub struct Stop;
+
+/// What an instruction that ran to its end wants next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// The next instruction of the trace.
+    Next,
+    /// The next instruction in memory order, looked up anew: mode, rights, interrupts or code may have changed.
+    Leave,
+    /// The instruction loaded RIP itself.
+    Jump,
+    /// The instruction is not finished (REP): RIP stays at it, state so far is committed.
+    Again,
+}
+
+/// Result of a handler written as a plain function.
+pub type Done = Result<Then, Stop>;
+
+/// Why [`Stop`] was returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// Deliver this to the guest.
+    Fault(Fault),
+    /// Tell the KVM layer.
+    Exit(Exit),
+}
+
+/// Direct-mapped cache of trace heads by offset in CS and context.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub(crate) struct JumpEntry {
+    pub(crate) ip: u64,
+    pub(crate) context: u64,
+    pub(crate) op: *const Op,
+}
+
+/// A CPU. Created by [`Cpu::new`], driven by [`Cpu::run`].
+#[repr(C, align(64))]
+pub struct Cpu {
+    pub(crate) gpr: [u64; 20],
+    /// Kind of the lazy flags; `fa` and `fb` are current only while no handler runs.
+    pub(crate) fk: u64,
+    pub(crate) fa: u64,
+    pub(crate) fb: u64,
+    /// Instructions left in this quantum; current only while no handler runs.
+    pub(crate) budget: i64,
+    /// Epoch that trace heads compare; anything else than theirs sends them to `head_cold`. Points into `kick`.
+    pub(crate) stamp: *const AtomicU64,
+    /// Address-space generation and mode that jump cache and return stack entries carry.
+    pub(crate) code_context: u64,
+    /// Linear address of offset 0, as addressing uses it: 0 in 64-bit mode but for FS and GS.
+    pub(crate) seg_base: [u64; 6],
+    /// First offset past what may be read through the segment; 0 where a full check is due.
+    pub(crate) read_bound: [u64; 6],
+    /// First offset past what may be written through the segment; 0 where a full check is due.
+    pub(crate) write_bound: [u64; 6],
+    /// The current op asked to leave the trace once it is done.
+    pub(crate) leave: bool,
+    pub(crate) ras_top: u64,
+    pub(crate) ras: [RasEntry; RAS_ENTRIES],
+    pub(crate) tlb: Tlb,
+    pub(crate) jumps: [JumpEntry; JUMP_ENTRIES],
+
+    /// Offset in CS of the next instruction; current only while no trace runs.
+    pub rip: u64,
+    /// RFLAGS but the status flags, which [`Cpu::rflags`] adds.
+    pub(crate) rflags: u64,
+    /// Segment registers in encoding order.
+    pub(crate) seg: [Segment; 6],
+    /// Task register.
+    pub(crate) tr: Segment,
+    /// Local descriptor table.
+    pub(crate) ldt: Segment,
+    pub(crate) gdt: DescriptorTable,
+    pub(crate) idt: DescriptorTable,
+    pub(crate) cr0: Cr0,
+    pub(crate) cr2: u64,
+    pub(crate) cr3: u64,
+    pub(crate) cr4: Cr4,
+    pub(crate) cr8: u64,
+    pub(crate) efer: Efer,
+    /// PAE's page-directory pointers, as loaded by the last MOV CR3.
+    pub(crate) pdpte: [u64; 4],
+    pub(crate) debug: DebugRegs,
+    pub(crate) msrs: Msrs,
+    pub(crate) fpu: Fpu,
+    pub(crate) events: Events,
+    pub(crate) cpuid: Vec<CpuidEntry>,
+    /// Current privilege level.
+    pub(crate) cpl: u8,
+    /// Address width of MAXPHYADDR, bits.
+    pub(crate) phys_bits: u8,
+    /// 1-GByte pages exist.
+    pub(crate) page_1gb: bool,
+
+    pub(crate) stop: Option<StopReason>,
+    /// Instruction count at which an STI or MOV SS shadow was set up; it holds back events while the count is the same.
+    pub(crate) shadow_at: u64,
+    pub(crate) shadow_mov_ss: bool,
+    /// The running instruction sets up a shadow over the next one.
+    pub(crate) shadow_wanted: bool,
+    /// The running instruction loaded RF on purpose (IRET, task switch): it stays for the next one.
+    pub(crate) keep_rf: bool,
+    /// The running instruction takes no single-step trap (MOV SS, or it was delivered as an exception).
+    pub(crate) suppress_step: bool,
+    /// Length of the IN or OUT that exited.
+    pub(crate) io_len: u8,
+    /// #DB causes to be reported once the current instruction is done.
+    pub(crate) debug_pending: u64,
+    /// Instructions completed since the CPU was created, as of the last return to the loop.
+    pub(crate) instructions: u64,
+    /// Budget when the quantum began.
+    pub(crate) quantum: i64,
+    /// Report [`Exit::InterruptWindow`] when it opens.
+    pub(crate) interrupt_window: bool,
+    /// Vectors that exit instead of being delivered (bit n: vector n): the debugger's.
+    pub(crate) intercepts: u32,
+    pub(crate) mmio: MmioLog,
+    pub(crate) io_pending: Option<Io>,
+    pub(crate) io_input: Option<u32>,
+    pub(crate) traces: Traces,
+    /// The memory generation that host pointers in `tlb` and `traces` belong to.
+    pub(crate) view: View,
+    pub(crate) platform: Box<dyn Platform>,
+    pub(crate) kick: Arc<Kick>,
+    /// Part of `code_context`: what was found under another one is forgotten.
+    pub(crate) flush_generation: u64,
+}
+
+/// Accesses of the current instruction to memory that the VMM backs.
+///
+/// A read stops the instruction; when the VMM has answered, the instruction starts again and finds the answer here. A
+/// write is queued, the instruction finishes, and the queue is reported before the next one.
+#[derive(Debug, Default)]
+pub(crate) struct MmioLog {
+    /// Reads that were answered, in order.
+    pub(crate) answered: Vec<(u64, u8, u64)>,
+    /// How many of them the current attempt has used.
+    pub(crate) used: usize,
+    /// The read that waits.
+    pub(crate) waiting: Option<(u64, u8)>,
+    /// Writes to be reported, in order.
+    pub(crate) writes: std::collections::VecDeque<Mmio>,
+}
+
+/// Makes a running CPU come back. Any thread may hold one.
+#[derive(Debug)]
+pub struct Kick {
+    stamp: AtomicU64,
+    asked: AtomicU64,
+}
+
+/// Set in the stamp while somebody wants the CPU's attention: no trace head ever carries it.
+const ATTENTION: u64 = 1 << 63;
+
+impl Kick {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { stamp: AtomicU64::new(1), asked: AtomicU64::new(0) })
+    }
+
+    /// [`Cpu::run`] returns [`Exit::ExternalInterrupt`] at the next instruction boundary, or at once when next called.
+    pub fn kick(&self) {
+        self.asked.fetch_or(1, Ordering::SeqCst);
+        self.stamp.fetch_or(ATTENTION, Ordering::SeqCst);
+    }
+
+    /// The CPU looks at its view of memory at the next instruction boundary, and does not return.
+    pub fn refresh(&self) {
+        self.asked.fetch_or(2, Ordering::SeqCst);
+        self.stamp.fetch_or(ATTENTION, Ordering::SeqCst);
+    }
+
+    /// Forgets a kick that has not been answered.
+    pub fn clear(&self) {
+        self.asked.fetch_and(!1, Ordering::SeqCst);
+    }
+
+    /// Current epoch, and nothing asked any more. The caller looks at what was asked.
+    pub(crate) fn take(&self) -> u64 {
+        // The bit goes first: whoever asks later sets it again.
+        self.stamp.fetch_and(!ATTENTION, Ordering::SeqCst);
+        self.asked.swap(0, Ordering::SeqCst)
+    }
+
+    /// Somebody wants the CPU's attention.
+    pub(crate) fn asked(&self) -> bool {
+        self.stamp.load(Ordering::Relaxed) & ATTENTION != 0
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.stamp.load(Ordering::Relaxed) & !ATTENTION
+    }
+
+    pub(crate) fn next_epoch(&self) {
+        self.stamp.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn stamp(&self) -> *const AtomicU64 {
+        &self.stamp
+    }
+}
+
+/// Kick asked for a return from `run`.
+pub(crate) const ASKED_RETURN: u64 = 1;
+
+impl Cpu {
+    /// A CPU in the state after power-up (SDM Vol. 3 "Processor State After Reset"). `phys_bits`: MAXPHYADDR.
+    pub fn new(memory: Arc<Memory>, platform: Box<dyn Platform>, phys_bits: u8) -> Box<Self> {
+        let kick = Kick::new();
+        let view = View::new(&memory);
+        let mut cpu = Box::new(Self {
+            gpr: [0; 20],
+            fk: 0,
+            fa: 0,
+            fb: 0,
+            budget: 0,
+            stamp: kick.stamp(),
+            code_context: 0,
+            seg_base: [0; 6],
+            read_bound: [0; 6],
+            write_bound: [0; 6],
+            leave: false,
+            ras_top: 0,
+            ras: [RasEntry::EMPTY; RAS_ENTRIES],
+            tlb: Tlb::new(),
+            jumps: [JumpEntry { ip: 0, context: 0, op: std::ptr::null() }; JUMP_ENTRIES],
+            rip: 0,
+            rflags: 0,
+            seg: [Segment::default(); 6],
+            tr: Segment::default(),
+            ldt: Segment::default(),
+            gdt: DescriptorTable::default(),
+            idt: DescriptorTable::default(),
+            cr0: Cr0::empty(),
+            cr2: 0,
+            cr3: 0,
+            cr4: Cr4::empty(),
+            cr8: 0,
+            efer: Efer::empty(),
+            pdpte: [0; 4],
+            debug: DebugRegs::default(),
+            msrs: Msrs::default(),
+            fpu: Fpu::default(),
+            events: Events::default(),
+            cpuid: Vec::new(),
+            cpl: 0,
+            phys_bits,
+            page_1gb: true,
+            stop: None,
+            shadow_at: u64::MAX,
+            shadow_mov_ss: false,
+            shadow_wanted: false,
+            keep_rf: false,
+            suppress_step: false,
+            io_len: 0,
+            debug_pending: 0,
+            instructions: 0,
+            quantum: 0,
+            interrupt_window: false,
+            intercepts: 0,
+            mmio: MmioLog::default(),
+            io_pending: None,
+            io_input: None,
+            traces: Traces::new(),
+            view,
+            platform,
+            kick,
+            flush_generation: 1,
+        });
+        cpu.reset();
+        cpu
+    }
+
+    /// State after power-up.
+    pub fn reset(&mut self) {
+        self.gpr = [0; 20];
+        // Family 6: EDX holds the processor signature.
+        self.gpr[Gpr::Rdx as usize] = 0x600;
+        self.rip = 0xfff0;
+        self.set_rflags(2);
+        self.seg = [Segment::real_mode(0); 6];
+        self.seg[Seg::Cs as usize] =
+            Segment { selector: 0xf000, base: 0xffff_0000, type_: 0xb, ..Segment::real_mode(0xf000) };
+        self.ldt = Segment { limit: 0xffff, type_: 2, present: true, ..Segment::default() };
+        self.tr = Segment { limit: 0xffff, type_: 0xb, present: true, ..Segment::default() };
+        self.gdt = DescriptorTable { base: 0, limit: 0xffff };
+        self.idt = DescriptorTable { base: 0, limit: 0xffff };
+        self.cr0 = Cr0::RESET;
+        self.cr2 = 0;
+        self.cr3 = 0;
+        self.cr4 = Cr4::empty();
+        self.cr8 = 0;
+        self.efer = Efer::empty();
+        self.debug = DebugRegs::default();
+        self.msrs = Msrs::default();
+        self.fpu = Fpu::default();
+        self.events = Events::default();
+        self.flush_tlb();
+        self.derive();
+    }
+
+    /// The handle that other threads use to call this CPU back.
+    pub fn kicker(&self) -> Arc<Kick> {
+        self.kick.clone()
+    }
+
+    // Registers
+
+    /// A general register, 64 bits.
+    #[inline(always)]
+    pub fn reg(&self, register: Gpr) -> u64 {
+        self.gpr[register as usize]
+    }
+
+    /// Sets all 64 bits of a general register.
+    #[inline(always)]
+    pub fn set_reg(&mut self, register: Gpr, value: u64) {
+        self.gpr[register as usize] = value;
+    }
+
+    /// The register that a register operand (`Op::dst`, `src`) names, AH to BH included.
+    #[inline(always)]
+    pub(crate) fn get<W: Word>(&self, slot: u8) -> W {
+        // An odd slot is AH to BH: the second byte of the register below it.
+        W::of(self.gpr[usize::from(slot >> 3)] >> ((slot & 7) * 8))
+    }
+
+    /// Writes a register operand as its width demands: 32 bits clear the upper half, 8 and 16 keep the rest.
+    #[inline(always)]
+    pub(crate) fn put<W: Word>(&mut self, slot: u8, value: W) {
+        let register = &mut self.gpr[usize::from(slot >> 3)];
+        if W::BYTES >= 4 {
+            *register = value.zext();
+        } else {
+            let shift = (slot & 7) * 8;
+            let mask = (u64::MAX >> (64 - W::BITS)) << shift;
+            *register = *register & !mask | value.zext() << shift;
+        }
+    }
+
+    /// Writes RAX, RCX, … by width: as [`Self::put`].
+    pub(crate) fn put_gpr<W: Word>(&mut self, register: Gpr, value: W) {
+        self.put(register as u8 * 8, value);
+    }
+
+    /// The status flags, lazy.
+    #[inline(always)]
+    pub(crate) fn flags(&self) -> Flags {
+        Flags { kind: self.fk, a: self.fa, b: self.fb }
+    }
+
+    /// Replaces the status flags.
+    #[inline(always)]
+    pub(crate) fn set_flags(&mut self, flags: Flags) {
+        self.fk = flags.kind;
+        self.fa = flags.a;
+        self.fb = flags.b;
+    }
+
+    /// All of RFLAGS.
+    pub fn rflags(&self) -> u64 {
+        self.rflags | self.flags().bits()
+    }
+
+    /// Loads all of RFLAGS without privilege checks. The caller leaves the trace if IF, TF, VM, RF or AC may have moved.
+    pub fn set_rflags(&mut self, value: u64) {
+        let value = value & RFLAGS_MASK | 2;
+        self.set_flags(Flags::explicit(value));
+        let old = std::mem::replace(&mut self.rflags, value & !STATUS);
+        if (old ^ value) & (Rflags::VM | Rflags::AC).bits() != 0 {
+            self.derive();
+        }
+    }
+
+    // Modes
+
+    /// EFER.LMA and CS.L: 64-bit mode.
+    #[inline(always)]
+    pub fn is_64bit(&self) -> bool {
+        self.efer.contains(Efer::LMA) && self.seg[Seg::Cs as usize].l
+    }
+
+    /// IA-32e mode: 64-bit or compatibility.
+    pub(crate) fn is_long(&self) -> bool {
+        self.efer.contains(Efer::LMA)
+    }
+
+    /// CR0.PE set and RFLAGS.VM clear.
+    pub(crate) fn is_protected(&self) -> bool {
+        self.cr0.contains(Cr0::PE) && self.rflags & Rflags::VM.bits() == 0
+    }
+
+    /// Virtual-8086 mode.
+    pub(crate) fn is_v86(&self) -> bool {
+        self.rflags & Rflags::VM.bits() != 0
+    }
+
+    /// Real-address mode.
+    pub(crate) fn is_real(&self) -> bool {
+        !self.cr0.contains(Cr0::PE)
+    }
+
+    /// I/O privilege level.
+    pub(crate) fn iopl(&self) -> u8 {
+        (self.rflags >> Rflags::IOPL_SHIFT) as u8 & 3
+    }
+
+    /// Bytes of code operand default: 2, 4 or 8 (64-bit mode).
+    pub(crate) fn code_bytes(&self) -> u32 {
+        match (self.is_64bit(), self.seg[Seg::Cs as usize].db) {
+            (true, _) => 8,
+            (false, true) => 4,
+            (false, false) => 2,
+        }
+    }
+
+    /// Mask of the stack pointer: SP, ESP or RSP.
+    pub(crate) fn stack_mask(&self) -> u64 {
+        match (self.is_64bit(), self.seg[Seg::Ss as usize].db) {
+            (true, _) => u64::MAX,
+            (false, true) => 0xffff_ffff,
+            (false, false) => 0xffff,
+        }
+    }
+
+    /// Mask of the instruction pointer in the current mode.
+    pub(crate) fn ip_mask(&self) -> u64 {
+        if self.is_64bit() { u64::MAX } else { 0xffff_ffff }
+    }
+
+    /// Recomputes what hangs on segments, CR0, CR4, EFER, CPL and RFLAGS. Call it after changing any of them.
+    pub fn derive(&mut self) {
+        let long = self.is_64bit();
+        for (i, segment) in self.seg.iter().enumerate() {
+            let flat = long && i != Seg::Fs as usize && i != Seg::Gs as usize;
+            self.seg_base[i] = if flat { 0 } else { segment.base };
+            let bound = if long {
+                u64::MAX
+            } else if segment.unusable || !segment.present || segment.is_expand_down() {
+                0
+            } else {
+                u64::from(segment.limit) + 1
+            };
+            let real = self.is_real() || self.is_v86();
+            self.read_bound[i] = if long || real || segment.is_readable() { bound } else { 0 };
+            self.write_bound[i] = if long || real || segment.is_writable() { bound } else { 0 };
+        }
+        let user = self.cpl == 3;
+        let ac = if user {
+            self.alignment_checked()
+        } else {
+            self.cr4.contains(Cr4::SMAP) && self.rflags & Rflags::AC.bits() != 0
+        };
+        self.tlb.set_context(user, ac);
+        self.code_context = self.flush_generation << 8 | u64::from(self.mode().bits());
+    }
+
+    /// What traces are keyed by besides their address.
+    pub(crate) fn mode(&self) -> crate::decode::Mode {
+        crate::decode::Mode::new(self.code_bytes(), self.stack_mask(), self.cpl == 3)
+    }
+
+    /// Drops all translations and what was found through them.
+    pub(crate) fn flush_tlb(&mut self) {
+        self.tlb.flush();
+        self.flush_generation += 1;
+        self.code_context = self.flush_generation << 8 | self.code_context & 0xff;
+    }
+
+    /// INVLPG: drops the page of `la`.
+    pub(crate) fn flush_page(&mut self, la: u64) {
+        self.tlb.flush_page(la);
+        self.flush_generation += 1;
+        self.code_context = self.flush_generation << 8 | self.code_context & 0xff;
+    }
+
+    /// The instruction was serialising: what others wrote to code is seen from here on.
+    pub(crate) fn serialize(&mut self) {
+        self.kick.next_epoch();
+    }
+
+    // Stops
+
+    /// Records a fault of the current instruction.
+    #[cold]
+    pub(crate) fn fault(&mut self, fault: Fault) -> Stop {
+        self.stop = Some(StopReason::Fault(fault));
+        Stop
+    }
+
+    /// Records an exit of the current instruction.
+    #[cold]
+    pub(crate) fn exit(&mut self, exit: Exit) -> Stop {
+        self.stop = Some(StopReason::Exit(exit));
+        Stop
+    }
+
+    /// #GP(0) unless CPL is 0.
+    pub(crate) fn require_cpl0(&mut self) -> Result<(), Stop> {
+        if self.cpl == 0 { Ok(()) } else { Err(self.fault(Fault::gp(0))) }
+    }
+
+    /// Any of DR7's breakpoints is enabled.
+    pub(crate) fn has_breakpoints(&self) -> bool {
+        let enabled = Dr7::L0 | Dr7::G0 | Dr7::L1 | Dr7::G1 | Dr7::L2 | Dr7::G2 | Dr7::L3 | Dr7::G3;
+        self.debug.dr7 & enabled.bits() != 0
+    }
+
+    /// Loads the PDPTE registers where PAE paging uses them, without the checks of MOV CR3.
+    fn load_pdptes_quietly(&mut self) {
+        if self.cr0.contains(Cr0::PG) && self.cr4.contains(Cr4::PAE) && !self.is_long() {
+            self.pdpte = mmu::load_pdptes(&self.view, self.cr3, self.phys_bits).unwrap_or_default();
+        }
+    }
+
+    // State in and out
+
+    /// General registers, RIP, RFLAGS.
+    pub fn regs(&self) -> Regs {
+        let mut gpr = [0; 16];
+        gpr.copy_from_slice(&self.gpr[..16]);
+        Regs { gpr, rip: self.rip, rflags: self.rflags() }
+    }
+
+    /// Loads general registers, RIP and RFLAGS. A pending exception is the caller's to drop.
+    pub fn set_regs(&mut self, regs: &Regs) {
+        self.gpr[..16].copy_from_slice(&regs.gpr);
+        self.rip = regs.rip;
+        self.set_rflags(regs.rflags);
+    }
+
+    /// Segments, tables and control registers.
+    pub fn sregs(&self) -> Sregs {
+        Sregs {
+            segments: self.seg,
+            tr: self.tr,
+            ldt: self.ldt,
+            gdt: self.gdt,
+            idt: self.idt,
+            cr0: self.cr0,
+            cr2: self.cr2,
+            cr3: self.cr3,
+            cr4: self.cr4,
+            cr8: self.cr8,
+            efer: self.efer,
+        }
+    }
+
+    /// Loads segments, tables and control registers as given; the caller has checked them as KVM does.
+    pub fn set_sregs(&mut self, sregs: &Sregs) {
+        self.seg = sregs.segments;
+        self.tr = sregs.tr;
+        self.ldt = sregs.ldt;
+        self.gdt = sregs.gdt;
+        self.idt = sregs.idt;
+        self.cr0 = sregs.cr0;
+        self.cr2 = sregs.cr2;
+        self.cr3 = sregs.cr3;
+        self.cr4 = sregs.cr4;
+        self.cr8 = sregs.cr8;
+        self.efer = sregs.efer;
+        // VMX keeps the CPL in SS's access rights (SDM Vol. 3 "Guest Register State").
+        self.cpl = if self.is_real() { 0 } else { self.seg[Seg::Ss as usize].dpl };
+        self.load_pdptes_quietly();
+        self.flush_tlb();
+        self.derive();
+    }
+
+    /// x87 and vector state.
+    pub fn fpu(&self) -> &Fpu {
+        &self.fpu
+    }
+
+    /// x87 and vector state, to be loaded.
+    pub fn fpu_mut(&mut self) -> &mut Fpu {
+        &mut self.fpu
+    }
+
+    /// Debug registers.
+    pub fn debug_regs(&self) -> DebugRegs {
+        self.debug
+    }
+
+    /// Loads the debug registers.
+    pub fn set_debug_regs(&mut self, debug: DebugRegs) {
+        self.debug = debug;
+        self.flush_tlb();
+    }
+
+    /// Events between instructions.
+    pub fn events(&self) -> Events {
+        let shadow = self.in_shadow();
+        Events { shadow_sti: shadow && !self.shadow_mov_ss, shadow_mov_ss: shadow && self.shadow_mov_ss, ..self.events }
+    }
+
+    /// Loads the events.
+    pub fn set_events(&mut self, events: Events) {
+        self.events = events;
+        self.shadow_at = if events.shadow_sti || events.shadow_mov_ss { self.instructions } else { u64::MAX };
+        self.shadow_mov_ss = events.shadow_mov_ss;
+    }
+
+    /// An STI or MOV SS shadow holds back events before the next instruction.
+    pub(crate) fn in_shadow(&self) -> bool {
+        self.shadow_at == self.instructions
+    }
+
+    /// Replaces the CPUID table.
+    pub fn set_cpuid(&mut self, entries: &[CpuidEntry]) {
+        self.cpuid = entries.to_vec();
+    }
+
+    /// Makes [`Exit::InterruptWindow`] wanted or not.
+    pub fn set_interrupt_window_exiting(&mut self, wanted: bool) {
+        self.interrupt_window = wanted;
+    }
+
+    /// The guest would take an external interrupt now: IF set, no shadow, no exception or interrupt waiting.
+    pub fn interrupt_window_open(&self) -> bool {
+        self.rflags & Rflags::IF.bits() != 0 && !self.in_shadow() && self.events.interrupt.is_none()
+    }
+
+    /// Instructions that this CPU has run since it was created.
+    pub fn instructions(&self) -> u64 {
+        self.instructions
+    }
+
+    /// Vectors that exit with [`Exit::Exception`] instead of being delivered; bit n is vector n.
+    pub fn set_exception_bitmap(&mut self, vectors: u32) {
+        self.intercepts = vectors;
+    }
+}
+
+// SAFETY: the raw pointers lead into the CPU's own arena and into its `Kick`; both move with it, and one thread at a time
+// has `&mut Cpu`.
+unsafe impl Send for Cpu {}
+
+/// RFLAGS bits that exist.
+pub(crate) const RFLAGS_MASK: u64 = 0x003f_7fd5;

@@ -1,0 +1,544 @@
+//! Traces: where decoded ops live, how they are found, and how they are kept true to memory.
+//!
+//! A trace belongs to one guest-physical page, one offset in CS and one mode. It is valid while the bytes it was decoded from
+//! are in memory: guest stores of this CPU that hit them are noticed at once ([`Traces::written`]); what others write
+//! becomes visible to fetches only at a new epoch, where the first entry compares the bytes ([`Cpu::trace_is_current`]).
+#![expect(unsafe_code, reason = "the arena is raw memory: links point into it while its owner runs")]
+
+use std::alloc::Layout;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::ptr::NonNull;
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use mmu::{Access, AccessKind, Lookup};
+use x86_defs::{GuestPhysAddr, LinearAddr};
+
+use super::Mode;
+use super::digest::{Branch, Digest, FlagsOut, Lowered};
+use crate::cpu::{Cpu, SLOT_WIDE};
+use crate::host;
+use crate::isa;
+use crate::op::{Continue, Handler, Head, Machine, Op, Semantics, To, cross, handler, head, resolve};
+use crate::state::Seg;
+
+const PAGE: u64 = 0x1000;
+/// Ops that the arena holds: 32 MiB of address space, touched as it fills.
+const ARENA_OPS: usize = 1 << 20;
+/// Slots kept free for one trace: its ops, data, links.
+const RESERVE: usize = 256;
+/// Most instructions of a trace.
+const MAX_INSTRUCTIONS: usize = 32;
+/// Most bytes of an instruction (SDM Vol. 2 "Instruction Format").
+pub(crate) const MAX_INSTRUCTION_BYTES: usize = 15;
+
+/// Multiplicative hash for keys that are addresses.
+#[derive(Default)]
+pub(crate) struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(value.into());
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 32;
+    }
+}
+
+type Map<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+struct Trace {
+    gpa: u64,
+    bytes_at: u32,
+    len: u16,
+    dead: bool,
+    key: (u64, u64, u8),
+    head: NonNull<Op>,
+    /// Host address of `gpa`, good while the generation of memory is `generation`.
+    host: u64,
+    generation: u64,
+}
+
+#[derive(Default)]
+struct CodePage {
+    /// Bit n: bytes 64 n to 64 n + 63 hold decoded code.
+    lines: u64,
+    traces: Vec<u32>,
+}
+
+/// The traces of one CPU.
+pub(crate) struct Traces {
+    arena: NonNull<Op>,
+    used: usize,
+    list: Vec<Trace>,
+    bytes: Vec<u8>,
+    by_address: Map<(u64, u64, u8), u32>,
+    pages: Map<u64, CodePage>,
+    singles: Vec<Option<Single>>,
+    /// How often the arena was emptied.
+    pub(crate) flushes: u64,
+    /// How many traces were decoded.
+    pub(crate) decoded: u64,
+}
+
+/// An instruction that was executed by itself, kept by its bytes.
+#[derive(Clone, Copy)]
+struct Single {
+    ip: u64,
+    mode: Mode,
+    bytes: [u8; MAX_INSTRUCTION_BYTES],
+    lowered: Lowered,
+}
+
+/// Entries of the cache of single instructions.
+const SINGLES: usize = 256;
+
+// SAFETY: the arena is owned, and reached only through its owner.
+unsafe impl Send for Traces {}
+
+fn arena_layout() -> Layout {
+    Layout::array::<Op>(ARENA_OPS).expect("a constant that fits").align_to(4096).expect("a power of two")
+}
+
+impl Drop for Traces {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout; ops have no destructor.
+        unsafe { std::alloc::dealloc(self.arena.as_ptr().cast(), arena_layout()) };
+    }
+}
+
+impl Traces {
+    pub(crate) fn new() -> Self {
+        // SAFETY: the layout is not empty.
+        let arena = unsafe { std::alloc::alloc_zeroed(arena_layout()) };
+        let arena = NonNull::new(arena.cast()).unwrap_or_else(|| std::alloc::handle_alloc_error(arena_layout()));
+        Self {
+            arena,
+            used: 0,
+            list: Vec::new(),
+            bytes: Vec::new(),
+            by_address: Map::default(),
+            pages: Map::default(),
+            singles: vec![None; SINGLES],
+            flushes: 0,
+            decoded: 0,
+        }
+    }
+
+    /// Empties the arena. No trace may be running, and the caller drops what points into it.
+    fn clear(&mut self) {
+        self.used = 0;
+        self.list.clear();
+        self.bytes.clear();
+        self.by_address.clear();
+        self.pages.clear();
+        self.flushes += 1;
+    }
+
+    /// Traces were decoded from the page at `gpa`.
+    pub(crate) fn is_code(&self, page: u64) -> bool {
+        self.pages.contains_key(&page)
+    }
+
+    /// A store of `size` bytes at `gpa` happened. True: it hit decoded bytes, so the running trace must be left.
+    pub(crate) fn written(&mut self, gpa: u64, size: u32) -> bool {
+        let Some(page) = self.pages.get(&(gpa & !(PAGE - 1))) else { return false };
+        let first = (gpa & (PAGE - 1)) >> 6;
+        let last = ((gpa & (PAGE - 1)) + u64::from(size) - 1).min(PAGE - 1) >> 6;
+        let touched = (u64::MAX << first) & (u64::MAX >> (63 - last));
+        if page.lines & touched == 0 {
+            return false;
+        }
+        let mut hit = false;
+        for &index in &page.traces {
+            let trace = &self.list[index as usize];
+            if gpa < trace.gpa + u64::from(trace.len) && trace.gpa < gpa + u64::from(size) {
+                // SAFETY: `head` is a head of the arena; no reference to it exists.
+                unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
+                hit = true;
+            }
+        }
+        hit
+    }
+
+    /// Forgets a trace whose bytes have changed. Its ops stay where they are: links may lead there, to be sent away.
+    fn kill(&mut self, index: u32) {
+        let trace = &mut self.list[index as usize];
+        trace.dead = true;
+        // SAFETY: as in `written`.
+        unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
+        if self.by_address.get(&trace.key) == Some(&index) {
+            self.by_address.remove(&trace.key);
+        }
+        if let Some(page) = self.pages.get_mut(&(trace.gpa & !(PAGE - 1))) {
+            page.traces.retain(|&other| other != index);
+        }
+    }
+
+    /// Points the branch in front of `stub` to `target`: for good within the page of the running trace, under `context`
+    /// across pages.
+    pub(crate) fn link(&mut self, stub: *const Op, target: *const Op, trace_ip: u64, context: u64) {
+        let stub = stub.cast_mut();
+        // SAFETY: `stub` is a stub of the arena, written by nobody else; copied out.
+        let at = unsafe { *stub };
+        // SAFETY: `target` is a head.
+        let ip = unsafe { (*target.cast::<Head>()).ip };
+        let same_page = at.seg == LINKS_WITHIN_PAGE && (ip ^ trace_ip) & !(PAGE - 1) == 0;
+        if same_page {
+            // SAFETY: `disp` was made by `build`: the distance to the link of the branch that owns this stub.
+            let link = unsafe { stub.cast::<u8>().offset(at.disp as isize).cast::<u64>() };
+            // SAFETY: as above.
+            unsafe { link.write(target as u64) };
+            return;
+        }
+        // SAFETY: a stub is followed by a slot of its own.
+        let data = unsafe { stub.add(1) };
+        // SAFETY: as above.
+        unsafe { (*data).imm = target as u64 };
+        // SAFETY: as above; the third eight bytes of the slot hold the context.
+        unsafe { data.cast::<u64>().add(2).write(context) };
+        // SAFETY: as above.
+        unsafe { (*stub).handler = cross };
+    }
+
+    /// Appends an op and returns where it is.
+    fn push(&mut self, op: Op) -> *mut Op {
+        assert!(self.used < ARENA_OPS, "`build` reserves room for a whole trace");
+        // SAFETY: inside the arena.
+        let at = unsafe { self.arena.as_ptr().add(self.used) };
+        // SAFETY: as above.
+        unsafe { at.write(op) };
+        self.used += 1;
+        at
+    }
+}
+
+/// In a stub's `seg`: CS's base is page-aligned, so offsets in one page are addresses in one page.
+const LINKS_WITHIN_PAGE: u8 = 1;
+
+fn blank(handler: Handler) -> Op {
+    Op {
+        handler,
+        imm: 0,
+        disp: 0,
+        dst: 0,
+        src: 0,
+        base: 0,
+        index: 0,
+        scale: 1,
+        seg: 0,
+        len: 0,
+        aux: 0,
+        off: 0,
+        left: 0,
+    }
+}
+
+impl Cpu {
+    /// The bytes that a trace was decoded from are still there. Otherwise, or if attention is asked for, false.
+    pub(crate) fn trace_is_current(&mut self, index: u32) -> bool {
+        if self.kick.asked() {
+            return false;
+        }
+        let generation = self.view.generation();
+        let trace = &mut self.traces.list[index as usize];
+        if trace.dead {
+            return false;
+        }
+        if trace.generation != generation {
+            match self.view.page(GuestPhysAddr(trace.gpa & !(PAGE - 1)), false) {
+                Lookup::Ram { ptr, .. } => trace.host = ptr.as_ptr().addr() as u64 + (trace.gpa & (PAGE - 1)),
+                Lookup::Readonly | Lookup::Hole => {
+                    self.drop_trace(index);
+                    return false;
+                }
+            }
+            let trace = &mut self.traces.list[index as usize];
+            trace.generation = generation;
+        }
+        let trace = &self.traces.list[index as usize];
+        let bytes = &self.traces.bytes[trace.bytes_at as usize..][..usize::from(trace.len)];
+        // SAFETY: `host` was looked up in this generation of memory, and a trace does not leave its page.
+        if !unsafe { host::equals(trace.host, bytes) } {
+            self.drop_trace(index);
+            return false;
+        }
+        // SAFETY: `head` is a head of the arena; no reference to it exists.
+        unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = self.kick.epoch() };
+        true
+    }
+
+    fn drop_trace(&mut self, index: u32) {
+        self.traces.kill(index);
+        self.forget_jumps();
+    }
+
+    /// Drops the jump cache, return stack and links across pages.
+    fn forget_jumps(&mut self) {
+        self.flush_generation += 1;
+        self.code_context = self.flush_generation << 8 | self.code_context & 0xff;
+    }
+
+    /// Finds or decodes the trace at offset `ip` of CS. Null where the loop must take one instruction by itself.
+    pub(crate) fn trace_at(&mut self, ip: u64) -> *const Op {
+        const NONE: *const Op = std::ptr::null();
+        let cs = self.seg[Seg::Cs as usize];
+        let mode = self.mode();
+        if mode.is_64bit() {
+            if !self.is_canonical(ip) {
+                return NONE;
+            }
+        } else if ip + 2 * PAGE > u64::from(cs.limit) && ip + 16 > u64::from(cs.limit) {
+            return NONE;
+        }
+        let la = self.wrap_linear(self.seg_base[Seg::Cs as usize].wrapping_add(ip));
+        let Some(gpa) = self.fetch_address(la) else { return NONE };
+        let key = (gpa, ip, mode.bits());
+        if let Some(&index) = self.traces.by_address.get(&key) {
+            let head = self.traces.list[index as usize].head.as_ptr();
+            // SAFETY: `head` is a head of the arena.
+            let stamp = unsafe { (*head.cast::<Head>()).stamp };
+            if stamp == self.kick.epoch() || self.trace_is_current(index) {
+                return head;
+            }
+            if self.kick.asked() {
+                return NONE;
+            }
+        }
+        self.build(gpa, ip, mode)
+    }
+
+    /// Guest-physical address that a fetch at `la` reads; `None` for a fault, which the loop finds again.
+    fn fetch_address(&mut self, la: u64) -> Option<u64> {
+        if let Some(gpa) = self.tlb.fetch(la) {
+            return Some(gpa);
+        }
+        self.translate_fetch(la).ok()
+    }
+
+    /// Walks for a fetch of one byte at `la`.
+    pub(crate) fn translate_fetch(&mut self, la: u64) -> Result<u64, mmu::PageFault> {
+        let access = Access { kind: AccessKind::Fetch, user: self.cpl == 3, implicit: false };
+        let found = mmu::walk(&self.view, &self.paging(), LinearAddr(la), access)?;
+        self.tlb.fill_fetch(la, found.gpa.0, found.page_bytes);
+        Ok(found.gpa.0)
+    }
+
+    /// Decodes a trace. Null where not even the first instruction ends in the page, or it is not RAM.
+    fn build(&mut self, gpa: u64, ip: u64, mode: Mode) -> *const Op {
+        const NONE: *const Op = std::ptr::null();
+        let page = gpa & !(PAGE - 1);
+        let Lookup::Ram { ptr, .. } = self.view.page(GuestPhysAddr(page), false) else { return NONE };
+        let host = ptr.as_ptr().addr() as u64 + (gpa & (PAGE - 1));
+        let mut bytes = [0; MAX_INSTRUCTIONS * MAX_INSTRUCTION_BYTES];
+        let available = ((PAGE - (gpa & (PAGE - 1))) as usize).min(bytes.len());
+        // SAFETY: `available` bytes from `gpa` on lie in one page of a slot that `view` keeps alive.
+        unsafe { host::copy_out(host, &mut bytes[..available]) };
+        if self.traces.used + RESERVE > ARENA_OPS {
+            self.traces.clear();
+            self.forget_jumps();
+            self.ras = [crate::op::RasEntry::EMPTY; 32];
+        }
+
+        let (lowered, len) = lower_all(&bytes[..available], ip, mode, MAX_INSTRUCTIONS);
+        if lowered.is_empty() {
+            return NONE;
+        }
+        let index = self.traces.list.len() as u32;
+        let first = self.traces.push(blank(head));
+        let aligned = self.seg_base[Seg::Cs as usize] & (PAGE - 1) == 0;
+        self.traces.emit(&lowered, ip, ip.wrapping_add(len as u64), aligned, resolve);
+        let head =
+            Head { handler: head, stamp: self.kick.epoch(), ip, trace: index, unused: 0, count: lowered.len() as u16 };
+        // SAFETY: `first` was pushed just now; `Head` has the size and alignment of `Op`.
+        unsafe { first.cast::<Head>().write(head) };
+
+        let bytes_at = self.traces.bytes.len() as u32;
+        self.traces.bytes.extend_from_slice(&bytes[..len]);
+        let key = (gpa, ip, mode.bits());
+        self.traces.list.push(Trace {
+            gpa,
+            bytes_at,
+            len: len as u16,
+            dead: false,
+            key,
+            head: NonNull::new(first).expect("inside the arena"),
+            host,
+            generation: self.view.generation(),
+        });
+        self.traces.by_address.insert(key, index);
+        self.traces.decoded += 1;
+        let new_page = !self.traces.is_code(page);
+        let code = self.traces.pages.entry(page).or_default();
+        let (from, to) = ((gpa & (PAGE - 1)) >> 6, ((gpa & (PAGE - 1)) + len as u64 - 1) >> 6);
+        code.lines |= (u64::MAX << from) & (u64::MAX >> (63 - to));
+        code.traces.push(index);
+        if new_page {
+            // From now on stores to this page take the slow path, whatever address they use.
+            self.tlb.protect(ptr.as_ptr().addr() as u64);
+        }
+        first
+    }
+
+    /// Ops for the first instruction of `bytes`, outside any trace: whatever it does, control comes back when run with no
+    /// budget. Good until the next call. `None`: the instruction needs more bytes.
+    pub(crate) fn single(&mut self, bytes: &[u8], ip: u64) -> Option<*const Op> {
+        let mode = self.mode();
+        let at = (ip ^ ip >> 8) as usize % SINGLES;
+        let known = self.traces.singles[at].filter(|known| {
+            let len = usize::from(known.lowered.op.len);
+            known.ip == ip && known.mode == mode && bytes.len() >= len && bytes[..len] == known.bytes[..len]
+        });
+        let lowered = match known {
+            Some(known) => known.lowered,
+            None => {
+                let (lowered, len) = lower_all(bytes, ip, mode, 1);
+                let lowered = *lowered.first()?;
+                let mut kept = [0; MAX_INSTRUCTION_BYTES];
+                kept[..len].copy_from_slice(&bytes[..len]);
+                self.traces.singles[at] = Some(Single { ip, mode, bytes: kept, lowered });
+                lowered
+            }
+        };
+        if matches!(lowered.branch, Some(Branch::Call(_) | Branch::CallIndirect)) {
+            // The call will push a predicted return that lies in ops which the next single instruction overwrites.
+            self.forget_jumps();
+        }
+        self.gpr[17] = ip;
+        let used = std::mem::replace(&mut self.traces.used, ARENA_OPS - RESERVE / 2);
+        // SAFETY: inside the arena; `build` keeps traces below the last `RESERVE` slots.
+        let first = unsafe { self.traces.arena.as_ptr().add(self.traces.used) };
+        let next = ip.wrapping_add(u64::from(lowered.op.len)) & self.ip_mask();
+        self.traces.emit(&[lowered], ip, next, false, stop_at);
+        self.traces.used = used;
+        Some(first)
+    }
+}
+
+/// Stub of a single instruction: control has reached offset `imm`.
+unsafe fn stop_at(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    // SAFETY: `cpu` is the running CPU; no other reference to it is alive while a handler runs.
+    let cpu = unsafe { &mut *cpu };
+    cpu.fa = fa;
+    cpu.fb = fb;
+    cpu.budget = budget;
+    // SAFETY: `op` is the current op.
+    cpu.rip = unsafe { (*op).imm };
+}
+
+/// Loads [`SLOT_WIDE`], for a displacement that has no room in the op behind.
+struct SetWide;
+impl Semantics for SetWide {
+    #[inline(always)]
+    unsafe fn run(m: &mut Machine) -> To {
+        let value = m.op().imm;
+        m.put(SLOT_WIDE, value);
+        To::Next
+    }
+}
+
+impl Traces {
+    /// Writes the ops of a trace behind its head, its links last. `end` is the offset behind the last instruction.
+    fn emit(&mut self, lowered: &[Lowered], ip: u64, end: u64, aligned: bool, stub: Handler) {
+        let total = lowered.len() as u16;
+        let mut live = true;
+        let mut quiet = [false; MAX_INSTRUCTIONS];
+        for (i, one) in lowered.iter().enumerate().rev() {
+            quiet[i] = !live && one.quiet.is_some();
+            let replaces = matches!(one.flags, FlagsOut::Kind(_));
+            live = one.reads_flags || one.barrier || live && !replaces;
+        }
+        let mut links: [Option<(NonNull<u64>, u64)>; 2 * MAX_INSTRUCTIONS + 1] = [None; 2 * MAX_INSTRUCTIONS + 1];
+        let mut count = 0;
+        let mut want = |op: *mut Op, target: u64| {
+            // SAFETY: `op` was pushed by this function; `imm` is inside it.
+            let link = unsafe { &raw mut (*op).imm };
+            links[count] = NonNull::new(link).map(|link| (link, target));
+            count += 1;
+        };
+        for (i, one) in lowered.iter().enumerate() {
+            let left = total - i as u16;
+            if let Some(wide) = one.wide {
+                self.push(Op { imm: wide, left, ..blank(handler::<SetWide>) });
+            }
+            let mut op = Op { left, ..one.op };
+            if quiet[i]
+                && let Some(handler) = one.quiet
+            {
+                op.handler = handler;
+            }
+            let next = ip.wrapping_add(u64::from(op.off)).wrapping_add(u64::from(op.len));
+            let at = self.push(op);
+            let data = one.data.then(|| self.push(blank(stub)));
+            match (one.branch, data) {
+                (Some(Branch::Conditional(target) | Branch::Always(target)), _) => want(at, target),
+                (Some(Branch::Call(target)), Some(data)) => {
+                    want(at, target);
+                    want(data, next);
+                }
+                (Some(Branch::CallIndirect), Some(data)) => want(data, next),
+                (Some(Branch::Call(_) | Branch::CallIndirect), None) => unreachable!("calls have a data slot"),
+                (None, _) => {}
+            }
+        }
+        let last = self.push(blank(handler::<Continue>));
+        want(last, end);
+        for (link, target) in links.into_iter().flatten() {
+            let at = self.push(blank(stub));
+            // SAFETY: both lie in the arena.
+            let distance = unsafe { link.as_ptr().cast::<u8>().offset_from(at.cast::<u8>()) };
+            let op = Op { imm: target, disp: distance as i32, seg: u8::from(aligned), ..blank(stub) };
+            // SAFETY: `at` was pushed just now.
+            unsafe { at.write(op) };
+            // SAFETY: `link` is the `imm` of an op pushed above.
+            unsafe { link.as_ptr().write(at as u64) };
+            self.push(blank(stub));
+        }
+    }
+}
+
+/// Decodes and lowers up to `max` instructions that lie wholly in `bytes`. Returns them and their length in bytes.
+fn lower_all(bytes: &[u8], ip: u64, mode: Mode, max: usize) -> (Vec<Lowered>, usize) {
+    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, ip, DecoderOptions::NONE);
+    let mut ins = Instruction::default();
+    let mut all = Vec::new();
+    let mut known_flags = None;
+    let mut len = 0;
+    while all.len() < max && decoder.can_decode() {
+        decoder.decode_out(&mut ins);
+        let at = len;
+        let no_more = ins.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes;
+        if no_more && bytes.len() - at < MAX_INSTRUCTION_BYTES {
+            break;
+        }
+        let digest = Digest { ins: &ins, mode, trace_ip: ip, known_flags };
+        let mut lowered = isa::lower(&digest, no_more);
+        if !ins.is_invalid() && !digest.displacement_fits() {
+            lowered.wide = Some(ins.memory_displacement64());
+            lowered.op.base = SLOT_WIDE;
+            lowered.op.disp = 0;
+        }
+        lowered.op.off = at as u16;
+        len = decoder.position();
+        known_flags = match lowered.flags {
+            FlagsOut::Kept => known_flags,
+            FlagsOut::Kind(kind) => Some(kind),
+            FlagsOut::Unknown => None,
+        };
+        let ends = lowered.ends;
+        all.push(lowered);
+        if ends {
+            break;
+        }
+    }
+    (all, len)
+}

@@ -1,0 +1,136 @@
+//! Single host instructions: loads and stores of guest RAM, atomics on it, the time-stamp counter, random bits.
+//!
+//! Guest RAM is shared with the VMM and with other vCPUs, which write it at any time. Rust's memory model has no word
+//! for that, so each access is one asm instruction of the operand's size: it sees old bytes or new ones with the
+//! atomicity that the SDM promises the guest (Vol. 3 "Guaranteed Atomic Operations"), and no reference exists.
+#![expect(unsafe_code, reason = "guest RAM is reached by host address; rdtsc and rdrand are intrinsics")]
+
+use crate::word::Word;
+use std::arch::asm;
+
+/// Widths that [`load`] and [`store`] move in one instruction.
+pub(crate) trait HostWord: Word {
+    unsafe fn load(host: u64) -> Self;
+    unsafe fn store(host: u64, value: Self);
+    /// LOCK CMPXCHG; the value found, and whether `new` went in.
+    unsafe fn compare_exchange(host: u64, old: Self, new: Self) -> Result<Self, Self>;
+}
+
+macro_rules! host_word {
+    ($($t:ty, $class:ident, $reg:literal, $load:literal, $ax:tt;)*) => {$(
+        impl HostWord for $t {
+            #[inline(always)]
+            unsafe fn load(host: u64) -> Self {
+                let value;
+                // SAFETY: the caller's: `host..host + size` is mapped guest RAM. The instruction only reads.
+                unsafe {
+                    asm!(concat!($load, " {0", $reg, "}, [{1}]"), out($class) value, in(reg) host,
+                         options(nostack, preserves_flags, readonly));
+                }
+                value
+            }
+            #[inline(always)]
+            unsafe fn store(host: u64, value: Self) {
+                // SAFETY: the caller's: `host..host + size` is mapped, writable guest RAM, outside the Rust heap.
+                unsafe {
+                    asm!(concat!("mov [{1}], {0", $reg, "}"), in($class) value, in(reg) host,
+                         options(nostack, preserves_flags));
+                }
+            }
+            #[inline(always)]
+            unsafe fn compare_exchange(host: u64, old: Self, new: Self) -> Result<Self, Self> {
+                let found: Self;
+                // SAFETY: as for `store`; LOCK makes it atomic for every alignment.
+                unsafe {
+                    asm!(concat!("lock cmpxchg [{1}], {0", $reg, "}"), in($class) new, in(reg) host,
+                         inout($ax) old => found, options(nostack));
+                }
+                if found == old { Ok(found) } else { Err(found) }
+            }
+        }
+    )*};
+}
+host_word! {
+    u8, reg_byte, "", "mov", "al";
+    u16, reg, ":x", "mov", "ax";
+    u32, reg, ":e", "mov", "eax";
+    u64, reg, "", "mov", "rax";
+}
+
+/// LOCK CMPXCHG16B. `host` is 16-byte aligned (the guest's #GP otherwise).
+#[inline(always)]
+pub(crate) unsafe fn compare_exchange_16(host: u64, old: u128, new: u128) -> Result<u128, u128> {
+    let (low, high): (u64, u64);
+    // SAFETY: the caller's: 16 aligned bytes of mapped guest RAM. RBX belongs to LLVM, so it is swapped in and out.
+    unsafe {
+        asm!("xchg {new_low}, rbx", "lock cmpxchg16b [{host}]", "mov rbx, {new_low}",
+             new_low = inout(reg) new as u64 => _, host = in(reg) host, in("rcx") (new >> 64) as u64,
+             inout("rax") old as u64 => low, inout("rdx") (old >> 64) as u64 => high, options(nostack));
+    }
+    let found = u128::from(low) | u128::from(high) << 64;
+    if found == old { Ok(found) } else { Err(found) }
+}
+
+/// Loads 16 bytes in one instruction where the host's SSE does.
+#[inline(always)]
+pub(crate) unsafe fn load_16(host: u64) -> [u8; 16] {
+    let mut out = [0; 16];
+    // SAFETY: the caller's: 16 bytes of mapped guest RAM; `out` is ours.
+    unsafe {
+        asm!("movups {x}, [{host}]", "movups [{out}], {x}", x = out(xmm_reg) _, host = in(reg) host,
+             out = in(reg) out.as_mut_ptr(), options(nostack, preserves_flags));
+    }
+    out
+}
+
+/// Stores 16 bytes in one instruction where the host's SSE does.
+#[inline(always)]
+pub(crate) unsafe fn store_16(host: u64, value: [u8; 16]) {
+    // SAFETY: the caller's: 16 bytes of mapped, writable guest RAM; `value` is ours.
+    unsafe {
+        asm!("movups {x}, [{value}]", "movups [{host}], {x}", x = out(xmm_reg) _, host = in(reg) host,
+             value = in(reg) value.as_ptr(), options(nostack, preserves_flags));
+    }
+}
+
+/// Compares `expected` with the guest bytes at `host`, in pieces that tear at worst as a fetch would.
+pub(crate) unsafe fn equals(host: u64, expected: &[u8]) -> bool {
+    let mut chunks = expected.chunks_exact(8);
+    let mut at = host;
+    for chunk in &mut chunks {
+        // SAFETY: the caller's: `expected.len()` bytes of mapped guest RAM at `host`.
+        let found = unsafe { u64::load(at) };
+        if found.to_le_bytes() != chunk {
+            return false;
+        }
+        at += 8;
+    }
+    chunks.remainder().iter().all(|byte| {
+        // SAFETY: as above.
+        let found = unsafe { u8::load(at) };
+        at += 1;
+        found == *byte
+    })
+}
+
+/// Copies guest bytes at `host` into `out`.
+pub(crate) unsafe fn copy_out(host: u64, out: &mut [u8]) {
+    for (i, byte) in out.iter_mut().enumerate() {
+        // SAFETY: the caller's: `out.len()` bytes of mapped guest RAM at `host`.
+        *byte = unsafe { u8::load(host + i as u64) };
+    }
+}
+
+/// The host's time-stamp counter.
+pub fn rdtsc() -> u64 {
+    // SAFETY: user code may execute RDTSC; nothing in this process sets PR_TSC_SIGSEGV.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+/// 64 random bits from the kernel.
+pub fn random() -> u64 {
+    let mut bits = [0u8; 8];
+    // SAFETY: `bits` is 8 writable bytes; the call cannot be interrupted below 256 bytes once the pool is ready.
+    unsafe { libc::getrandom(bits.as_mut_ptr().cast(), bits.len(), 0) };
+    u64::from_ne_bytes(bits)
+}

@@ -1,0 +1,178 @@
+//! The instruction set: one file a family, rows on top, semantics below. SDM Vol. 2, the page of each mnemonic.
+
+mod alu;
+mod branch;
+mod mov;
+mod stack;
+
+use std::sync::LazyLock;
+
+use iced_x86::{Code, Mnemonic};
+
+use crate::cpu::{Cpu, Done};
+use crate::decode::digest::{Digest, Lowered, Select};
+use crate::decode::trace::MAX_INSTRUCTION_BYTES;
+use crate::fault::Fault;
+use crate::op::{Op, plain};
+use crate::vmx::Exit;
+
+/// What a row stands for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Key {
+    /// Every encoding of a mnemonic.
+    Mnemonic(Mnemonic),
+    /// Single encodings, where a mnemonic names more than one instruction.
+    Codes(&'static [Code]),
+}
+
+/// One instruction: what it is called, and who makes an op of it.
+pub(crate) struct Row {
+    pub(crate) key: Key,
+    pub(crate) select: Select,
+}
+
+/// A row for every encoding of a mnemonic.
+pub(crate) const fn row(mnemonic: Mnemonic, select: Select) -> Row {
+    Row { key: Key::Mnemonic(mnemonic), select }
+}
+
+/// A row for single encodings; it comes before that of their mnemonic.
+pub(crate) const fn codes(codes: &'static [Code], select: Select) -> Row {
+    Row { key: Key::Codes(codes), select }
+}
+
+/// Every family's rows.
+const FAMILIES: &[&[Row]] = &[alu::ROWS, branch::ROWS, mov::ROWS, stack::ROWS];
+
+/// The selector of each of iced's codes.
+static BY_CODE: LazyLock<Vec<Option<Select>>> = LazyLock::new(|| {
+    let mut selectors = vec![None; Code::values().len()];
+    for row in FAMILIES.iter().copied().flatten() {
+        match row.key {
+            Key::Codes(codes) => codes.iter().for_each(|code| selectors[*code as usize] = Some(row.select)),
+            Key::Mnemonic(mnemonic) => {
+                for code in Code::values().filter(|code| code.mnemonic() == mnemonic) {
+                    selectors[code as usize].get_or_insert(row.select);
+                }
+            }
+        }
+    }
+    selectors
+});
+
+/// Whether the core executes instructions of this encoding.
+pub fn is_implemented(code: Code) -> bool {
+    BY_CODE[code as usize].is_some()
+}
+
+/// The op of an instruction. `no_more`: 15 bytes were not enough for iced.
+pub(crate) fn lower(digest: &Digest<'_>, no_more: bool) -> Lowered {
+    if no_more {
+        return digest.lower(plain_handler(too_long)).ends();
+    }
+    if digest.ins.is_invalid() {
+        return digest.lower(plain_handler(invalid)).ends();
+    }
+    BY_CODE[digest.ins.code() as usize]
+        .and_then(|select| select(digest))
+        .unwrap_or_else(|| digest.lower(plain_handler(missing)).ends())
+}
+
+/// The handler that calls a plain function.
+pub(crate) const fn plain_handler<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(_: F) -> crate::op::Handler {
+    plain::<F>
+}
+
+/// An opcode that does not exist, or a LOCK where none may be: #UD.
+fn invalid(cpu: &mut Cpu, _: &Op) -> Done {
+    Err(cpu.fault(Fault::UD))
+}
+
+/// More than 15 bytes: #GP(0) (SDM Vol. 3 "Interrupt 13").
+fn too_long(cpu: &mut Cpu, _: &Op) -> Done {
+    Err(cpu.fault(Fault::gp(0)))
+}
+
+/// An instruction that exists and that the core lacks: the KVM layer is told, with its bytes.
+fn missing(cpu: &mut Cpu, op: &Op) -> Done {
+    let mut bytes = [0; MAX_INSTRUCTION_BYTES];
+    let len = usize::from(op.len).min(bytes.len());
+    let ip = cpu.ip_of(op);
+    for (i, byte) in bytes[..len].iter_mut().enumerate() {
+        *byte = cpu.read(crate::state::Seg::Cs, ip.wrapping_add(i as u64)).unwrap_or(0);
+    }
+    Err(cpu.exit(Exit::Unimplemented { bytes, len: len as u8 }))
+}
+
+/// Picks the monomorphised handler for an operand width of 1, 2, 4 or 8 bytes.
+macro_rules! by_width {
+    ($bytes:expr, $W:ident => $handler:expr) => {
+        match $bytes {
+            1 => {
+                type $W = u8;
+                $handler
+            }
+            2 => {
+                type $W = u16;
+                $handler
+            }
+            4 => {
+                type $W = u32;
+                $handler
+            }
+            8 => {
+                type $W = u64;
+                $handler
+            }
+            _ => return None,
+        }
+    };
+}
+pub(crate) use by_width;
+
+/// Picks the monomorphised handler for the form of the memory operand.
+macro_rules! by_form {
+    ($digest:expr, $F:ident => $handler:expr) => {
+        match $crate::isa::form_of($digest) {
+            $crate::isa::FormOf::BaseDisp => {
+                type $F = $crate::op::BaseDisp;
+                $handler
+            }
+            $crate::isa::FormOf::BaseIndex => {
+                type $F = $crate::op::BaseIndex;
+                $handler
+            }
+            $crate::isa::FormOf::General => {
+                type $F = $crate::op::General;
+                $handler
+            }
+        }
+    };
+}
+pub(crate) use by_form;
+
+/// The forms of a memory operand that have handlers of their own.
+pub(crate) enum FormOf {
+    /// See [`crate::op::BaseDisp`].
+    BaseDisp,
+    /// See [`crate::op::BaseIndex`].
+    BaseIndex,
+    /// See [`crate::op::General`].
+    General,
+}
+
+/// Form of the memory operand: the flat forms need 64-bit addresses in a segment whose base is 0 there.
+pub(crate) fn form_of(digest: &Digest<'_>) -> FormOf {
+    use iced_x86::Register;
+    let ins = digest.ins;
+    let based = matches!(ins.memory_segment(), Register::FS | Register::GS);
+    let narrow = |r: Register| r != Register::None && r.size() != 8;
+    if !digest.mode.is_64bit() || based || narrow(ins.memory_base()) || narrow(ins.memory_index()) {
+        return FormOf::General;
+    }
+    if ins.memory_base() == Register::None && ins.memory_index() == Register::None && ins.memory_displ_size() < 8 {
+        // A bare 32-bit address under an address-size prefix is cut to 32 bits.
+        return FormOf::General;
+    }
+    if ins.memory_index() == Register::None { FormOf::BaseDisp } else { FormOf::BaseIndex }
+}

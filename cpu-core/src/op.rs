@@ -1,0 +1,642 @@
+//! The decoded form of an instruction and the threaded dispatch from one to the next.
+//!
+//! A trace is an array of 32-byte [`Op`]s: a head, then one op an instruction (sometimes a second slot of data). Each
+//! names its handler; a handler ends in a call to the next op's handler with the same arguments, which an optimising
+//! build turns into a jump. Where it does not (debug builds), a quantum of few instructions bounds the stack.
+#![expect(unsafe_code, reason = "handlers follow op pointers inside the trace arena and the CPU that owns it")]
+
+use std::sync::atomic::Ordering;
+
+use crate::cpu::{Cpu, Done, Stop, Then};
+use crate::flags::Flags;
+use crate::host::HostWord;
+use crate::state::Seg;
+
+/// A handler: the CPU, its op, the two flag operands, and the instructions left in the quantum. All five stay in
+/// registers from handler to handler.
+pub(crate) type Handler = unsafe fn(*mut Cpu, *const Op, u64, u64, i64);
+
+/// Most instructions between two looks at the world. Without tail calls each handler holds a stack frame until the
+/// quantum ends, so it is small there.
+pub(crate) const QUANTUM: i64 = if cfg!(debug_assertions) { 400 } else { 1 << 20 };
+
+/// One decoded instruction.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+pub struct Op {
+    pub(crate) handler: Handler,
+    /// Immediate, or the op that a branch goes to.
+    pub(crate) imm: u64,
+    /// Displacement of the memory operand.
+    pub(crate) disp: i32,
+    /// Destination register: its byte offset in `Cpu::gpr` (AH is 1), or its number for other files.
+    pub(crate) dst: u8,
+    /// Source register, likewise.
+    pub(crate) src: u8,
+    /// Base register of the memory operand, byte offset.
+    pub(crate) base: u8,
+    /// Index register of the memory operand, byte offset.
+    pub(crate) index: u8,
+    /// 1, 2, 4 or 8.
+    pub(crate) scale: u8,
+    /// Segment of the memory operand in bits 2:0, log2 of address bytes in bits 5:4.
+    pub(crate) seg: u8,
+    /// Instruction length, bytes.
+    pub(crate) len: u8,
+    /// Free for the family: a third register, a condition, prefixes.
+    pub(crate) aux: u8,
+    /// Distance of the instruction from the trace's first, bytes.
+    pub(crate) off: u16,
+    /// Instructions of the trace from this one on.
+    pub(crate) left: u16,
+}
+
+/// The first op of a trace, same size and place of `handler` and `imm`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+pub(crate) struct Head {
+    pub(crate) handler: Handler,
+    /// Epoch in which the trace was last found equal to memory; 0 when it must be looked at.
+    pub(crate) stamp: u64,
+    /// Offset in CS of the first instruction.
+    pub(crate) ip: u64,
+    /// Index in `Traces`.
+    pub(crate) trace: u32,
+    pub(crate) unused: u16,
+    /// Instructions of the trace.
+    pub(crate) count: u16,
+}
+
+const _: () = assert!(size_of::<Op>() == 32 && size_of::<Head>() == 32);
+
+/// A predicted return.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub(crate) struct RasEntry {
+    ip: u64,
+    context: u64,
+    op: *const Op,
+}
+
+impl RasEntry {
+    pub(crate) const EMPTY: Self = Self { ip: 0, context: 0, op: std::ptr::null() };
+}
+
+impl Op {
+    /// Segment of the memory operand.
+    #[inline(always)]
+    pub(crate) fn segment(&self) -> Seg {
+        Seg::ALL[usize::from(self.seg & 7) % 6]
+    }
+
+    /// log2 of the address size in bytes: 1, 2 or 3.
+    #[inline(always)]
+    pub(crate) fn address_log2(&self) -> u8 {
+        self.seg >> 4
+    }
+
+    /// All ones over the address size.
+    #[inline(always)]
+    pub(crate) fn address_mask(&self) -> u64 {
+        const MASKS: [u64; 4] = [0xff, 0xffff, 0xffff_ffff, u64::MAX];
+        MASKS[usize::from(self.address_log2() & 3)]
+    }
+}
+
+/// What the semantics of an instruction see: one CPU, its op, and the state that lives in host registers.
+pub(crate) struct Machine {
+    pub(crate) cpu: *mut Cpu,
+    pub(crate) op: *const Op,
+    pub(crate) fa: u64,
+    pub(crate) fb: u64,
+    pub(crate) budget: i64,
+}
+
+/// Where to go after an instruction. Never materialised: it folds away when the semantics are inlined.
+pub(crate) enum To {
+    /// The op behind this one.
+    Next,
+    /// The second op behind this one: this one has a data slot.
+    Skip,
+    /// A head, or a stub that finds one.
+    Op(*const Op),
+    /// Instruction complete, but the trace must be left: RIP is the next in memory order.
+    Leave,
+    /// A computed target; #GP(0) at this instruction where it is not canonical.
+    Indirect(u64),
+    /// A computed target that is canonical.
+    IndirectChecked(u64),
+    /// Instruction complete, but the loop is wanted: RIP is what the link leads to.
+    LeaveTo(*const Op),
+    /// Fault or exit: nothing was committed.
+    Stop,
+}
+
+/// Semantics of an instruction that lives in the hot part. Implementations are zero-sized.
+pub(crate) trait Semantics: 'static {
+    /// Executes one instruction.
+    ///
+    /// # Safety
+    /// `m.cpu` is the running CPU, `m.op` an op of its arena. No reference to the CPU outlives a statement.
+    unsafe fn run(m: &mut Machine) -> To;
+}
+
+macro_rules! dispatch {
+    ($cpu:expr, $op:expr, $m:expr) => {{
+        let op: *const Op = $op;
+        // SAFETY: `op` is an initialised op of the arena of `cpu` (links and trace order are made by `decode::trace`).
+        let handler = unsafe { (*op).handler };
+        // SAFETY: a handler's contract is the one this handler was called under.
+        return unsafe { handler($cpu, op, $m.fa, $m.fb, $m.budget) };
+    }};
+}
+
+/// The handler of `S`.
+pub(crate) unsafe fn handler<S: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    let mut m = Machine { cpu, op, fa, fb, budget };
+    // SAFETY: handlers are called with the running CPU and one of its ops.
+    match unsafe { S::run(&mut m) } {
+        // SAFETY: a trace ends in an op that does not return `Next`, so there is one behind.
+        To::Next => dispatch!(cpu, unsafe { op.add(1) }, m),
+        // SAFETY: as above, with a data slot between.
+        To::Skip => dispatch!(cpu, unsafe { op.add(2) }, m),
+        To::Op(target) => dispatch!(cpu, target, m),
+        To::Indirect(ip) | To::IndirectChecked(ip) => {
+            // SAFETY: `cpu` is the running CPU.
+            let mut target = unsafe { jump_cached(cpu, ip) };
+            if target.is_null() {
+                let saved = Saved { fa: m.fa, fb: m.fb, budget: m.budget };
+                // SAFETY: as above; the lookup changes nothing that the handler holds.
+                target = unsafe { jump_slow(cpu, op, ip, saved) };
+                if target.is_null() {
+                    return;
+                }
+            }
+            dispatch!(cpu, target, m)
+        }
+        // SAFETY: `cpu` is the running CPU, `op` the current op.
+        To::Leave => unsafe { leave(cpu, op, m.fa, m.fb, m.budget) },
+        // SAFETY: as above; `to` is a link: a head or a stub.
+        To::LeaveTo(to) => unsafe { leave_to(cpu, op, to, m.fa, m.fb, m.budget) },
+        // SAFETY: as above.
+        To::Stop => unsafe { stop(cpu, op, m.fa, m.fb, m.budget) },
+    }
+}
+
+/// What a handler holds in registers, handed to a cold function.
+pub(crate) struct Saved {
+    fa: u64,
+    fb: u64,
+    budget: i64,
+}
+
+/// Back to the loop with RIP at the op's instruction, which has not happened.
+#[cold]
+pub(crate) unsafe fn stop(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    // SAFETY: `cpu` is the running CPU; no other reference to it is alive while a handler runs.
+    let cpu = unsafe { &mut *cpu };
+    // SAFETY: `op` is the op being executed; ops are not moved while a trace runs.
+    let op = unsafe { &*op };
+    cpu.fa = fa;
+    cpu.fb = fb;
+    cpu.budget = budget + i64::from(op.left);
+    cpu.rip = cpu.ip_of(op);
+}
+
+/// Back to the loop with RIP behind the op's instruction, which is complete.
+#[cold]
+pub(crate) unsafe fn leave(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    // SAFETY: as in `stop`.
+    let cpu = unsafe { &mut *cpu };
+    // SAFETY: as in `stop`.
+    let op = unsafe { &*op };
+    cpu.fa = fa;
+    cpu.fb = fb;
+    cpu.budget = budget + i64::from(op.left) - 1;
+    cpu.rip = cpu.next_ip(op);
+}
+
+/// Back to the loop with RIP where the link leads.
+#[cold]
+unsafe fn leave_to(cpu: *mut Cpu, op: *const Op, to: *const Op, fa: u64, fb: u64, budget: i64) {
+    // SAFETY: as in `stop`.
+    unsafe { leave(cpu, op, fa, fb, budget) };
+    // SAFETY: `to` is a head or a stub, copied out.
+    let target = unsafe { *to };
+    // SAFETY: a head and an op have one layout in these fields.
+    let head = unsafe { *to.cast::<Head>() };
+    let is_head = std::ptr::fn_addr_eq(target.handler, self::head as Handler);
+    // SAFETY: `cpu` is the running CPU.
+    unsafe { (*cpu).rip = if is_head { head.ip } else { target.imm } };
+}
+
+impl Cpu {
+    /// Offset in CS of the op's instruction.
+    #[inline(always)]
+    pub(crate) fn ip_of(&self, op: &Op) -> u64 {
+        self.gpr[17].wrapping_add(u64::from(op.off))
+    }
+
+    /// Offset in CS of the instruction behind the op's, wrapped as the mode does.
+    #[inline(always)]
+    pub(crate) fn next_ip(&self, op: &Op) -> u64 {
+        self.ip_of(op).wrapping_add(u64::from(op.len)) & self.ip_mask()
+    }
+}
+
+#[inline(always)]
+fn jump_index(ip: u64) -> usize {
+    (ip ^ ip >> 12) as usize & 4095
+}
+
+/// The trace head for `ip`, if the jump cache has it. Null otherwise.
+#[inline(always)]
+unsafe fn jump_cached(cpu: *mut Cpu, ip: u64) -> *const Op {
+    // SAFETY: `cpu` is the running CPU; the borrow ends with this function.
+    let cpu = unsafe { &*cpu };
+    let entry = &cpu.jumps[jump_index(ip)];
+    if entry.ip == ip && entry.context == cpu.code_context { entry.op } else { std::ptr::null() }
+}
+
+/// Finds or decodes the trace at `ip`. Null: RIP is `ip`, and the loop has to deal with it.
+#[cold]
+#[inline(never)]
+unsafe fn jump_slow(cpu: *mut Cpu, op: *const Op, ip: u64, saved: Saved) -> *const Op {
+    // SAFETY: `cpu` is the running CPU; the handler that called holds no reference.
+    let cpu = unsafe { &mut *cpu };
+    if !cpu.is_canonical(ip) {
+        cpu.fault(crate::fault::Fault::gp(0));
+        // SAFETY: `op` is the current op; control is back in the loop after this.
+        unsafe { stop(cpu, op, saved.fa, saved.fb, saved.budget) };
+        return std::ptr::null();
+    }
+    // Control is not in a trace that a full arena could take away: the jump is done.
+    let head = if cpu.leave { std::ptr::null() } else { cpu.find_trace(ip) };
+    if head.is_null() {
+        // SAFETY: `op` is the op being executed.
+        let left = unsafe { (*op).left };
+        cpu.fa = saved.fa;
+        cpu.fb = saved.fb;
+        cpu.budget = saved.budget + i64::from(left) - 1;
+        cpu.rip = ip;
+    }
+    head
+}
+
+impl Cpu {
+    /// The head of the trace at `ip` in the current mode, through the jump cache. Null when the loop must execute a
+    /// single instruction (limit, page end, fetch fault): it finds out which.
+    pub(crate) fn find_trace(&mut self, ip: u64) -> *const Op {
+        // SAFETY: `self` is a CPU and no handler runs inside this call.
+        let cached = unsafe { jump_cached(self, ip) };
+        if !cached.is_null() {
+            return cached;
+        }
+        let head = self.trace_at(ip);
+        if !head.is_null() {
+            self.jumps[jump_index(ip)] = JumpEntry { ip, context: self.code_context, op: head };
+        }
+        head
+    }
+
+    /// Runs from a head until something asks for the loop.
+    pub(crate) fn execute(&mut self, head: *const Op) {
+        let (fa, fb, budget) = (self.fa, self.fb, self.budget);
+        // SAFETY: `head` came from `find_trace` or `Traces::single` and no trace was flushed since.
+        let handler = unsafe { (*head).handler };
+        // SAFETY: handlers' contract: this CPU, an op of its arena; `self` is not used until it returns.
+        unsafe { handler(self, head, fa, fb, budget) };
+    }
+}
+
+use crate::cpu::JumpEntry;
+
+/// Head of a trace: charges its instructions, and looks whether anybody wants attention.
+pub(crate) unsafe fn head(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    let m = Machine { cpu, op, fa, fb, budget };
+    let head = op.cast::<Head>();
+    // SAFETY: a head's handler is called with a head; `stamp` points into the `Kick` that the CPU keeps alive.
+    let stamp = unsafe { (*(*cpu).stamp).load(Ordering::Relaxed) };
+    // SAFETY: as above.
+    let (known, ip, count) = unsafe { ((*head).stamp, (*head).ip, (*head).count) };
+    // The budget may go below zero by one trace; the instruction count stays exact.
+    if stamp != known || budget <= 0 {
+        // SAFETY: as above.
+        let go = unsafe { head_cold(cpu, op, &Saved { fa, fb, budget }) };
+        if !go {
+            return;
+        }
+    }
+    // SAFETY: `cpu` is the running CPU.
+    unsafe { (*cpu).gpr[17] = ip };
+    let m = Machine { budget: m.budget - i64::from(count), ..m };
+    // SAFETY: a head is followed by its first instruction.
+    dispatch!(cpu, unsafe { op.add(1) }, m)
+}
+
+/// True: the trace is what memory holds, go on. False: back to the loop, RIP at the trace.
+#[cold]
+#[inline(never)]
+unsafe fn head_cold(cpu: *mut Cpu, op: *const Op, saved: &Saved) -> bool {
+    // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
+    let cpu = unsafe { &mut *cpu };
+    // SAFETY: called with a head only.
+    let head = unsafe { *op.cast::<Head>() };
+    if saved.budget > 0 && cpu.trace_is_current(head.trace) {
+        return true;
+    }
+    cpu.fa = saved.fa;
+    cpu.fb = saved.fb;
+    cpu.budget = saved.budget;
+    cpu.rip = head.ip;
+    false
+}
+
+/// Behind a trace that ended for want of space: goes on at the op's own address, as a jump to it would.
+pub(crate) struct Continue;
+impl Semantics for Continue {
+    #[inline(always)]
+    unsafe fn run(m: &mut Machine) -> To {
+        // SAFETY: `m.op` is the current op.
+        To::Op(unsafe { (*m.op).imm } as *const Op)
+    }
+}
+
+/// A stub behind a branch: finds the target, and where the target lies in the same page links the branch to it.
+/// `imm` is the target, `disp` the distance in bytes to the link, `left` that of the branch's fall-through.
+pub(crate) unsafe fn resolve(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    let m = Machine { cpu, op, fa, fb, budget };
+    // SAFETY: `cpu` is the running CPU, `op` a stub.
+    let target = unsafe { resolve_cold(cpu, op, &Saved { fa, fb, budget }) };
+    if target.is_null() {
+        return;
+    }
+    dispatch!(cpu, target, m)
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn resolve_cold(cpu: *mut Cpu, op: *const Op, saved: &Saved) -> *const Op {
+    // SAFETY: `cpu` is the running CPU; the stub's handler holds no reference.
+    let cpu = unsafe { &mut *cpu };
+    // SAFETY: `op` is a stub of the arena, copied out.
+    let stub = unsafe { *op };
+    let target = cpu.find_trace(stub.imm);
+    if target.is_null() {
+        cpu.fa = saved.fa;
+        cpu.fb = saved.fb;
+        cpu.budget = saved.budget;
+        cpu.rip = stub.imm;
+        return target;
+    }
+    cpu.traces.link(op, target, cpu.gpr[17], cpu.code_context);
+    target
+}
+
+/// A stub whose target lies in another page: good while the context is the one it was found in.
+pub(crate) unsafe fn cross(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    let m = Machine { cpu, op, fa, fb, budget };
+    // SAFETY: the slot behind a stub holds the target in `imm` and its context in the eight bytes from `disp` on.
+    let (target, context) = unsafe { ((*op.add(1)).imm as *const Op, op.add(1).cast::<u64>().add(2).read()) };
+    // SAFETY: `cpu` is the running CPU.
+    if context == unsafe { (*cpu).code_context } {
+        dispatch!(cpu, target, m)
+    }
+    // SAFETY: as in `resolve`.
+    let target = unsafe { resolve_cold(cpu, op, &Saved { fa, fb, budget }) };
+    if target.is_null() {
+        return;
+    }
+    dispatch!(cpu, target, m)
+}
+
+// Plain functions as handlers
+
+/// The handler of an instruction written as a function of the whole CPU. `F` is a function item: zero-sized.
+pub(crate) unsafe fn plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
+    cpu: *mut Cpu,
+    op: *const Op,
+    fa: u64,
+    fb: u64,
+    budget: i64,
+) {
+    // SAFETY: `cpu` is the running CPU, `op` one of its ops.
+    let then = unsafe { call_plain::<F>(cpu, op, fa, fb, budget) };
+    if then {
+        // SAFETY: `call_plain` left the registers' state in the CPU.
+        let m = unsafe { Machine { cpu, op, fa: (*cpu).fa, fb: (*cpu).fb, budget } };
+        // SAFETY: a trace ends in an op that leaves it.
+        dispatch!(cpu, unsafe { op.add(1) }, m)
+    }
+}
+
+#[inline(never)]
+unsafe fn call_plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
+    cpu: *mut Cpu,
+    op: *const Op,
+    fa: u64,
+    fb: u64,
+    budget: i64,
+) -> bool {
+    const { assert!(size_of::<F>() == 0) };
+    // SAFETY: a zero-sized function item has one value, which needs no storage.
+    let f = unsafe { std::ptr::NonNull::<F>::dangling().as_ref() };
+    // SAFETY: the handler that called holds no reference.
+    let cpu = unsafe { &mut *cpu };
+    // SAFETY: ops are not moved or freed while a trace runs.
+    let op = unsafe { &*op };
+    cpu.fa = fa;
+    cpu.fb = fb;
+    cpu.budget = budget;
+    let done = f(cpu, op);
+    match done {
+        Ok(Then::Next) if !cpu.leave => return true,
+        Ok(Then::Next | Then::Leave) => cpu.rip = cpu.next_ip(op),
+        Ok(Then::Jump) => {}
+        Ok(Then::Again) => {
+            cpu.rip = cpu.ip_of(op);
+            cpu.budget += 1;
+        }
+        Err(Stop) => {
+            cpu.rip = cpu.ip_of(op);
+            cpu.budget += 1;
+        }
+    }
+    cpu.budget += i64::from(op.left) - 1;
+    false
+}
+
+// Operands of the hot semantics
+
+/// How a memory operand's linear address is made.
+pub(crate) trait Form: 'static {
+    /// Linear address of `size` bytes.
+    unsafe fn linear(m: &Machine, size: u32, write: bool) -> Result<u64, Stop>;
+}
+
+/// 64-bit mode, no segment base: base + displacement.
+pub(crate) struct BaseDisp;
+/// 64-bit mode, no segment base: base + index × scale + displacement.
+pub(crate) struct BaseIndex;
+/// Every address size, every mode: segment base and bound.
+pub(crate) struct General;
+
+impl Form for BaseDisp {
+    #[inline(always)]
+    unsafe fn linear(m: &Machine, _: u32, _: bool) -> Result<u64, Stop> {
+        // SAFETY: `m` holds the running CPU and the current op; `base` was made from a register number.
+        unsafe { Ok(gpr(m.cpu, (*m.op).base).read().wrapping_add((*m.op).disp as u64)) }
+    }
+}
+
+impl Form for BaseIndex {
+    #[inline(always)]
+    unsafe fn linear(m: &Machine, _: u32, _: bool) -> Result<u64, Stop> {
+        // SAFETY: as above.
+        unsafe {
+            let op = m.op;
+            let base = gpr(m.cpu, (*op).base).read();
+            let index = gpr(m.cpu, (*op).index).read();
+            Ok(base.wrapping_add(index.wrapping_mul(u64::from((*op).scale))).wrapping_add((*op).disp as u64))
+        }
+    }
+}
+
+impl Form for General {
+    #[inline(always)]
+    unsafe fn linear(m: &Machine, size: u32, write: bool) -> Result<u64, Stop> {
+        // SAFETY: `m` holds the running CPU and the current op; no other reference is alive in a handler.
+        let (cpu, op) = unsafe { (&mut *m.cpu, &*m.op) };
+        let offset = cpu.ea(op);
+        cpu.linear(op.segment(), offset, size, write)
+    }
+}
+
+/// Address of a slot of the register file.
+#[inline(always)]
+pub(crate) unsafe fn gpr(cpu: *mut Cpu, slot: u8) -> *mut u64 {
+    // SAFETY: slots are byte offsets into `Cpu::gpr`, which starts the structure; the largest is inside it.
+    unsafe { cpu.cast::<u8>().add(usize::from(slot)).cast() }
+}
+
+impl Machine {
+    /// The status flags, lazy.
+    #[inline(always)]
+    pub(crate) fn flags(&self) -> Flags {
+        // SAFETY: `cpu` is the running CPU.
+        Flags { kind: unsafe { (*self.cpu).fk }, a: self.fa, b: self.fb }
+    }
+
+    /// Replaces the status flags.
+    #[inline(always)]
+    pub(crate) fn set_flags(&mut self, flags: Flags) {
+        // SAFETY: `cpu` is the running CPU.
+        unsafe { (*self.cpu).fk = flags.kind };
+        self.fa = flags.a;
+        self.fb = flags.b;
+    }
+
+    /// A register operand.
+    #[inline(always)]
+    pub(crate) fn get<W: HostWord>(&self, slot: u8) -> W {
+        // SAFETY: as in `gpr`; AH to BH are odd offsets and read one byte.
+        unsafe { gpr(self.cpu, slot).cast::<W>().read() }
+    }
+
+    /// Writes a register operand: 32 bits clear the upper half, 8 and 16 keep the rest.
+    #[inline(always)]
+    pub(crate) fn put<W: HostWord>(&mut self, slot: u8, value: W) {
+        if W::BYTES == 4 {
+            // SAFETY: as in `gpr`; 32-bit operands start a slot.
+            unsafe { gpr(self.cpu, slot).write(value.zext()) }
+        } else {
+            // SAFETY: as in `gpr`; AH to BH are odd offsets and write one byte.
+            unsafe { gpr(self.cpu, slot).cast::<W>().write(value) }
+        }
+    }
+
+    /// The current op.
+    #[inline(always)]
+    pub(crate) fn op(&self) -> &Op {
+        // SAFETY: the current op outlives the handler.
+        unsafe { &*self.op }
+    }
+
+    /// Loads from a linear address.
+    #[inline(always)]
+    pub(crate) fn load<W: HostWord>(&mut self, la: u64) -> Result<W, Stop> {
+        // SAFETY: `cpu` is the running CPU, and the handler holds no other reference.
+        let cpu = unsafe { &mut *self.cpu };
+        cpu.load(la, self.op().segment())
+    }
+
+    /// Stores to a linear address; the caller then asks [`Self::after_store`] where to go.
+    #[inline(always)]
+    pub(crate) fn store<W: HostWord>(&mut self, la: u64, value: W) -> Result<Stored, Stop> {
+        // SAFETY: as above.
+        let cpu = unsafe { &mut *self.cpu };
+        if let Some(host) = cpu.tlb.write(la, u64::from(W::BYTES)) {
+            // SAFETY: a TLB hit names mapped, writable RAM of a slot that the CPU's view keeps alive.
+            unsafe { W::store(host, value) };
+            return Ok(Stored::Ram);
+        }
+        let seg = self.op().segment();
+        cpu.store_slow(la, value.zext(), W::BYTES, crate::access::By::Code, seg)?;
+        Ok(if cpu.leave { Stored::Elsewhere } else { Stored::Ram })
+    }
+
+    /// `[la] ← f([la])` without LOCK.
+    #[inline(always)]
+    pub(crate) fn modify<W: HostWord>(&mut self, la: u64, f: impl FnMut(W) -> Option<W>) -> Result<(W, Stored), Stop> {
+        // SAFETY: as above.
+        let cpu = unsafe { &mut *self.cpu };
+        let seg = self.op().segment();
+        let hit = cpu.tlb.write(la, u64::from(W::BYTES)).is_some();
+        let old = cpu.modify(la, seg, false, f)?;
+        Ok((old, if !hit && cpu.leave { Stored::Elsewhere } else { Stored::Ram }))
+    }
+}
+
+/// What a store means for the trace.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stored {
+    /// Nothing.
+    Ram,
+    /// A device write to be reported, or changed code: leave once the instruction is done.
+    Elsewhere,
+}
+
+impl Stored {
+    /// Where to go when the store was the last thing that could stop the instruction.
+    #[inline(always)]
+    pub(crate) fn then(self) -> To {
+        match self {
+            Self::Ram => To::Next,
+            Self::Elsewhere => To::Leave,
+        }
+    }
+}
+
+/// Pushes a predicted return.
+#[inline(always)]
+pub(crate) fn ras_push(m: &mut Machine, ip: u64, op: *const Op) {
+    // SAFETY: `cpu` is the running CPU; the borrow ends here.
+    let cpu = unsafe { &mut *m.cpu };
+    let top = cpu.ras_top.wrapping_add(1) & 31;
+    cpu.ras_top = top;
+    cpu.ras[top as usize] = RasEntry { ip, context: cpu.code_context, op };
+}
+
+/// The predicted return for `ip`, popped if it matches.
+#[inline(always)]
+pub(crate) fn ras_pop(m: &mut Machine, ip: u64) -> To {
+    // SAFETY: as above.
+    let cpu = unsafe { &mut *m.cpu };
+    let entry = &cpu.ras[cpu.ras_top as usize & 31];
+    if entry.ip == ip && entry.context == cpu.code_context {
+        let op = entry.op;
+        cpu.ras_top = cpu.ras_top.wrapping_sub(1) & 31;
+        return To::Op(op);
+    }
+    To::Indirect(ip)
+}

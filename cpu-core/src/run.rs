@@ -1,0 +1,374 @@
+//! The loop around the traces: events before an instruction, traces, what a trace stopped for.
+
+use mmu::{Lookup, PageFault};
+use x86_defs::{Dr6, GuestPhysAddr, Rflags};
+
+use crate::cpu::{ASKED_RETURN, Cpu, Stop, StopReason};
+use crate::decode::trace::MAX_INSTRUCTION_BYTES;
+use crate::event::{self, Delivery};
+use crate::fault::{Fault, Origin};
+use crate::op::QUANTUM;
+use crate::state::Seg;
+use crate::vmx::{Exit, Io, Mmio};
+
+const PAGE: u64 = 0x1000;
+
+impl Cpu {
+    /// Runs the guest until something needs the KVM layer.
+    pub fn run(&mut self) -> Exit {
+        self.enter();
+        let exit = self.run_entered();
+        self.view.leave();
+        exit
+    }
+
+    /// Executes at most one instruction, events before it included. `None`: nothing needs the KVM layer.
+    pub fn step(&mut self) -> Option<Exit> {
+        self.enter();
+        let exit = self.take_events().or_else(|| self.run_one());
+        self.view.leave();
+        exit
+    }
+
+    fn enter(&mut self) {
+        if self.view.enter() {
+            self.flush_tlb();
+        }
+        // Whatever the VMM did to memory while we were away is visible to fetches from here on.
+        self.serialize();
+    }
+
+    fn run_entered(&mut self) -> Exit {
+        loop {
+            if let Some(exit) = self.look_around() {
+                return exit;
+            }
+            if let Some(exit) = self.take_events() {
+                return exit;
+            }
+            let alone = self.rflags & Rflags::TF.bits() != 0
+                || self.in_shadow()
+                || self.has_breakpoints()
+                || !self.mmio.answered.is_empty()
+                || self.io_input.is_some();
+            let exit = if alone { self.run_one() } else { self.run_traces() };
+            if let Some(exit) = exit {
+                return exit;
+            }
+        }
+    }
+
+    /// What other threads ask for, and device writes that wait to be reported.
+    fn look_around(&mut self) -> Option<Exit> {
+        if let Some(write) = self.mmio.writes.pop_front() {
+            return Some(Exit::Mmio(write));
+        }
+        if self.kick.asked() {
+            let asked = self.kick.take();
+            self.refresh_memory();
+            if asked & ASKED_RETURN != 0 {
+                return Some(Exit::ExternalInterrupt);
+            }
+        }
+        None
+    }
+
+    /// Slots changed, or a dirty log was harvested: everything that holds host addresses goes.
+    fn refresh_memory(&mut self) {
+        if self.view.refresh() {
+            self.flush_tlb();
+        }
+    }
+
+    /// Delivers what is due before the next instruction, in the order of SDM Vol. 3 "Priority Among Concurrent Events".
+    fn take_events(&mut self) -> Option<Exit> {
+        if self.debug_pending != 0 && self.events.exception.is_none() {
+            let dr6 = std::mem::take(&mut self.debug_pending);
+            return self.raise(Fault::db(dr6, Origin::Trap));
+        }
+        if let Some(pending) = self.events.exception.take() {
+            return self.deliver(Delivery::Injected(pending));
+        }
+        if self.in_shadow() {
+            return None;
+        }
+        if let Some(number) = self.events.interrupt
+            && self.events.soft
+        {
+            self.events.interrupt = None;
+            self.events.soft = false;
+            return self.deliver(Delivery::External(number));
+        }
+        if self.events.nmi_pending && !self.events.nmi_masked {
+            self.events.nmi_pending = false;
+            self.events.nmi_masked = true;
+            return self.deliver(Delivery::Nmi);
+        }
+        if self.rflags & Rflags::IF.bits() == 0 {
+            return None;
+        }
+        if let Some(number) = self.events.interrupt.take() {
+            // An interrupt may announce data that a device wrote: fetches see it from here on.
+            self.serialize();
+            return self.deliver(Delivery::External(number));
+        }
+        self.interrupt_window.then_some(Exit::InterruptWindow)
+    }
+
+    /// Runs traces until the quantum ends, an instruction stops, or somebody asks for attention.
+    fn run_traces(&mut self) -> Option<Exit> {
+        let head = self.find_trace(self.rip);
+        if head.is_null() {
+            return if self.kick.asked() { None } else { self.run_one() };
+        }
+        self.begin(QUANTUM);
+        self.execute(head);
+        self.end()
+    }
+
+    fn begin(&mut self, quantum: i64) {
+        self.quantum = quantum;
+        self.budget = quantum;
+        self.leave = false;
+        self.stop = None;
+    }
+
+    /// Settles the instruction count, and deals with what the last instruction stopped for.
+    fn end(&mut self) -> Option<Exit> {
+        self.instructions += (self.quantum - self.budget) as u64;
+        self.leave = false;
+        if std::mem::take(&mut self.shadow_wanted) {
+            self.shadow_at = self.instructions;
+        }
+        match self.stop.take() {
+            None => None,
+            Some(StopReason::Exit(exit)) => {
+                // A read that waits is answered, and the instruction starts again.
+                self.mmio.used = 0;
+                Some(exit)
+            }
+            Some(StopReason::Fault(fault)) => {
+                self.forget_answers();
+                self.raise(fault)
+            }
+        }
+    }
+
+    /// The instruction that device reads were answered for is over.
+    pub(crate) fn forget_answers(&mut self) {
+        self.mmio.answered.clear();
+        self.mmio.used = 0;
+        self.io_input = None;
+    }
+
+    /// Executes one instruction by itself: under TF, in a shadow, at a page end, while device reads are answered.
+    fn run_one(&mut self) -> Option<Exit> {
+        let traced = self.rflags & Rflags::TF.bits() != 0;
+        self.begin(1);
+        self.budget = 0;
+        if let Some(exit) = self.instruction_breakpoint() {
+            return Some(exit);
+        }
+        if self.stop.is_none() {
+            let mut bytes = [0; MAX_INSTRUCTION_BYTES];
+            match self.fetch(&mut bytes) {
+                Err(Stop) => self.budget = 1,
+                Ok(n) => match self.single(&bytes[..n], self.rip) {
+                    Some(op) => self.execute(op),
+                    None => {
+                        self.budget = 1;
+                        self.stop = Some(StopReason::Exit(Exit::Unimplemented { bytes, len: n as u8 }));
+                    }
+                },
+            }
+        }
+        let finished = self.budget == 0;
+        let stopped = self.stop.is_some();
+        if finished {
+            self.forget_answers();
+            self.rflags &= !Rflags::RF.bits() | u64::from(self.keep_rf) * Rflags::RF.bits();
+            self.keep_rf = false;
+        }
+        let exit = self.end();
+        if traced && finished && !stopped && !std::mem::take(&mut self.suppress_step) {
+            self.debug_pending |= Dr6::BS.bits();
+        }
+        exit
+    }
+
+    /// #DB for an instruction breakpoint at RIP (SDM Vol. 3 "Instruction-Breakpoint Exception Condition").
+    fn instruction_breakpoint(&mut self) -> Option<Exit> {
+        if !self.has_breakpoints() || self.rflags & Rflags::RF.bits() != 0 {
+            return None;
+        }
+        let la = self.wrap_linear(self.seg_base[Seg::Cs as usize].wrapping_add(self.rip));
+        let dr7 = self.debug.dr7;
+        let hit = (0..4)
+            .filter(|i| dr7 >> (2 * i) & 3 != 0 && dr7 >> (16 + 4 * i) & 3 == 0 && self.debug.db[*i as usize] == la)
+            .fold(0, |bits, i| bits | 1 << i);
+        if hit != 0 {
+            self.budget = 1;
+            self.stop = Some(StopReason::Fault(Fault::db(hit, Origin::Fault)));
+        }
+        None
+    }
+
+    /// Fetches the instruction at RIP: up to 15 bytes, fewer where the segment or memory ends before them.
+    /// Faults only if the instruction itself reaches what cannot be fetched.
+    fn fetch(&mut self, bytes: &mut [u8; MAX_INSTRUCTION_BYTES]) -> Result<usize, Stop> {
+        let ip = self.rip;
+        let long = self.is_64bit();
+        if long && !self.is_canonical(ip) {
+            return Err(self.fault(Fault::gp(0)));
+        }
+        let limit = if long { u64::MAX } else { u64::from(self.seg[Seg::Cs as usize].limit) };
+        let base = self.seg_base[Seg::Cs as usize];
+        let mut got = 0;
+        let mut stop = None;
+        while got < bytes.len() {
+            let offset = ip.wrapping_add(got as u64);
+            let la = self.wrap_linear(base.wrapping_add(offset));
+            if offset > limit {
+                stop = Some(StopReason::Fault(Fault::gp(0)));
+                break;
+            }
+            match self.fetch_page(la) {
+                Ok(Some(gpa)) => {
+                    let n = ((PAGE - (la & (PAGE - 1))) as usize).min(bytes.len() - got);
+                    let n = n.min(limit.saturating_sub(offset).saturating_add(1).min(15) as usize);
+                    if self.view.read(GuestPhysAddr(gpa), &mut bytes[got..got + n]).is_err() {
+                        stop = Some(StopReason::Exit(Exit::Unimplemented { bytes: *bytes, len: got as u8 }));
+                        break;
+                    }
+                    got += n;
+                }
+                Ok(None) => {
+                    stop = Some(StopReason::Exit(Exit::Unimplemented { bytes: *bytes, len: got as u8 }));
+                    break;
+                }
+                Err(fault) => {
+                    stop = Some(StopReason::Fault(Fault::pf(fault.error_code.bits(), la)));
+                    break;
+                }
+            }
+        }
+        let complete = got == bytes.len() || self.single(&bytes[..got], ip).is_some();
+        if complete {
+            return Ok(got);
+        }
+        self.stop = stop;
+        Err(Stop)
+    }
+
+    /// Guest-physical address that a fetch at `la` reads, `None` where there is no RAM.
+    fn fetch_page(&mut self, la: u64) -> Result<Option<u64>, PageFault> {
+        let gpa = match self.tlb.fetch(la) {
+            Some(gpa) => gpa,
+            None => self.translate_fetch(la)?,
+        };
+        let ram = matches!(self.view.page(GuestPhysAddr(gpa & !(PAGE - 1)), false), Lookup::Ram { .. });
+        Ok(ram.then_some(gpa))
+    }
+
+    /// Delivers a fault of the guest's own making, or hands it to a debugger that wants it.
+    fn raise(&mut self, fault: Fault) -> Option<Exit> {
+        if self.intercepts >> fault.vector & 1 != 0 {
+            return Some(Exit::Exception { vector: fault.vector, dr6: fault.dr6 });
+        }
+        self.deliver(Delivery::Exception(fault))
+    }
+
+    fn deliver(&mut self, what: Delivery) -> Option<Exit> {
+        self.stop = None;
+        self.leave = false;
+        let exit = event::deliver(self, what);
+        self.stop = None;
+        exit
+    }
+
+    /// Queues an external interrupt; it is delivered when IF and shadows allow.
+    pub fn queue_interrupt(&mut self, vector: u8) {
+        self.events.interrupt = Some(vector);
+        self.events.soft = false;
+    }
+
+    /// Queues an exception, as KVM's `kvm_queue_exception` for errors of user space's making does.
+    pub fn queue_exception(&mut self, vector: u8, error: Option<u32>) {
+        self.events.exception = Some(crate::state::PendingException { vector, error });
+    }
+
+    /// Queues an NMI.
+    pub fn queue_nmi(&mut self) {
+        self.events.nmi_pending = true;
+    }
+
+    /// Answers the read of [`Exit::Mmio`]; the next run starts the instruction again and finds the value.
+    pub fn complete_mmio_read(&mut self, value: u64) {
+        if let Some((gpa, len)) = self.mmio.waiting.take() {
+            let value = if len < 8 { value & ((1 << (8 * len)) - 1) } else { value };
+            self.mmio.answered.push((gpa, len, value));
+        }
+    }
+
+    /// The next queued part of a device write that took several, to be reported before the guest goes on.
+    pub fn next_mmio_write(&mut self) -> Option<Mmio> {
+        self.mmio.writes.pop_front()
+    }
+
+    /// Answers the IN or INS of [`Exit::Io`]. IN is finished by this; INS stores when the CPU runs next.
+    pub fn complete_io_in(&mut self, value: u32) {
+        let Some(io) = self.io_pending.take() else { return };
+        if io.string {
+            self.io_input = Some(value);
+            return;
+        }
+        match io.size {
+            1 => self.put_gpr(crate::state::Gpr::Rax, value as u8),
+            2 => self.put_gpr(crate::state::Gpr::Rax, value as u16),
+            _ => self.put_gpr(crate::state::Gpr::Rax, value),
+        }
+        self.skip_io();
+    }
+
+    /// The VMM has taken the value of OUT or OUTS: the instruction, or the element, is done.
+    pub fn complete_io_out(&mut self) {
+        let Some(io) = self.io_pending.take() else { return };
+        if io.string {
+            self.io_input = Some(0);
+            return;
+        }
+        self.skip_io();
+    }
+
+    /// RIP moves behind the IN or OUT that exited.
+    fn skip_io(&mut self) {
+        self.rip = self.rip.wrapping_add(u64::from(self.io_len)) & self.ip_mask();
+        self.instructions += 1;
+        if self.rflags & Rflags::TF.bits() != 0 {
+            self.debug_pending |= Dr6::BS.bits();
+        }
+    }
+
+    /// Drops what an earlier exit waits for: user space has loaded other registers.
+    pub fn abandon_exit(&mut self) {
+        self.forget_answers();
+        self.mmio.waiting = None;
+        self.io_pending = None;
+    }
+
+    /// The port access that waits to be completed.
+    pub fn pending_io(&self) -> Option<Io> {
+        self.io_pending
+    }
+
+    /// Reads guest memory at a linear address with supervisor rights and no side effects; `None` if it is not mapped.
+    pub fn debug_translate(&self, la: u64) -> Option<u64> {
+        let access = mmu::Access { kind: mmu::AccessKind::Read, user: false, implicit: true };
+        mmu::translate_only(&self.view, &self.paging(), x86_defs::LinearAddr(la), access).ok().map(|found| found.gpa.0)
+    }
+
+    /// #UD, for rows that find their operands invalid only when run.
+    pub(crate) fn undefined(&mut self) -> Stop {
+        self.fault(Fault::UD)
+    }
+}

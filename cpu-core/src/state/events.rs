@@ -1,0 +1,29 @@
+//! Events between instructions: what waits to be delivered and what holds it back.
+
+/// An exception that is to be delivered before the next instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingException {
+    /// Vector, 0 to 31.
+    pub vector: u8,
+    /// Error code, where the vector has one.
+    pub error: Option<u32>,
+}
+
+/// What KVM_GET_VCPU_EVENTS and KVM_SET_VCPU_EVENTS move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Events {
+    /// Exception to be delivered first.
+    pub exception: Option<PendingException>,
+    /// External interrupt (or `soft` INT n) accepted but not yet delivered.
+    pub interrupt: Option<u8>,
+    /// The interrupt is software's: it is delivered whatever IF says.
+    pub soft: bool,
+    /// NMI waits.
+    pub nmi_pending: bool,
+    /// An NMI handler runs: NMIs wait for IRET.
+    pub nmi_masked: bool,
+    /// The last instruction was STI that set IF: one more runs before interrupts.
+    pub shadow_sti: bool,
+    /// The last instruction was MOV SS or POP SS.
+    pub shadow_mov_ss: bool,
+}

@@ -1,0 +1,62 @@
+//! VMX exits: the SDM's basic exit reasons with what the qualification fields would say (Vol. 3, App. C).
+
+/// Why [`crate::Cpu::run`] came back. RIP is at the instruction that caused the exit unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Reason 0, for a #DB or #BP that the debugger intercepts. RIP as the exception would push it.
+    Exception {
+        /// Vector.
+        vector: u8,
+        /// What DR6 would show for a #DB.
+        dr6: u64,
+    },
+    /// Reason 1: [`crate::Kick::kick`] was called.
+    ExternalInterrupt,
+    /// Reason 2: a fault while delivering a double fault.
+    TripleFault,
+    /// Reason 7: the guest can take an interrupt now, and the KVM layer asked to hear of it.
+    InterruptWindow,
+    /// Reason 12. RIP is behind the HLT.
+    Hlt,
+    /// Reason 18.
+    Vmcall,
+    /// Reason 30. IN and INS wait for [`crate::Cpu::complete_io_in`], OUT and OUTS for [`crate::Cpu::complete_io_out`].
+    Io(Io),
+    /// Reason 33: guest state that VM entry refuses.
+    EntryFailure,
+    /// Reason 48 on memory that no slot holds, or a write to a read-only slot.
+    Mmio(Mmio),
+    /// No VMX reason: an instruction the core lacks, or one fetched from where there is no memory.
+    Unimplemented {
+        /// Its bytes, as far as they could be fetched.
+        bytes: [u8; 15],
+        /// How many of them.
+        len: u8,
+    },
+}
+
+/// One port access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Io {
+    /// I/O port.
+    pub port: u16,
+    /// Bytes per element: 1, 2 or 4.
+    pub size: u8,
+    /// IN or INS.
+    pub input: bool,
+    /// INS or OUTS: one element of it.
+    pub string: bool,
+    /// OUT and OUTS: the value, zero-extended. IN: EAX as it is. INS: 0.
+    pub data: u32,
+}
+
+/// One access to memory that the VMM backs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mmio {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Bytes: 1 to 8.
+    pub len: u8,
+    /// The value of a write; a read waits for [`crate::Cpu::complete_mmio_read`]. A write is finished: RIP is behind it.
+    pub write: Option<u64>,
+}
