@@ -5,6 +5,7 @@ mod cargo;
 mod console;
 mod demo;
 mod progress;
+mod record;
 mod test;
 
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ enum Command {
     Demo(demo::Args),
     Test(test::Args),
     Bench(bench::Args),
+    Record(record::Args),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Record(args) => record::run(&args),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,0 +1,30 @@
+//! `cargo xtask record`: expectations from something that is not our code.
+
+use anyhow::{Context, Result};
+use clap::Subcommand;
+
+use crate::cargo::cargo;
+
+/// Record the expected side of tests from an oracle.
+#[derive(clap::Args)]
+#[command(arg_required_else_help = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Instruction vectors, from the host's CPU, into cpu-core/tests/isa
+    Isa {
+        /// Mnemonics in lower case [default: all that have a vector file or could have one]
+        mnemonics: Vec<String>,
+    },
+}
+
+/// True if all was recorded.
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let What::Isa { mnemonics } = &args.what;
+    let mut command = cargo(["run", "--release", "--quiet", "--package", "isa-oracle", "--", "record"]);
+    Ok(command.args(mnemonics).status().context("cannot start cargo")?.success())
+}
