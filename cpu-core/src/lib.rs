@@ -3,6 +3,7 @@
 //! [`Cpu::run`] is the whole of it: it comes back with an [`Exit`], the caller deals with that and calls again.
 
 mod access;
+mod api;
 mod cpu;
 mod decode;
 mod event;
@@ -14,8 +15,6 @@ mod op;
 mod platform;
 mod run;
 mod state;
-#[cfg(test)]
-mod testing;
 mod vmx;
 mod word;
 
@@ -23,7 +22,7 @@ pub use cpu::{Cpu, Kick};
 pub use isa::is_implemented;
 pub use platform::{HostPlatform, Platform};
 pub use state::{
-    CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, PendingException, Regs, Seg, Segment, Sregs,
+    CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment, Sregs,
     VectorRegister, XSAVE_LEGACY_BYTES,
 };
 pub use vmx::{Exit, Io, Mmio};

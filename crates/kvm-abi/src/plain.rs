@@ -81,6 +81,8 @@ plain! {
 }
 
 // SAFETY: integers all the way, no padding.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
 unsafe impl Plain for u32 {}
 // SAFETY: as above.
 unsafe impl Plain for u64 {}

@@ -1,3 +1,28 @@
 //! What KVM means: VM and vCPU objects, every ioctl, every exit reason.
+//!
+//! A front end hands [`system_file`] to whoever opens `/dev/kvm`, brings requests to [`client::File`] objects, and shows
+//! the client as a [`client::Client`]. Everything else is inside.
 
+mod caps;
 pub mod client;
+mod cpuid;
+mod debug;
+mod era;
+pub mod exit;
+mod interrupt;
+pub mod ioctl;
+mod machine;
+mod memory;
+mod msr;
+mod run;
+mod run_page;
+mod state;
+pub mod status;
+mod system;
+mod vcpu;
+mod vm;
+mod xsave;
+
+pub use caps::Capability;
+pub use run_page::SIZE as VCPU_MMAP_SIZE;
+pub use system::{Kvm, system_file};

@@ -1,0 +1,39 @@
+//! Single pieces of state that the KVM layer reads or loads often.
+
+use crate::cpu::Cpu;
+use crate::state::{Msrs, Seg};
+
+impl Cpu {
+    /// Linear address of the next instruction.
+    pub fn linear_rip(&self) -> u64 {
+        self.seg_base[Seg::Cs as usize].wrapping_add(self.rip)
+    }
+
+    /// Task priority, bits 3:0.
+    pub fn cr8(&self) -> u64 {
+        self.cr8
+    }
+
+    /// Loads the task priority; the caller has checked that it is below 16.
+    pub fn set_cr8(&mut self, value: u64) {
+        self.cr8 = value;
+    }
+
+    /// Sets MAXPHYADDR, bits. Translations made with another width go.
+    pub fn set_phys_bits(&mut self, bits: u8) {
+        if self.phys_bits != bits {
+            self.phys_bits = bits;
+            self.flush_tlb();
+        }
+    }
+
+    /// The MSRs that the core stores.
+    pub fn msrs(&self) -> &Msrs {
+        &self.msrs
+    }
+
+    /// The MSRs that the core stores, to be loaded.
+    pub fn msrs_mut(&mut self) -> &mut Msrs {
+        &mut self.msrs
+    }
+}

@@ -1,0 +1,102 @@
+//! Capabilities: what `KVM_CHECK_EXTENSION` answers.
+//!
+//! A capability is here only when every ioctl, exit and flag that api.rst puts under it works. Anything absent reads as 0.
+
+use kvm_abi::consts::*;
+use nix::unistd::{SysconfVar, sysconf};
+
+/// `KVM_CAP_MAX_VCPUS`: vCPUs in one VM. Linux 6.1 has the same.
+pub(crate) const MAX_VCPUS: u32 = 1024;
+/// `KVM_CAP_MAX_VCPU_ID`: ids are below this, four times the number, as in Linux 6.1.
+pub(crate) const MAX_VCPU_ID: u32 = 4 * MAX_VCPUS;
+/// `KVM_CAP_NR_MEMSLOTS`: what Linux offered before 5.12. Later 32764; a client that fills them all needs its memory for that.
+pub(crate) const NR_MEMSLOTS: u32 = 509;
+/// Entries of a GSI routing table.
+const MAX_IRQ_ROUTES: u32 = 4096;
+
+macro_rules! capabilities {
+    ($($name:ident = $number:ident => $value:expr;)*) => {
+        /// A capability that is offered, or `Basic`: what KVM always had.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[expect(missing_docs, reason = "the names are those of KVM_CAP_…")]
+        pub enum Capability { Basic, $($name),* }
+
+        impl Capability {
+            /// Number and name of the `KVM_CAP_…` constant; `Basic` has none.
+            pub fn number(self) -> Option<(u32, &'static str)> {
+                match self {
+                    Self::Basic => None,
+                    $(Self::$name => Some(($number, stringify!($number)))),*
+                }
+            }
+        }
+
+        /// The answer to `KVM_CHECK_EXTENSION`; 0 for what is not offered.
+        pub(crate) fn check_extension(number: u64) -> i32 {
+            match u32::try_from(number) {
+                $(Ok($number) => $value as i32,)*
+                _ => 0,
+            }
+        }
+    };
+}
+
+capabilities! {
+    // capability                = number                              => value
+    Hlt                          = KVM_CAP_HLT                         => 1;
+    UserMemory                   = KVM_CAP_USER_MEMORY                 => 1;
+    SetTssAddr                   = KVM_CAP_SET_TSS_ADDR                => 1;
+    ExtCpuid                     = KVM_CAP_EXT_CPUID                   => 1;
+    NrVcpus                      = KVM_CAP_NR_VCPUS                    => recommended_vcpus();
+    NrMemslots                   = KVM_CAP_NR_MEMSLOTS                 => NR_MEMSLOTS;
+    NopIoDelay                   = KVM_CAP_NOP_IO_DELAY                => 1;
+    MpState                      = KVM_CAP_MP_STATE                    => 1;
+    DestroyMemoryRegionWorks     = KVM_CAP_DESTROY_MEMORY_REGION_WORKS => 1;
+    UserNmi                      = KVM_CAP_USER_NMI                    => 1;
+    SetGuestDebug                = KVM_CAP_SET_GUEST_DEBUG             => 1;
+    // QEMU refuses to start without it, also where it never routes anything.
+    IrqRouting                   = KVM_CAP_IRQ_ROUTING                 => MAX_IRQ_ROUTES;
+    JoinMemoryRegionsWorks       = KVM_CAP_JOIN_MEMORY_REGIONS_WORKS   => 1;
+    SetIdentityMapAddr           = KVM_CAP_SET_IDENTITY_MAP_ADDR       => 1;
+    VcpuEvents                   = KVM_CAP_VCPU_EVENTS                 => 1;
+    Debugregs                    = KVM_CAP_DEBUGREGS                   => 1;
+    X86RobustSinglestep          = KVM_CAP_X86_ROBUST_SINGLESTEP       => 1;
+    Xsave                        = KVM_CAP_XSAVE                       => 1;
+    Xcrs                         = KVM_CAP_XCRS                        => 1;
+    TscControl                   = KVM_CAP_TSC_CONTROL                 => 1;
+    InternalErrorData            = KVM_CAP_INTERNAL_ERROR_DATA         => 1;
+    GetTscKhz                    = KVM_CAP_GET_TSC_KHZ                 => 1;
+    MaxVcpus                     = KVM_CAP_MAX_VCPUS                   => MAX_VCPUS;
+    ReadonlyMem                  = KVM_CAP_READONLY_MEM                => 1;
+    CheckExtensionVm             = KVM_CAP_CHECK_EXTENSION_VM          => 1;
+    ExtEmulCpuid                 = KVM_CAP_EXT_EMUL_CPUID              => 1;
+    MaxVcpuId                    = KVM_CAP_MAX_VCPU_ID                 => MAX_VCPU_ID;
+    ImmediateExit                = KVM_CAP_IMMEDIATE_EXIT              => 1;
+}
+
+/// `KVM_CAP_NR_VCPUS`: vCPUs that the host can well run. Clients that make that many get at least four.
+fn recommended_vcpus() -> u32 {
+    let online = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten().unwrap_or(1);
+    u32::try_from(online).unwrap_or(1).clamp(4, 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_unknown_is_zero_and_no_error() {
+        for number in [0, 15, 69_6969, u64::MAX, 1 << 32 | u64::from(KVM_CAP_USER_MEMORY)] {
+            assert_eq!(check_extension(number), 0, "{number}");
+        }
+    }
+
+    #[test]
+    fn counts_agree() {
+        let value = |cap: u32| check_extension(cap.into());
+        assert!(value(KVM_CAP_NR_VCPUS) >= 4);
+        assert!(value(KVM_CAP_MAX_VCPUS) >= value(KVM_CAP_NR_VCPUS));
+        assert!(value(KVM_CAP_MAX_VCPU_ID) >= value(KVM_CAP_MAX_VCPUS));
+        assert!(value(KVM_CAP_NR_MEMSLOTS) >= 32);
+    }
+}

@@ -1,0 +1,286 @@
+//! What `KVM_GET_SUPPORTED_CPUID` offers, and the guest's table as the core takes it.
+//!
+//! Feature bits are rows of [`OFFERED`]: what the core executes, nothing else. Identity (vendor, family, model, caches,
+//! address width) is the host's, because VMMs copy the host's vendor into the guest and look for that vendor's leaves.
+
+use std::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+
+use kvm_abi::consts::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+use kvm_abi::{Plain, kvm_cpuid_entry, kvm_cpuid_entry2};
+use x86_defs::cpuid::{self as bit, Feature, Register};
+
+/// `KVM_MAX_CPUID_ENTRIES`
+pub(crate) const MAX_ENTRIES: u32 = 256;
+
+/// `KVM_CPUID_SIGNATURE` and what it spells in EBX, ECX, EDX. Documentation/virt/kvm/x86/cpuid.rst.
+const KVM_SIGNATURE_LEAF: u32 = 0x4000_0000;
+const KVM_SIGNATURE: &[u8; 12] = b"KVMKVMKVM\0\0\0";
+const KVM_FEATURES_LEAF: u32 = 0x4000_0001;
+
+/// Highest leaf of each range.
+const MAX_BASIC: u32 = 0xd;
+const MAX_EXTENDED: u32 = 0x8000_0008;
+
+/// Bytes of an XSAVE area: the legacy region and the header. XCR0 has x87 and SSE.
+const XSAVE_BYTES: u32 = 512 + 64;
+
+/// Shown in leaves 8000_0002H to 8000_0004H.
+const BRAND: &[u8; 48] = b"softkvm virtual processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+/// Feature bits that the core implements.
+pub(crate) const OFFERED: &[Feature] = &[
+    bit::FPU,
+    bit::VME,
+    bit::DE,
+    bit::PSE,
+    bit::TSC,
+    bit::MSR,
+    bit::PAE,
+    bit::CX8,
+    bit::APIC,
+    bit::SEP,
+    bit::MTRR,
+    bit::PGE,
+    bit::CMOV,
+    bit::PAT,
+    bit::PSE_36,
+    bit::CLFSH,
+    bit::MMX,
+    bit::FXSR,
+    bit::SSE,
+    bit::SSE2,
+    bit::SSE3,
+    bit::SSSE3,
+    bit::CMPXCHG16B,
+    bit::PCID,
+    bit::SSE4_1,
+    bit::SSE4_2,
+    bit::POPCNT,
+    bit::ARAT,
+    bit::SMEP,
+    bit::SMAP,
+    bit::LAHF_SAHF,
+    bit::SYSCALL,
+    bit::NX,
+    bit::PAGE_1GB,
+    bit::RDTSCP,
+    bit::LM,
+    bit::KVM_NOP_IO_DELAY,
+];
+
+/// AMD repeats these bits of 1.EDX in 8000_0001H.EDX; Intel leaves them 0 there.
+const AMD_REPEATS: &[(Feature, Feature)] = &[
+    (bit::FPU, bit::AMD_FPU),
+    (bit::VME, bit::AMD_VME),
+    (bit::DE, bit::AMD_DE),
+    (bit::PSE, bit::AMD_PSE),
+    (bit::TSC, bit::AMD_TSC),
+    (bit::MSR, bit::AMD_MSR),
+    (bit::PAE, bit::AMD_PAE),
+    (bit::CX8, bit::AMD_CX8),
+    (bit::APIC, bit::AMD_APIC),
+    (bit::MTRR, bit::AMD_MTRR),
+    (bit::PGE, bit::AMD_PGE),
+    (bit::CMOV, bit::AMD_CMOV),
+    (bit::PAT, bit::AMD_PAT),
+    (bit::PSE_36, bit::AMD_PSE_36),
+    (bit::MMX, bit::AMD_MMX),
+    (bit::FXSR, bit::AMD_FXSR),
+];
+
+/// The host's vendor string, as EBX, ECX, EDX of leaf 0.
+fn host_vendor() -> [u32; 3] {
+    let CpuidResult { ebx, ecx, edx, .. } = __cpuid(0);
+    [ebx, ecx, edx]
+}
+
+fn host_is_amd() -> bool {
+    let [ebx, ecx, edx] = host_vendor();
+    matches!([ebx, edx, ecx].map(u32::to_le_bytes).concat().as_slice(), b"AuthenticAMD" | b"HygonGenuine")
+}
+
+/// MAXPHYADDR that we offer: the host's, so that a VMM which asks the host finds the same.
+pub(crate) fn supported_phys_bits() -> u8 {
+    if __cpuid(0x8000_0000).eax >= 0x8000_0008 { (__cpuid(0x8000_0008).eax & 0xff).clamp(36, 52) as u8 } else { 36 }
+}
+
+/// The table under construction.
+struct Table(Vec<kvm_cpuid_entry2>);
+
+impl Table {
+    /// Adds a leaf without sub-leaves, and the feature bits it has.
+    fn leaf(&mut self, function: u32, regs: [u32; 4]) {
+        self.push(function, 0, 0, regs);
+    }
+
+    /// Adds a sub-leaf, and the feature bits it has.
+    fn subleaf(&mut self, function: u32, index: u32, regs: [u32; 4]) {
+        self.push(function, index, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, regs);
+    }
+
+    fn push(&mut self, function: u32, index: u32, flags: u32, mut regs: [u32; 4]) {
+        let amd = host_is_amd();
+        let repeats =
+            AMD_REPEATS.iter().filter(|(basic, _)| amd && OFFERED.contains(basic)).map(|(_, extended)| extended);
+        for feature in OFFERED.iter().chain(repeats) {
+            if (feature.leaf, feature.subleaf) == (function, index) {
+                regs[feature.register as usize] |= feature.mask();
+            }
+        }
+        let [eax, ebx, ecx, edx] = regs;
+        self.0.push(kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Plain::zeroed() });
+    }
+}
+
+/// Answers of the host's CPUID instruction.
+fn host(function: u32, index: u32) -> [u32; 4] {
+    let CpuidResult { eax, ebx, ecx, edx } = __cpuid_count(function, index);
+    [eax, ebx, ecx, edx]
+}
+
+/// `KVM_GET_SUPPORTED_CPUID`, in the order Linux reports: basic, extended, KVM's own leaves.
+pub(crate) fn supported() -> Vec<kvm_cpuid_entry2> {
+    let mut table = Table(Vec::with_capacity(40));
+    let [ebx, ecx, edx] = host_vendor();
+    table.leaf(0, [MAX_BASIC, ebx, ecx, edx]);
+    // EBX: CLFLUSH line of 8 × 8 bytes, one logical processor; the initial APIC id is the VMM's to fill in.
+    table.leaf(1, [host(1, 0)[0], 0x0001_0800, 0, 0]);
+    let intel = !host_is_amd();
+    table.leaf(2, if intel { host(2, 0) } else { [0; 4] });
+    if intel {
+        for index in 0..8 {
+            let regs = host(4, index);
+            table.subleaf(4, index, regs);
+            if regs[0] & 0x1f == 0 {
+                break;
+            }
+        }
+    } else {
+        table.subleaf(4, 0, [0; 4]);
+    }
+    table.leaf(5, [0; 4]);
+    table.leaf(6, [0; 4]);
+    table.subleaf(7, 0, [0; 4]);
+    table.leaf(0xa, [0; 4]);
+    table.subleaf(0xb, 0, [0; 4]);
+    if OFFERED.contains(&bit::XSAVE) {
+        table.subleaf(0xd, 0, [3, XSAVE_BYTES, XSAVE_BYTES, 0]);
+        table.subleaf(0xd, 1, [0; 4]);
+    } else {
+        table.subleaf(0xd, 0, [0; 4]);
+    }
+    table.leaf(0x8000_0000, [MAX_EXTENDED, ebx, ecx, edx]);
+    table.leaf(0x8000_0001, [if intel { 0 } else { host(1, 0)[0] }, 0, 0, 0]);
+    for (leaf, text) in (0x8000_0002..).zip(BRAND.chunks_exact(16)) {
+        let word = |at: usize| u32::from_le_bytes([text[at], text[at + 1], text[at + 2], text[at + 3]]);
+        table.leaf(leaf, [word(0), word(4), word(8), word(12)]);
+    }
+    table.leaf(0x8000_0005, host(0x8000_0005, 0));
+    table.leaf(0x8000_0006, host(0x8000_0006, 0));
+    table.leaf(0x8000_0007, [0, 0, 0, host(0x8000_0007, 0)[3] & bit::INVARIANT_TSC.mask()]);
+    table.leaf(0x8000_0008, [u32::from(supported_phys_bits()) | 48 << 8, 0, 0, 0]);
+    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| KVM_SIGNATURE[at + i]));
+    table.leaf(KVM_SIGNATURE_LEAF, [KVM_FEATURES_LEAF, word(0), word(4), word(8)]);
+    table.leaf(KVM_FEATURES_LEAF, [0; 4]);
+    table.0
+}
+
+/// `KVM_GET_EMULATED_CPUID`: features that work although `supported` leaves them out. None do; Linux lists the leaves.
+pub(crate) fn emulated() -> Vec<kvm_cpuid_entry2> {
+    let entry = |function, eax, flags| kvm_cpuid_entry2 { function, eax, flags, ..Plain::zeroed() };
+    vec![entry(0, 7, 0), entry(1, 0, 0), entry(7, 0, KVM_CPUID_FLAG_SIGNIFCANT_INDEX)]
+}
+
+/// An entry of 2007's `KVM_SET_CPUID`: no sub-leaves.
+pub(crate) fn of_legacy(entry: &kvm_cpuid_entry) -> kvm_cpuid_entry2 {
+    let &kvm_cpuid_entry { function, eax, ebx, ecx, edx, .. } = entry;
+    kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Plain::zeroed() }
+}
+
+/// The entry of a guest's table that answers a leaf.
+pub(crate) fn find(table: &[kvm_cpuid_entry2], function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
+    let significant = |entry: &kvm_cpuid_entry2| entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
+    table.iter().find(|entry| entry.function == function && (!significant(entry) || entry.index == index))
+}
+
+/// Whether the guest's table has a feature.
+pub(crate) fn has(table: &[kvm_cpuid_entry2], feature: Feature) -> bool {
+    find(table, feature.leaf, feature.subleaf)
+        .is_some_and(|entry| feature.is_in([entry.eax, entry.ebx, entry.ecx, entry.edx]))
+}
+
+/// The guest's MAXPHYADDR: leaf 8000_0008H if the table has it, else 36 (SDM Vol. 3 "Enumeration of Paging Features").
+pub(crate) fn phys_bits(table: &[kvm_cpuid_entry2]) -> u8 {
+    let extended = find(table, 0x8000_0000, 0).is_some_and(|entry| entry.eax >= 0x8000_0008);
+    match find(table, 0x8000_0008, 0) {
+        Some(entry) if extended => (entry.eax & 0xff).min(52) as u8,
+        _ => 36,
+    }
+}
+
+/// Sets or clears a feature bit wherever the table has its leaf.
+pub(crate) fn change(table: &mut [kvm_cpuid_entry2], feature: Feature, set: bool) {
+    for entry in table.iter_mut().filter(|entry| (entry.function, entry.index) == (feature.leaf, feature.subleaf)) {
+        let register = match feature.register {
+            Register::Eax => &mut entry.eax,
+            Register::Ebx => &mut entry.ebx,
+            Register::Ecx => &mut entry.ecx,
+            Register::Edx => &mut entry.edx,
+        };
+        *register = if set { *register | feature.mask() } else { *register & !feature.mask() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_offered_bit_is_in_the_table_and_no_other() {
+        let table = supported();
+        for feature in OFFERED {
+            assert!(has(&table, *feature), "{feature:?}");
+        }
+        for feature in bit::ALL {
+            let repeat = AMD_REPEATS.iter().any(|(_, extended)| extended == feature);
+            if !OFFERED.contains(feature) && !repeat && *feature != bit::INVARIANT_TSC {
+                assert!(!has(&table, *feature), "{feature:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_64_bit_linux_finds_what_it_requires() {
+        let required = [
+            bit::FPU,
+            bit::PSE,
+            bit::MSR,
+            bit::PAE,
+            bit::CX8,
+            bit::PGE,
+            bit::CMOV,
+            bit::FXSR,
+            bit::SSE,
+            bit::SSE2,
+            bit::LM,
+        ];
+        for feature in required {
+            assert!(OFFERED.contains(&feature), "{feature:?}");
+        }
+    }
+
+    #[test]
+    fn vendor_is_the_hosts_and_leaves_are_unique() {
+        let table = supported();
+        assert_eq!([table[0].ebx, table[0].ecx, table[0].edx], host_vendor());
+        for (i, a) in table.iter().enumerate() {
+            assert!(table[i + 1..].iter().all(|b| (a.function, a.index) != (b.function, b.index)), "{a:?}");
+        }
+    }
+
+    #[test]
+    fn phys_bits_come_from_the_guests_table() {
+        assert_eq!(phys_bits(&[]), 36);
+        assert_eq!(phys_bits(&supported()), supported_phys_bits());
+    }
+}

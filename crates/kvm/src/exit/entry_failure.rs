@@ -1,0 +1,29 @@
+//! Guest state that VM entry refuses (SDM Vol. 3 App. C, reason 33, "VM-entry failure due to invalid guest state").
+//!
+//! Today `KVM_EXIT_FAIL_ENTRY` with the whole exit reason; in 2007 that stood for VM-instruction errors, and this came as
+//! `KVM_EXIT_UNKNOWN`.
+
+use kvm_abi::consts::{KVM_EXIT_FAIL_ENTRY, KVM_EXIT_UNKNOWN};
+
+use super::{Outcome, Reason, Row};
+use crate::era::Era;
+use crate::vcpu::Vcpu;
+
+pub(super) const ROW: Row = Row { reason: Reason::EntryFailure, vmx: Some(33), shows: &["FAIL_ENTRY", "UNKNOWN"] };
+
+/// Reason 33 with bit 31, "VM-entry failure". SDM Vol. 3 "Format of Exit Reason".
+const FAILED_VMENTRY: u64 = 0x8000_0021;
+
+pub(super) fn handle(vcpu: &mut Vcpu) -> Outcome {
+    match vcpu.era {
+        Era::Modern => {
+            vcpu.page.set_fail_entry(FAILED_VMENTRY, 0);
+            vcpu.page.set_exit_reason(KVM_EXIT_FAIL_ENTRY);
+        }
+        Era::Legacy => {
+            vcpu.page.set_hw(FAILED_VMENTRY);
+            vcpu.page.set_exit_reason(KVM_EXIT_UNKNOWN);
+        }
+    }
+    Outcome::User
+}

@@ -1,0 +1,17 @@
+//! HLT (SDM Vol. 3 App. C, reason 12). RIP is behind it. Without a local APIC in the kernel user space waits for the next
+//! interrupt: `KVM_EXIT_HLT`. A VM of 2007 goes on at once while a vector is queued, whatever IF says.
+
+use kvm_abi::consts::KVM_EXIT_HLT;
+
+use super::{Outcome, Reason, Row};
+use crate::vcpu::Vcpu;
+
+pub(super) const ROW: Row = Row { reason: Reason::Hlt, vmx: Some(12), shows: &["HLT"] };
+
+pub(super) fn handle(vcpu: &mut Vcpu) -> Outcome {
+    if vcpu.era.hlt_looks_at_queue() && !vcpu.interrupts.is_empty() {
+        return Outcome::Resume;
+    }
+    vcpu.page.set_exit_reason(KVM_EXIT_HLT);
+    Outcome::User
+}

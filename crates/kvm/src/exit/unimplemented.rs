@@ -1,0 +1,63 @@
+//! An instruction that the core lacks, or one fetched from where there is no memory: `KVM_EXIT_INTERNAL_ERROR`, suberror
+//! `KVM_INTERNAL_ERROR_EMULATION`, as today's Linux reports an instruction that its emulator lacks. api.rst §5,
+//! `emulation_failure`.
+//!
+//! data: flags, then `insn_size` and 15 bytes of instruction padded with NOP, then five words of debugging information
+//! that are not ABI: exit reason, two qualifications, interruption information and error code; zero here.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
+
+use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use kvm_abi::consts::{
+    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+};
+
+use super::{Outcome, Reason, Row};
+use crate::vcpu::Vcpu;
+
+pub(super) const ROW: Row = Row { reason: Reason::Unimplemented, vmx: None, shows: &["INTERNAL_ERROR"] };
+
+/// Words of debugging information behind the instruction.
+const DEBUG_WORDS: usize = 5;
+
+pub(super) fn handle(vcpu: &mut Vcpu, instruction: &[u8]) -> Outcome {
+    log(vcpu, instruction);
+    let mut data = vec![0];
+    if !instruction.is_empty() {
+        data[0] = u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES);
+        let mut bytes = [0x90; 16];
+        bytes[0] = instruction.len() as u8;
+        bytes[1..=instruction.len()].copy_from_slice(instruction);
+        data.extend(bytes.chunks_exact(8).map(|word| word.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b))));
+    }
+    data.resize(data.len() + DEBUG_WORDS, 0);
+    vcpu.page.set_internal(KVM_INTERNAL_ERROR_EMULATION, &data);
+    vcpu.page.set_exit_reason(KVM_EXIT_INTERNAL_ERROR);
+    Outcome::User
+}
+
+/// One line a second at most, for all VMs.
+fn log(vcpu: &Vcpu, bytes: &[u8]) {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    static START: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
+    let now = START.elapsed().as_secs() + 1;
+    if LAST.swap(now, Relaxed) == now {
+        return;
+    }
+    let regs = vcpu.cpu.regs();
+    let (vm, id, rip) = (vcpu.vm.id, vcpu.id, format_args!("{:#x}", vcpu.linear_rip()));
+    if bytes.is_empty() {
+        tracing::warn!(vm, vcpu = id, rip, "instruction fetch from where there is no memory");
+        return;
+    }
+    let bitness = match (vcpu.cpu.is_64bit(), vcpu.cpu.sregs().segments[cpu_core::Seg::Cs as usize].db) {
+        (true, _) => 64,
+        (false, true) => 32,
+        (false, false) => 16,
+    };
+    let instruction = Decoder::with_ip(bitness, bytes, regs.rip, DecoderOptions::NONE).decode();
+    let mut text = String::new();
+    IntelFormatter::new().format(&instruction, &mut text);
+    tracing::warn!(vm, vcpu = id, rip, bytes = format_args!("{bytes:02x?}"), "instruction not implemented: {text}");
+}

@@ -1,0 +1,124 @@
+//! One row per ioctl. Dispatch, names, `KVM_CHECK_EXTENSION` coverage and the README's table come from here.
+
+use kvm_abi::request;
+use kvm_abi::{
+    DirtyLog, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_fpu, kvm_guest_debug,
+    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs,
+    kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
+    legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
+};
+use nix::errno::Errno;
+
+use super::plan::{Call, In, InFam, InOut, InOutFam, OptionalFam, Out, Value};
+use super::{Caller, Target, system, vcpu, vm};
+use crate::caps::Capability;
+use crate::client::Reply;
+
+/// How much of an ioctl there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Support {
+    /// All of it.
+    Full,
+    /// What is missing.
+    Partial(&'static str),
+}
+use Support::{Full, Partial};
+
+/// One ioctl.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// As in the header.
+    pub name: &'static str,
+    /// The whole number: direction, size, type and number are compared.
+    pub request: u32,
+    /// `System`, `Vm` or `Vcpu`.
+    pub file: &'static str,
+    /// What `KVM_CHECK_EXTENSION` must offer before clients may rely on it.
+    pub capability: Capability,
+    /// How much of it there is.
+    pub support: Support,
+}
+
+macro_rules! ioctls {
+    ($($name:ident $nr:literal $file:ident $plan:ty, $capability:ident, $support:expr => $handler:path;)*) => {
+        /// Every row, in the table's order.
+        pub const ROWS: &[Row] = &[$(Row {
+            name: stringify!($name),
+            request: request::$name,
+            file: stringify!($file),
+            capability: Capability::$capability,
+            support: $support,
+        }),*];
+
+        // A row's number follows from its plan; it must be the header's.
+        $( const _: () = assert!(request::$name == <$plan>::request($nr), stringify!($name)); )*
+
+        /// Answers a request; `None` if no row has it.
+        pub(crate) fn dispatch(target: Target<'_>, call: &Call<'_>) -> Option<Result<Reply, Errno>> {
+            match (call.request, target) {
+                $( (request::$name, ioctls!(@pattern $file file)) =>
+                    Some(<$plan>::run(ioctls!(@file $file file call), call, $handler)), )*
+                _ => None,
+            }
+        }
+    };
+    (@pattern System $file:ident) => { Target::System($file) };
+    (@pattern Vm $file:ident) => { Target::Vm($file) };
+    (@pattern Vcpu $file:ident) => { Target::Vcpu($file) };
+    (@file Vcpu $file:ident $call:ident) => { $file };
+    (@file $kind:ident $file:ident $call:ident) => { &Caller { file: $file, client: $call.client } };
+}
+
+const NO_ROUTES: Support = Partial("there is no interrupt controller to route to: EINVAL, as Linux without one");
+
+ioctls! {
+    // request                  nr   file   argument                               capability      support => handler
+    KVM_GET_API_VERSION        0x00 System Value,                                  Basic,          Full => system::get_api_version;
+    KVM_CREATE_VM              0x01 System Value,                                  Basic,          Full => system::create_vm;
+    KVM_GET_MSR_INDEX_LIST     0x02 System InOutFam<kvm_msr_list, u32>,            Basic,          Full => system::get_msr_index_list;
+    KVM_CHECK_EXTENSION        0x03 System Value,                                  Basic,          Full => system::check_extension;
+    KVM_GET_VCPU_MMAP_SIZE     0x04 System Value,                                  Basic,          Full => system::get_vcpu_mmap_size;
+    KVM_GET_SUPPORTED_CPUID    0x05 System InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtCpuid,       Full => system::get_supported_cpuid;
+    KVM_GET_EMULATED_CPUID     0x09 System InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtEmulCpuid,   Full => system::get_emulated_cpuid;
+
+    KVM_CHECK_EXTENSION        0x03 Vm     Value,                                  CheckExtensionVm, Full => vm::check_extension;
+    KVM_SET_MEMORY_REGION      0x40 Vm     In<kvm_memory_region>,                  Basic,          Full => vm::set_memory_region;
+    KVM_CREATE_VCPU            0x41 Vm     Value,                                  Basic,          Full => vm::create_vcpu;
+    KVM_GET_DIRTY_LOG          0x42 Vm     In<DirtyLog>,                           Basic,          Full => vm::get_dirty_log;
+    KVM_SET_MEMORY_ALIAS       0x43 Vm     In<kvm_memory_alias>,                   Basic,          Full => vm::set_memory_alias;
+    KVM_SET_USER_MEMORY_REGION 0x46 Vm     In<kvm_userspace_memory_region>,        UserMemory,     Full => vm::set_user_memory_region;
+    KVM_SET_TSS_ADDR           0x47 Vm     Value,                                  SetTssAddr,     Full => vm::set_tss_addr;
+    KVM_SET_IDENTITY_MAP_ADDR  0x48 Vm     In<u64>,                                SetIdentityMapAddr, Full => vm::set_identity_map_addr;
+    KVM_SET_GSI_ROUTING        0x6a Vm     In<[u32; 2]>,                           IrqRouting,     NO_ROUTES => vm::set_gsi_routing;
+
+    KVM_RUN                    0x80 Vcpu   Value,                                  Basic,          Full => vcpu::run;
+    KVM_GET_REGS               0x81 Vcpu   Out<kvm_regs>,                          Basic,          Full => vcpu::get_regs;
+    KVM_SET_REGS               0x82 Vcpu   In<kvm_regs>,                           Basic,          Full => vcpu::set_regs;
+    KVM_GET_SREGS              0x83 Vcpu   Out<kvm_sregs>,                         Basic,          Full => vcpu::get_sregs;
+    KVM_SET_SREGS              0x84 Vcpu   In<kvm_sregs>,                          Basic,          Full => vcpu::set_sregs;
+    KVM_TRANSLATE              0x85 Vcpu   InOut<kvm_translation>,                 Basic,          Full => vcpu::translate;
+    KVM_INTERRUPT              0x86 Vcpu   In<kvm_interrupt>,                      Basic,          Full => vcpu::interrupt;
+    KVM_DEBUG_GUEST            0x87 Vcpu   In<kvm_debug_guest>,                    Basic,          Full => vcpu::debug_guest;
+    KVM_GET_MSRS               0x88 Vcpu   InOutFam<kvm_msrs, kvm_msr_entry>,      Basic,          Full => vcpu::get_msrs;
+    KVM_SET_MSRS               0x89 Vcpu   InFam<kvm_msrs, kvm_msr_entry>,         Basic,          Full => vcpu::set_msrs;
+    KVM_SET_CPUID              0x8a Vcpu   InFam<kvm_cpuid, kvm_cpuid_entry>,      Basic,          Full => vcpu::set_cpuid;
+    KVM_SET_SIGNAL_MASK        0x8b Vcpu   OptionalFam<kvm_signal_mask, u8>,       Basic,          Full => vcpu::set_signal_mask;
+    KVM_GET_FPU                0x8c Vcpu   Out<kvm_fpu>,                           Basic,          Full => vcpu::get_fpu;
+    KVM_SET_FPU                0x8d Vcpu   In<kvm_fpu>,                            Basic,          Full => vcpu::set_fpu;
+    KVM_SET_CPUID2             0x90 Vcpu   InFam<kvm_cpuid2, kvm_cpuid_entry2>,    ExtCpuid,       Full => vcpu::set_cpuid2;
+    KVM_GET_CPUID2             0x91 Vcpu   InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtCpuid,       Full => vcpu::get_cpuid2;
+    KVM_GET_MP_STATE           0x98 Vcpu   Out<kvm_mp_state>,                      MpState,        Full => vcpu::get_mp_state;
+    KVM_SET_MP_STATE           0x99 Vcpu   In<kvm_mp_state>,                       MpState,        Full => vcpu::set_mp_state;
+    KVM_NMI                    0x9a Vcpu   Value,                                  UserNmi,        Full => vcpu::nmi;
+    KVM_SET_GUEST_DEBUG        0x9b Vcpu   In<kvm_guest_debug>,                    SetGuestDebug,  Full => vcpu::set_guest_debug;
+    KVM_GET_VCPU_EVENTS        0x9f Vcpu   Out<kvm_vcpu_events>,                   VcpuEvents,     Full => vcpu::get_vcpu_events;
+    KVM_SET_VCPU_EVENTS        0xa0 Vcpu   In<kvm_vcpu_events>,                    VcpuEvents,     Full => vcpu::set_vcpu_events;
+    KVM_GET_DEBUGREGS          0xa1 Vcpu   Out<kvm_debugregs>,                     Debugregs,      Full => vcpu::get_debugregs;
+    KVM_SET_DEBUGREGS          0xa2 Vcpu   In<kvm_debugregs>,                      Debugregs,      Full => vcpu::set_debugregs;
+    KVM_SET_TSC_KHZ            0xa2 Vcpu   Value,                                  TscControl,     Full => vcpu::set_tsc_khz;
+    KVM_GET_TSC_KHZ            0xa3 Vcpu   Value,                                  GetTscKhz,      Full => vcpu::get_tsc_khz;
+    KVM_GET_XSAVE              0xa4 Vcpu   Out<[u32; 1024]>,                       Xsave,          Full => vcpu::get_xsave;
+    KVM_SET_XSAVE              0xa5 Vcpu   In<[u32; 1024]>,                        Xsave,          Full => vcpu::set_xsave;
+    KVM_GET_XCRS               0xa6 Vcpu   Out<kvm_xcrs>,                          Xcrs,           Full => vcpu::get_xcrs;
+    KVM_SET_XCRS               0xa7 Vcpu   In<kvm_xcrs>,                           Xcrs,           Full => vcpu::set_xcrs;
+}

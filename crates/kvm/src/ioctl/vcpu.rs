@@ -1,0 +1,390 @@
+//! Ioctls of a vCPU file. The vCPU's lock is held throughout.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use kvm_abi::consts::*;
+use kvm_abi::legacy::kvm_debug_guest;
+use kvm_abi::{
+    KVM_NR_INTERRUPTS, Plain, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug,
+    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_xcrs,
+};
+use nix::errno::Errno;
+use x86_defs::cpuid as bit;
+use x86_defs::{Cr0, Cr4, Efer, Rflags, vector};
+
+use super::Fam;
+use crate::client::{Client, SignalMask};
+use crate::era::Era;
+use crate::interrupt::InterruptQueue;
+use crate::vcpu::Vcpu;
+use crate::{cpuid, debug, msr, state, xsave};
+
+/// `MAX_IO_MSRS`: entries of one `KVM_GET_MSRS` or `KVM_SET_MSRS` are fewer.
+const MAX_IO_MSRS: u32 = 256;
+/// What a kernel `sigset_t` takes.
+const SIGSET_BYTES: u32 = 8;
+
+/// Runs the guest until something is for user space. api.rst `KVM_RUN`. EINVAL: an argument, a CR8 above 15. EINTR: a
+/// signal, or `immediate_exit`.
+pub(super) fn run(vcpu: &mut Vcpu, client: &dyn Client, arg: u64) -> Result<(), Errno> {
+    if arg != 0 {
+        return Err(Errno::EINVAL);
+    }
+    vcpu.run(client)
+}
+
+/// Reads RAX–R15, RIP and RFLAGS. api.rst `KVM_GET_REGS`. TF and RF of a debugger are hidden.
+pub(super) fn get_regs(vcpu: &mut Vcpu) -> Result<kvm_regs, Errno> {
+    let mut regs = state::from_core_regs(&vcpu.cpu.regs());
+    regs.rflags &= !debug::hidden_flags(vcpu);
+    Ok(regs)
+}
+
+/// Loads RAX–R15, RIP and RFLAGS. api.rst `KVM_SET_REGS`. RFLAGS bit 1 is forced to 1; a pending exception is dropped, as
+/// `__set_regs` does. A VM of 2007 may carry VM86 flags that hide real mode: they are masked there.
+pub(super) fn set_regs(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<(), Errno> {
+    let mut regs = state::to_core_regs(regs);
+    if vcpu.era == Era::Legacy && !vcpu.cpu.sregs().cr0.contains(Cr0::PE) {
+        regs.rflags &= !Rflags::VM.bits();
+    }
+    regs.rflags |= debug::forced_flags(vcpu);
+    vcpu.cpu.set_regs(&regs);
+    let events = vcpu.cpu.events();
+    if events.exception.is_some() {
+        vcpu.cpu.set_events(cpu_core::Events { exception: None, ..events });
+    }
+    Ok(())
+}
+
+/// Reads segments, tables, control registers, APIC base and queued vectors. api.rst `KVM_GET_SREGS`.
+pub(super) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
+    let events = vcpu.cpu.events();
+    let mut queued = vcpu.interrupts;
+    if let (Some(vector), false) = (events.interrupt, events.soft) {
+        queued.insert(vector);
+    }
+    Ok(state::from_core_sregs(&vcpu.cpu.sregs(), vcpu.machine.apic_base.load(Relaxed), queued.bitmap()))
+}
+
+/// Loads what [`get_sregs`] reads. api.rst `KVM_SET_SREGS`. EINVAL: what `kvm_is_valid_sregs` refuses; 2007 refuses
+/// nothing. Of several vectors today's KVM queues the lowest, 2007's all.
+pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno> {
+    let mut loaded = state::to_core_sregs(sregs);
+    if vcpu.era.validates_sregs() {
+        let apic_reserved = 0x2ff | u64::MAX << cpuid::phys_bits(&vcpu.cpuid) | X2APIC_ENABLE;
+        if !is_valid_sregs(vcpu, sregs) || sregs.apic_base & apic_reserved != 0 {
+            return Err(Errno::EINVAL);
+        }
+    } else {
+        legacy_segments(&mut loaded);
+    }
+    vcpu.machine.apic_base.store(sregs.apic_base, Relaxed);
+    vcpu.cpu.set_sregs(&loaded);
+    vcpu.load_cpuid();
+    let mut queue = InterruptQueue::of_bitmap(sregs.interrupt_bitmap);
+    if vcpu.era.collects_interrupts() {
+        vcpu.interrupts = queue;
+    } else if let Some(vector) = queue.pop() {
+        vcpu.cpu.queue_interrupt(vector);
+    }
+    Ok(())
+}
+
+/// x2APIC mode, which needs an APIC in the kernel.
+const X2APIC_ENABLE: u64 = x86_defs::msr::apic_base::EXTD;
+
+/// `kvm_is_valid_sregs`: modes that fit together, and no bit that the CPU or the guest's CPUID lacks.
+fn is_valid_sregs(vcpu: &Vcpu, sregs: &kvm_sregs) -> bool {
+    let (Some(cr0), Some(cr4)) = (Cr0::from_bits(sregs.cr0 & 0xffff_ffff), Cr4::from_bits(sregs.cr4)) else {
+        return false;
+    };
+    let efer = Efer::from_bits_retain(sregs.efer);
+    let modes = if efer.contains(Efer::LME) && cr0.contains(Cr0::PG) {
+        let root_fits = sregs.cr3 >> cpuid::phys_bits(&vcpu.cpuid) == 0;
+        cr4.contains(Cr4::PAE) && efer.contains(Efer::LMA) && root_fits
+    } else {
+        !efer.contains(Efer::LMA) && sregs.cs.l == 0
+    };
+    let missing = CR4_FEATURES.iter().any(|&(bits, feature)| cr4.intersects(bits) && !cpuid::has(&vcpu.cpuid, feature));
+    let cr0_fits = sregs.cr0 >> 32 == 0
+        && !(cr0.contains(Cr0::NW) && !cr0.contains(Cr0::CD))
+        && !(cr0.contains(Cr0::PG) && !cr0.contains(Cr0::PE));
+    modes && cr0_fits && !missing && !cr4.intersects(CR4_ABSENT)
+}
+
+/// CR4 bits that only a guest with the feature may set.
+const CR4_FEATURES: &[(Cr4, bit::Feature)] = &[
+    (Cr4::OSXSAVE, bit::XSAVE),
+    (Cr4::SMEP, bit::SMEP),
+    (Cr4::SMAP, bit::SMAP),
+    (Cr4::FSGSBASE, bit::FSGSBASE),
+    (Cr4::PKE, bit::PKU),
+    (Cr4::LA57, bit::LA57),
+    (Cr4::UMIP, bit::UMIP),
+    (Cr4::PCIDE, bit::PCID),
+];
+
+/// CR4 bits that no guest has here.
+const CR4_ABSENT: Cr4 = Cr4::VMXE.union(Cr4::SMXE);
+
+/// 2007 takes any segments: all attributes 0 means unusable, and in real mode the reset base is in the first mebibyte.
+fn legacy_segments(sregs: &mut cpu_core::Sregs) {
+    let real = !sregs.cr0.contains(Cr0::PE);
+    for segment in &mut sregs.segments {
+        if real && segment.selector == 0xf000 && segment.base == 0xffff_0000 {
+            segment.base = Era::Legacy.reset_cs_base();
+        }
+        if real {
+            // Attributes of real mode: user space sends any.
+            *segment = cpu_core::Segment { base: segment.base, ..cpu_core::Segment::real_mode(segment.selector) };
+        }
+    }
+}
+
+/// Walks the guest's tables as a supervisor's read. api.rst `KVM_TRANSLATE`. `physical_address` is ~0 where nothing is
+/// mapped; `writeable` and `usermode` are constants, as in Linux.
+pub(super) fn translate(vcpu: &mut Vcpu, translation: &mut kvm_translation) -> Result<(), Errno> {
+    let gpa = vcpu.cpu.debug_translate(translation.linear_address);
+    translation.physical_address = gpa.unwrap_or(u64::MAX);
+    translation.valid = gpa.is_some().into();
+    translation.writeable = 1;
+    translation.usermode = 0;
+    Ok(())
+}
+
+/// Queues an external interrupt. api.rst `KVM_INTERRUPT`. EINVAL: not a vector. Without an interrupt controller there is no
+/// ENXIO or EEXIST: today the last vector wins, in 2007 all wait.
+pub(super) fn interrupt(vcpu: &mut Vcpu, interrupt: &kvm_interrupt) -> Result<(), Errno> {
+    if interrupt.irq >= KVM_NR_INTERRUPTS {
+        return Err(Errno::EINVAL);
+    }
+    let vector = interrupt.irq as u8;
+    if vcpu.era.collects_interrupts() {
+        vcpu.interrupts.insert(vector)
+    } else {
+        vcpu.cpu.queue_interrupt(vector)
+    }
+    Ok(())
+}
+
+/// Queues an NMI. api.rst `KVM_NMI`. No error.
+pub(super) fn nmi(vcpu: &mut Vcpu, _: &dyn Client, _: u64) -> Result<(), Errno> {
+    vcpu.cpu.queue_nmi();
+    Ok(())
+}
+
+/// Breakpoints and single steps of 2007. EINVAL on a modern VM, where `KVM_SET_GUEST_DEBUG` took its place.
+pub(super) fn debug_guest(vcpu: &mut Vcpu, debug: &kvm_debug_guest) -> Result<(), Errno> {
+    match vcpu.era {
+        Era::Modern => Err(Errno::EINVAL),
+        Era::Legacy => debug::set(vcpu, &debug::of_legacy(debug)),
+    }
+}
+
+/// Breakpoints, single steps and injected traps of a debugger. api.rst `KVM_SET_GUEST_DEBUG`. EBUSY: a trap is to be
+/// injected while an exception waits.
+pub(super) fn set_guest_debug(vcpu: &mut Vcpu, debug: &kvm_guest_debug) -> Result<(), Errno> {
+    debug::set(vcpu, debug)
+}
+
+/// Reads MSRs up to the first that does not exist; returns how many. api.rst `KVM_GET_MSRS`. E2BIG: 256 or more.
+pub(super) fn get_msrs(vcpu: &mut Vcpu, list: &Fam<'_, kvm_msr_entry>) -> Result<i32, Errno> {
+    let mut entries = msr_entries(vcpu, list)?;
+    let mut done = 0;
+    for entry in &mut entries {
+        let Some(value) = msr::get(vcpu, entry.index) else { break };
+        entry.data = value;
+        done += 1;
+    }
+    list.write(&entries)?;
+    Ok(done)
+}
+
+/// Writes MSRs up to the first that does not exist or refuses the value; returns how many. api.rst `KVM_SET_MSRS`. E2BIG:
+/// 256 or more.
+pub(super) fn set_msrs(vcpu: &mut Vcpu, list: &Fam<'_, kvm_msr_entry>) -> Result<i32, Errno> {
+    let entries = msr_entries(vcpu, list)?;
+    let done = entries.iter().take_while(|entry| msr::set(vcpu, entry.index, entry.data).is_some()).count();
+    Ok(done as i32)
+}
+
+fn msr_entries(vcpu: &Vcpu, list: &Fam<'_, kvm_msr_entry>) -> Result<Vec<kvm_msr_entry>, Errno> {
+    match list.count() {
+        // 2007 fails to allocate nothing.
+        0 if vcpu.era == Era::Legacy => Err(Errno::ENOMEM),
+        MAX_IO_MSRS.. => Err(Errno::E2BIG),
+        _ => list.read(),
+    }
+}
+
+/// 2007's table, without sub-leaves. api.rst `KVM_SET_CPUID`. Errors as [`set_cpuid2`].
+pub(super) fn set_cpuid(vcpu: &mut Vcpu, list: &Fam<'_, kvm_cpuid_entry>) -> Result<(), Errno> {
+    if list.count() > vcpu.era.max_cpuid_entries() {
+        return Err(Errno::E2BIG);
+    }
+    let table = list.read()?.iter().map(cpuid::of_legacy).collect();
+    load_cpuid(vcpu, table)
+}
+
+/// The guest's CPUID table. api.rst `KVM_SET_CPUID2`. E2BIG: more than 256 entries. EINVAL: linear addresses of another
+/// width than 48 or 57 bits, or another table once the guest has run.
+pub(super) fn set_cpuid2(vcpu: &mut Vcpu, list: &Fam<'_, kvm_cpuid_entry2>) -> Result<(), Errno> {
+    if list.count() > cpuid::MAX_ENTRIES {
+        return Err(Errno::E2BIG);
+    }
+    let table = list.read()?;
+    load_cpuid(vcpu, table)
+}
+
+fn load_cpuid(vcpu: &mut Vcpu, table: Vec<kvm_cpuid_entry2>) -> Result<(), Errno> {
+    let linear_bits = cpuid::find(&table, 0x8000_0008, 0).map_or(0, |entry| entry.eax >> 8 & 0xff);
+    if vcpu.era == Era::Modern && !matches!(linear_bits, 0 | 48 | 57) {
+        return Err(Errno::EINVAL);
+    }
+    let old = std::mem::replace(&mut vcpu.cpuid, table);
+    vcpu.load_cpuid();
+    if vcpu.era == Era::Modern && vcpu.has_run && vcpu.cpuid != old {
+        vcpu.cpuid = old;
+        vcpu.load_cpuid();
+        return Err(Errno::EINVAL);
+    }
+    Ok(())
+}
+
+/// The guest's table as it is, in the order it was given. api.rst `KVM_GET_CPUID2`. E2BIG: room for fewer entries.
+pub(super) fn get_cpuid2(vcpu: &mut Vcpu, list: &Fam<'_, kvm_cpuid_entry2>) -> Result<(), Errno> {
+    if (list.count() as usize) < vcpu.cpuid.len() {
+        return Err(Errno::E2BIG);
+    }
+    list.write(&vcpu.cpuid)?;
+    list.set_count(vcpu.cpuid.len() as u32)
+}
+
+/// Signals that are blocked during `KVM_RUN` only; null: those that the thread blocks. api.rst `KVM_SET_SIGNAL_MASK`.
+/// EINVAL: not eight bytes.
+pub(super) fn set_signal_mask(vcpu: &mut Vcpu, mask: Option<&Fam<'_, u8>>) -> Result<(), Errno> {
+    const KILL_AND_STOP: u64 = 1 << (libc_signal::SIGKILL - 1) | 1 << (libc_signal::SIGSTOP - 1);
+    vcpu.signal_mask = match mask {
+        None => None,
+        Some(mask) if mask.count() != SIGSET_BYTES => return Err(Errno::EINVAL),
+        Some(mask) => {
+            let bytes = mask.read()?;
+            let set = bytes.iter().rev().fold(0, |set, &byte| set << 8 | u64::from(byte));
+            Some(SignalMask(set & !KILL_AND_STOP))
+        }
+    };
+    Ok(())
+}
+
+/// Signals that cannot be blocked.
+mod libc_signal {
+    pub(super) const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
+    pub(super) const SIGSTOP: i32 = nix::sys::signal::Signal::SIGSTOP as i32;
+}
+
+/// Reads x87 and SSE state. api.rst `KVM_GET_FPU`. MXCSR reads as 0, as in Linux.
+pub(super) fn get_fpu(vcpu: &mut Vcpu) -> Result<kvm_fpu, Errno> {
+    Ok(state::from_core_fpu(vcpu.cpu.fpu()))
+}
+
+/// Loads x87 and SSE state but MXCSR. api.rst `KVM_SET_FPU`. No error.
+pub(super) fn set_fpu(vcpu: &mut Vcpu, fpu: &kvm_fpu) -> Result<(), Errno> {
+    state::load_core_fpu(vcpu.cpu.fpu_mut(), fpu);
+    Ok(())
+}
+
+/// Reads x87 and vector state as an XSAVE image. api.rst `KVM_GET_XSAVE`.
+pub(super) fn get_xsave(vcpu: &mut Vcpu) -> Result<[u32; 1024], Errno> {
+    Ok(xsave::image(vcpu.cpu.fpu()))
+}
+
+/// Loads an XSAVE image. api.rst `KVM_SET_XSAVE`. EINVAL: a component that the CPU lacks, a compacted or malformed header,
+/// reserved bits in MXCSR.
+pub(super) fn set_xsave(vcpu: &mut Vcpu, image: &[u32; 1024]) -> Result<(), Errno> {
+    xsave::load(vcpu.cpu.fpu_mut(), image)
+}
+
+/// Reads XCR0. api.rst `KVM_GET_XCRS`.
+pub(super) fn get_xcrs(vcpu: &mut Vcpu) -> Result<kvm_xcrs, Errno> {
+    let mut xcrs: kvm_xcrs = Plain::zeroed();
+    xcrs.nr_xcrs = 1;
+    xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value: vcpu.cpu.fpu().xcr0 };
+    Ok(xcrs)
+}
+
+/// Loads XCR0. api.rst `KVM_SET_XCRS`. EINVAL: flags, more than 16, x87 left out, or what the guest's CPUID lacks.
+pub(super) fn set_xcrs(vcpu: &mut Vcpu, xcrs: &kvm_xcrs) -> Result<(), Errno> {
+    let count = xcrs.nr_xcrs as usize;
+    if count > xcrs.xcrs.len() || xcrs.flags != 0 {
+        return Err(Errno::EINVAL);
+    }
+    if let Some(xcr0) = xcrs.xcrs[..count].iter().find(|xcr| xcr.xcr == 0) {
+        let supported =
+            cpuid::find(&vcpu.cpuid, 0xd, 0).map_or(0, |entry| u64::from(entry.edx) << 32 | u64::from(entry.eax));
+        if !xsave::is_valid_xcr0(xcr0.value, supported & xsave::COMPONENTS) {
+            return Err(Errno::EINVAL);
+        }
+        vcpu.cpu.fpu_mut().xcr0 = xcr0.value;
+    }
+    Ok(())
+}
+
+/// Reads DR0–DR3, DR6, DR7. api.rst `KVM_GET_DEBUGREGS`.
+pub(super) fn get_debugregs(vcpu: &mut Vcpu) -> Result<kvm_debugregs, Errno> {
+    Ok(state::from_core_debugregs(&debug::guest_registers(vcpu)))
+}
+
+/// Loads DR0–DR3, DR6, DR7. api.rst `KVM_SET_DEBUGREGS`. EINVAL: flags, or the upper half of DR6 or DR7.
+pub(super) fn set_debugregs(vcpu: &mut Vcpu, regs: &kvm_debugregs) -> Result<(), Errno> {
+    if regs.flags != 0 || regs.dr6 >> 32 != 0 || regs.dr7 >> 32 != 0 {
+        return Err(Errno::EINVAL);
+    }
+    debug::set_guest_registers(vcpu, cpu_core::DebugRegs { db: regs.db, dr6: regs.dr6, dr7: regs.dr7 });
+    Ok(())
+}
+
+/// Reads events between instructions. api.rst `KVM_GET_VCPU_EVENTS`. Pending and injected exceptions show as injected.
+pub(super) fn get_vcpu_events(vcpu: &mut Vcpu) -> Result<kvm_vcpu_events, Errno> {
+    Ok(state::from_core_events(&vcpu.cpu.events()))
+}
+
+/// Loads events between instructions. api.rst `KVM_SET_VCPU_EVENTS`. EINVAL: a flag of a capability that is not offered, an
+/// exception that is none.
+pub(super) fn set_vcpu_events(vcpu: &mut Vcpu, events: &kvm_vcpu_events) -> Result<(), Errno> {
+    const FLAGS: u32 = KVM_VCPUEVENT_VALID_NMI_PENDING
+        | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+        | KVM_VCPUEVENT_VALID_SHADOW
+        | KVM_VCPUEVENT_VALID_SMM;
+    let exception = &events.exception;
+    let no_exception = exception.nr > 31 || exception.nr == vector::NMI;
+    if events.flags & !FLAGS != 0 || exception.injected != 0 && no_exception {
+        return Err(Errno::EINVAL);
+    }
+    let old = vcpu.cpu.events();
+    vcpu.cpu.set_events(state::to_core_events(events, &old));
+    Ok(())
+}
+
+/// Without a local APIC in the kernel a vCPU always runs. api.rst `KVM_GET_MP_STATE`.
+pub(super) fn get_mp_state(vcpu: &mut Vcpu) -> Result<kvm_mp_state, Errno> {
+    Ok(kvm_mp_state { mp_state: vcpu.mp_state })
+}
+
+/// api.rst `KVM_SET_MP_STATE`. EINVAL: anything but runnable, for want of a local APIC in the kernel.
+pub(super) fn set_mp_state(vcpu: &mut Vcpu, state: &kvm_mp_state) -> Result<(), Errno> {
+    if state.mp_state != KVM_MP_STATE_RUNNABLE {
+        return Err(Errno::EINVAL);
+    }
+    vcpu.mp_state = state.mp_state;
+    Ok(())
+}
+
+/// Rate of the guest's time-stamp counter. api.rst `KVM_GET_TSC_KHZ`.
+pub(super) fn get_tsc_khz(vcpu: &mut Vcpu, _: &dyn Client, _: u64) -> Result<i32, Errno> {
+    Ok(vcpu.machine.tsc_khz() as i32)
+}
+
+/// Sets that rate; 0 is the host's. api.rst `KVM_SET_TSC_KHZ`. EINVAL: out of range.
+pub(super) fn set_tsc_khz(vcpu: &mut Vcpu, _: &dyn Client, khz: u64) -> Result<(), Errno> {
+    if vcpu.machine.set_tsc_khz(khz as u32) { Ok(()) } else { Err(Errno::EINVAL) }
+}

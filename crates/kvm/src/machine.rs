@@ -1,0 +1,205 @@
+//! The machine around a CPU: its time-stamp counter and the MSRs of a local APIC that user space emulates.
+
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use cpu_core::{HostPlatform, Platform};
+use parking_lot::Mutex;
+use x86_defs::msr::{self, apic_base};
+
+use crate::msr::Bank;
+
+/// Fraction bits of the TSC ratio, as VMX's multiplier has.
+const RATIO_BITS: u32 = 48;
+const RATIO_ONE: u64 = 1 << RATIO_BITS;
+
+/// The host's time-stamp counter, kHz. Measured once.
+pub(crate) fn host_tsc_khz() -> u32 {
+    static KHZ: OnceLock<u32> = OnceLock::new();
+    *KHZ.get_or_init(|| {
+        let (start, from) = (Instant::now(), host_tsc());
+        std::thread::sleep(Duration::from_millis(20));
+        let (ticks, elapsed) = (host_tsc() - from, start.elapsed());
+        (u128::from(ticks) * 1_000_000 / elapsed.as_nanos()).try_into().unwrap_or(u32::MAX)
+    })
+}
+
+fn host_tsc() -> u64 {
+    HostPlatform::default().tsc()
+}
+
+/// Keeps the counters of a VM's vCPUs together when they are written one after the other, as `kvm_synchronize_tsc` does.
+#[derive(Clone, Default)]
+pub(crate) struct Clock(Arc<Mutex<Option<Written>>>);
+
+/// The last write of a time-stamp counter.
+#[derive(Clone, Copy)]
+struct Written {
+    value: u64,
+    /// Scaled host counter at that time.
+    at: u64,
+    ratio: u64,
+}
+
+impl Clock {
+    /// The offset for a counter that shall read `value`, when the scaled host counter reads `now`. 0, and what comes within
+    /// a second of what another vCPU's counter reads, means: as that one.
+    fn offset(&self, value: u64, now: u64, ratio: u64, second: u64) -> u64 {
+        let mut last = self.0.lock();
+        if let Some(written) = *last
+            && written.ratio == ratio
+        {
+            let others = written.value.wrapping_add(now.wrapping_sub(written.at));
+            if value == 0 || value.abs_diff(others) < second {
+                return written.value.wrapping_sub(written.at);
+            }
+        }
+        *last = Some(Written { value, at: now, ratio });
+        value.wrapping_sub(now)
+    }
+}
+
+/// State that the core's platform and the API's handlers share. Only the thread that holds the vCPU writes it.
+pub(crate) struct Machine {
+    clock: Clock,
+    /// Guest's TSC = host's × ratio + offset.
+    tsc_ratio: AtomicU64,
+    tsc_offset: AtomicU64,
+    tsc_khz: AtomicU64,
+    /// IA32_APIC_BASE. Nothing is decoded at that address here: the APIC is user space's.
+    pub(crate) apic_base: AtomicU64,
+    /// MSRs without a meaning of their own here.
+    pub(crate) msrs: Bank,
+}
+
+impl Machine {
+    /// After reset; `bsp`: bootstrap processor.
+    pub(crate) fn new(clock: Clock, bsp: bool) -> Self {
+        let machine = Self {
+            clock,
+            tsc_ratio: AtomicU64::new(RATIO_ONE),
+            tsc_offset: AtomicU64::new(0),
+            tsc_khz: AtomicU64::new(host_tsc_khz().into()),
+            apic_base: AtomicU64::new(apic_base::DEFAULT | apic_base::EN | if bsp { apic_base::BSP } else { 0 }),
+            msrs: Bank::new(),
+        };
+        machine.set_tsc(0);
+        machine
+    }
+
+    /// What the core asks.
+    pub(crate) fn platform(self: &Arc<Self>) -> Box<dyn Platform> {
+        Box::new(VcpuPlatform(self.clone()))
+    }
+
+    fn scaled(&self) -> u64 {
+        match self.tsc_ratio.load(Relaxed) {
+            RATIO_ONE => host_tsc(),
+            ratio => ((u128::from(host_tsc()) * u128::from(ratio)) >> RATIO_BITS) as u64,
+        }
+    }
+
+    /// The guest's counter.
+    pub(crate) fn tsc(&self) -> u64 {
+        self.scaled().wrapping_add(self.tsc_offset.load(Relaxed))
+    }
+
+    /// User space writes the counter.
+    pub(crate) fn set_tsc(&self, value: u64) {
+        let second = self.tsc_khz.load(Relaxed) * 1000;
+        let offset = self.clock.offset(value, self.scaled(), self.tsc_ratio.load(Relaxed), second);
+        self.tsc_offset.store(offset, Relaxed);
+    }
+
+    /// `KVM_GET_TSC_KHZ`
+    pub(crate) fn tsc_khz(&self) -> u32 {
+        self.tsc_khz.load(Relaxed) as u32
+    }
+
+    /// `KVM_SET_TSC_KHZ`: the counter goes on from where it is at another rate. False: out of range.
+    pub(crate) fn set_tsc_khz(&self, khz: u32) -> bool {
+        let host = host_tsc_khz();
+        let khz = if khz == 0 { host } else { khz };
+        if u64::from(khz) >= u64::from(host) << 16 {
+            return false;
+        }
+        let now = self.tsc();
+        let ratio = if khz == host { RATIO_ONE } else { (u64::from(khz) << RATIO_BITS) / u64::from(host) };
+        self.tsc_ratio.store(ratio, Relaxed);
+        self.tsc_khz.store(khz.into(), Relaxed);
+        self.tsc_offset.store(now.wrapping_sub(self.scaled()), Relaxed);
+        true
+    }
+}
+
+/// The core's side of a [`Machine`].
+struct VcpuPlatform(Arc<Machine>);
+
+impl Platform for VcpuPlatform {
+    fn tsc(&mut self) -> u64 {
+        self.0.tsc()
+    }
+
+    fn set_tsc(&mut self, value: u64) {
+        self.0.tsc_offset.store(value.wrapping_sub(self.0.scaled()), Relaxed);
+    }
+
+    fn random(&mut self) -> u64 {
+        HostPlatform::default().random()
+    }
+
+    fn read_msr(&mut self, index: u32) -> Option<u64> {
+        match index {
+            msr::IA32_APIC_BASE => Some(self.0.apic_base.load(Relaxed)),
+            _ => self.0.msrs.read(index),
+        }
+    }
+
+    /// The guest may move and disable its APIC; x2APIC mode needs one in the kernel.
+    fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
+        const RESERVED: u64 = 0x2ff | apic_base::EXTD;
+        match index {
+            msr::IA32_APIC_BASE if value & RESERVED != 0 => return None,
+            msr::IA32_APIC_BASE => self.0.apic_base.store(value, Relaxed),
+            // Moves the counter by as much as it changes.
+            msr::IA32_TSC_ADJUST => {
+                let change = value.wrapping_sub(self.0.msrs.read(index)?);
+                self.0.tsc_offset.fetch_add(change, Relaxed);
+                return self.0.msrs.write(index, value, true);
+            }
+            _ => return self.0.msrs.write(index, value, true),
+        }
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_written_together_stay_together() {
+        let clock = Clock::default();
+        assert_eq!(clock.offset(1000, 5_000, RATIO_ONE, 100), 1000u64.wrapping_sub(5000));
+        // The next vCPU is given the same value a little later.
+        assert_eq!(clock.offset(1000, 5_050, RATIO_ONE, 100), 1000u64.wrapping_sub(5000));
+        // Or zero, which asks for no value of its own.
+        assert_eq!(clock.offset(0, 9_999, RATIO_ONE, 100), 1000u64.wrapping_sub(5000));
+        // Far off is meant.
+        assert_eq!(clock.offset(77_000, 9_999, RATIO_ONE, 100), 77_000 - 9_999);
+    }
+
+    #[test]
+    fn another_rate_goes_on_from_where_the_counter_is() {
+        let machine = Machine::new(Clock::default(), true);
+        let before = machine.tsc();
+        assert!(machine.set_tsc_khz(host_tsc_khz() / 2));
+        let after = machine.tsc();
+        assert!(after >= before && after - before < 1_000_000_000, "{before} {after}");
+        assert_eq!(machine.tsc_khz(), host_tsc_khz() / 2);
+        assert!(machine.set_tsc_khz(0));
+        assert_eq!(machine.tsc_khz(), host_tsc_khz());
+    }
+}

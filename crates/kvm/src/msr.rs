@@ -1,0 +1,294 @@
+//! MSRs beyond the core's own: memory types, machine checks, and what Linux answers because guests ask for it.
+//!
+//! A row answers RDMSR, WRMSR, `KVM_GET_MSRS`, `KVM_SET_MSRS` and, if it is state, the index list. The core keeps those
+//! that its instructions use; the time-stamp counter and the APIC base are the machine's.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use cpu_core::{Msrs, Seg};
+use x86_defs::Efer;
+use x86_defs::msr::{self, PAT_RESET, misc_enable};
+
+use crate::vcpu::Vcpu;
+
+/// What a write may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Write {
+    /// #GP(0).
+    Never,
+    /// Taken and forgotten.
+    Ignored,
+    /// These bits; #GP(0) for another.
+    Bits(u64),
+    /// A byte each of memory types; `0x77` in a mask of types: 0, 1, 4, 5, 6 and, for the PAT, 7.
+    Types(u8),
+}
+use Write::{Bits, Ignored, Never, Types};
+
+/// One MSR.
+struct Row {
+    index: u32,
+    reset: u64,
+    write: Write,
+    /// Part of a guest's state: in the index list.
+    listed: bool,
+}
+
+const fn state(index: u32, reset: u64, write: Write) -> Row {
+    Row { index, reset, write, listed: true }
+}
+
+const fn constant(index: u32, value: u64, write: Write) -> Row {
+    Row { index, reset: value, write, listed: false }
+}
+
+/// Memory types that MTRRs take: UC, WC, WT, WP, WB. SDM Vol. 3 "MTRR Memory Types".
+const MTRR_TYPES: u8 = 0b0111_0011;
+/// The PAT takes UC− too. SDM Vol. 3 "Page Attribute Table".
+const PAT_TYPES: u8 = 0b1111_0011;
+/// MTRR capability: 8 variable ranges, fixed ranges, write combining.
+const MTRR_CAP: u64 = 0x508;
+/// Physical address bits of a variable range; the width that CPUID tells does not narrow it.
+const RANGE_BASE: u64 = 0x000f_ffff_ffff_f0ff;
+const RANGE_MASK: u64 = 0x000f_ffff_ffff_f800;
+
+const fn base(n: u32) -> Row {
+    state(msr::IA32_MTRR_PHYSBASE0 + 2 * n, 0, Bits(RANGE_BASE))
+}
+
+const fn mask(n: u32) -> Row {
+    state(msr::IA32_MTRR_PHYSMASK0 + 2 * n, 0, Bits(RANGE_MASK))
+}
+
+const fn fixed(index: u32) -> Row {
+    state(index, 0, Types(MTRR_TYPES))
+}
+
+/// In ascending order. SDM Vol. 4; AMD's from the BKDG and PPR; the constants are `kvm_get_msr_common`'s.
+const ROWS: &[Row] = &[
+    //       index                            value     guest's write
+    constant(0x0000_0000, /* P5_MC_ADDR */ 0, Never),
+    constant(0x0000_0001, /* P5_MC_TYPE */ 0, Never),
+    constant(0x0000_0017, /* PLATFORM_ID */ 0, Never),
+    constant(0x0000_002a, /* EBL_CR_POWERON */ 0, Never),
+    constant(0x0000_002c, /* EBC_FREQUENCY_ID */ 1 << 24, Never),
+    state(msr::IA32_TSC_ADJUST, 0, Bits(u64::MAX)),
+    constant(msr::IA32_BIOS_UPDT_TRIG, 0, Ignored),
+    constant(msr::IA32_BIOS_SIGN_ID, 1 << 32, Ignored),
+    constant(msr::IA32_MTRRCAP, MTRR_CAP, Never),
+    constant(msr::IA32_MCG_CAP, 0, Never),
+    state(msr::IA32_MCG_STATUS, 0, Bits(7)),
+    constant(msr::IA32_PERF_STATUS, 1000 | 4 << 40, Never),
+    state(msr::IA32_MISC_ENABLE, misc_enable::BTS_UNAVAIL | misc_enable::PEBS_UNAVAIL, Bits(u64::MAX)),
+    constant(msr::IA32_DEBUGCTL, 0, Bits(0)),
+    base(0),
+    mask(0),
+    base(1),
+    mask(1),
+    base(2),
+    mask(2),
+    base(3),
+    mask(3),
+    base(4),
+    mask(4),
+    base(5),
+    mask(5),
+    base(6),
+    mask(6),
+    base(7),
+    mask(7),
+    fixed(0x250),
+    fixed(0x258),
+    fixed(0x259),
+    fixed(0x268),
+    fixed(0x269),
+    fixed(0x26a),
+    fixed(0x26b),
+    fixed(0x26c),
+    fixed(0x26d),
+    fixed(0x26e),
+    fixed(0x26f),
+    state(msr::IA32_PAT, PAT_RESET, Types(PAT_TYPES)),
+    state(msr::IA32_MTRR_DEF_TYPE, 0, Bits(0xcff)),
+    constant(0xc001_0010, /* SYSCFG */ 0, Ignored),
+    constant(0xc001_0015, /* HWCR */ 0, Ignored),
+    constant(0xc001_001f, /* NB_CFG */ 0, Ignored),
+    constant(0xc001_0055, /* INT_PENDING_MSG */ 0, Ignored),
+    constant(0xc001_0058, /* MMIO_CONF_BASE */ 0, Ignored),
+    constant(0xc001_0112, /* SMM_ADDR */ 0, Ignored),
+    constant(0xc001_0113, /* SMM_MASK */ 0, Ignored),
+    constant(0xc001_0140, /* OSVW_ID_LENGTH */ 0, Ignored),
+    constant(0xc001_0141, /* OSVW_STATUS */ 0, Ignored),
+    constant(0xc001_1022, /* DC_CFG */ 0, Ignored),
+    // LFENCE is serialising, as Linux would set it on AMD.
+    constant(0xc001_1029, /* DE_CFG */ 2, Ignored),
+    constant(0xc001_102a, /* BU_CFG2 */ 0, Ignored),
+];
+
+const _: () = {
+    let mut at = 1;
+    while at < ROWS.len() {
+        assert!(ROWS[at - 1].index < ROWS[at].index, "rows are sorted and no MSR has two");
+        at += 1;
+    }
+};
+
+/// MSRs that the core stores; all are part of a guest's state.
+const CORE: &[(u32, fn(&mut Msrs) -> &mut u64)] = &[
+    (msr::IA32_SYSENTER_CS, |msrs| &mut msrs.sysenter_cs),
+    (msr::IA32_SYSENTER_ESP, |msrs| &mut msrs.sysenter_esp),
+    (msr::IA32_SYSENTER_EIP, |msrs| &mut msrs.sysenter_eip),
+    (msr::IA32_STAR, |msrs| &mut msrs.star),
+    (msr::IA32_LSTAR, |msrs| &mut msrs.lstar),
+    (msr::IA32_CSTAR, |msrs| &mut msrs.cstar),
+    (msr::IA32_FMASK, |msrs| &mut msrs.fmask),
+    (msr::IA32_KERNEL_GS_BASE, |msrs| &mut msrs.kernel_gs_base),
+    (msr::IA32_TSC_AUX, |msrs| &mut msrs.tsc_aux),
+];
+
+fn core_msr(vcpu: &mut Vcpu, index: u32) -> Option<&mut u64> {
+    let (_, field) = CORE.iter().find(|(number, _)| *number == index)?;
+    Some(field(vcpu.cpu.msrs_mut()))
+}
+
+/// `KVM_GET_MSR_INDEX_LIST`
+pub(crate) fn index_list() -> Vec<u32> {
+    let rows = ROWS.iter().filter(|row| row.listed).map(|row| row.index);
+    CORE.iter().map(|(index, _)| *index).chain([msr::IA32_TIME_STAMP_COUNTER]).chain(rows).collect()
+}
+
+/// The values of the rows.
+pub(crate) struct Bank([AtomicU64; ROWS.len()]);
+
+impl Bank {
+    pub(crate) fn new() -> Self {
+        Self(std::array::from_fn(|at| AtomicU64::new(ROWS[at].reset)))
+    }
+
+    fn find(index: u32) -> Option<usize> {
+        ROWS.binary_search_by_key(&index, |row| row.index).ok()
+    }
+
+    /// `None`: not in this bank.
+    pub(crate) fn read(&self, index: u32) -> Option<u64> {
+        Some(self.0[Self::find(index)?].load(Relaxed))
+    }
+
+    /// `None`: not in this bank, or a value that it does not take. User space may also write back what it read.
+    pub(crate) fn write(&self, index: u32, value: u64, by_guest: bool) -> Option<()> {
+        let at = Self::find(index)?;
+        let fits = match ROWS[at].write {
+            Ignored => return Some(()),
+            Never => false,
+            Bits(bits) => value & !bits == 0,
+            Types(types) => value.to_le_bytes().iter().all(|&byte| byte < 8 && types >> byte & 1 != 0),
+        };
+        if !fits && (by_guest || value != self.0[at].load(Relaxed)) {
+            return None;
+        }
+        self.0[at].store(value, Relaxed);
+        Some(())
+    }
+}
+
+/// `KVM_GET_MSRS`, one entry.
+pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
+    Some(match index {
+        msr::IA32_TIME_STAMP_COUNTER => vcpu.machine.tsc(),
+        msr::IA32_APIC_BASE => vcpu.machine.apic_base.load(Relaxed),
+        msr::IA32_EFER => vcpu.cpu.sregs().efer.bits(),
+        msr::IA32_FS_BASE => vcpu.cpu.sregs().segments[Seg::Fs as usize].base,
+        msr::IA32_GS_BASE => vcpu.cpu.sregs().segments[Seg::Gs as usize].base,
+        _ => return core_msr(vcpu, index).copied().or_else(|| vcpu.machine.msrs.read(index)),
+    })
+}
+
+/// `KVM_SET_MSRS`, one entry. As host-initiated writes in x86.c: EFER may not switch LMA, addresses are canonical.
+pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
+    match index {
+        msr::IA32_TIME_STAMP_COUNTER => vcpu.machine.set_tsc(value),
+        msr::IA32_APIC_BASE => {
+            vcpu.machine.apic_base.store(value, Relaxed);
+            vcpu.load_cpuid();
+        }
+        msr::IA32_EFER => {
+            let mut sregs = vcpu.cpu.sregs();
+            let efer = Efer::from_bits(value)?;
+            sregs.efer = efer - Efer::LMA | sregs.efer & Efer::LMA;
+            vcpu.cpu.set_sregs(&sregs);
+        }
+        msr::IA32_FS_BASE | msr::IA32_GS_BASE if !is_canonical(value) => return None,
+        msr::IA32_FS_BASE | msr::IA32_GS_BASE => {
+            let segment = if index == msr::IA32_FS_BASE { Seg::Fs } else { Seg::Gs };
+            let mut sregs = vcpu.cpu.sregs();
+            sregs.segments[segment as usize].base = value;
+            vcpu.cpu.set_sregs(&sregs);
+        }
+        _ => match core_msr(vcpu, index) {
+            Some(_) if is_address(index) && !is_canonical(value) => return None,
+            Some(field) => *field = value,
+            None => return vcpu.machine.msrs.write(index, value, false),
+        },
+    }
+    Some(())
+}
+
+/// MSRs that hold a linear address.
+fn is_address(index: u32) -> bool {
+    matches!(
+        index,
+        msr::IA32_SYSENTER_ESP | msr::IA32_SYSENTER_EIP | msr::IA32_LSTAR | msr::IA32_CSTAR | msr::IA32_KERNEL_GS_BASE
+    )
+}
+
+fn is_canonical(la: u64) -> bool {
+    (la as i64) << 16 >> 16 == la as i64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_reset_and_keep_their_masks() {
+        for row in ROWS {
+            let bank = Bank::new();
+            assert_eq!(bank.read(row.index), Some(row.reset));
+            assert_eq!(bank.write(row.index, row.reset, false), Some(()), "{:#x}: its own value", row.index);
+            let taken = match row.write {
+                Never => continue,
+                Ignored => {
+                    assert_eq!(bank.write(row.index, u64::MAX, true), Some(()));
+                    assert_eq!(bank.read(row.index), Some(row.reset));
+                    continue;
+                }
+                Bits(bits) => bits,
+                Types(_) => 0x0606_0606_0606_0606,
+            };
+            assert_eq!(bank.write(row.index, taken, true), Some(()), "{:#x}", row.index);
+            assert_eq!(bank.read(row.index), Some(taken));
+            if taken != u64::MAX {
+                assert_eq!(bank.write(row.index, u64::MAX, true), None, "{:#x}", row.index);
+                assert_eq!(bank.read(row.index), Some(taken));
+            }
+        }
+    }
+
+    #[test]
+    fn list_is_short_enough_for_vmms_that_add_to_it() {
+        let list = index_list();
+        assert!(list.len() < 229, "one VMM adds 28 and calls KVM_GET_MSRS with all of them");
+        let mut unique = list.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        assert_eq!(unique.len(), list.len());
+    }
+
+    #[test]
+    fn reserved_memory_types_are_refused() {
+        let bank = Bank::new();
+        assert_eq!(bank.write(msr::IA32_PAT, 7, true), Some(()));
+        assert_eq!(bank.write(0x250, 7, true), None);
+        assert_eq!(bank.write(msr::IA32_PAT, 2, true), None);
+    }
+}

@@ -1,0 +1,172 @@
+//! `KVM_RUN`: from user space into the guest and back, in the order that api.rst and Linux's x86.c have.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use cpu_core::Exit;
+use kvm_abi::consts::{KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN};
+use nix::errno::Errno;
+use x86_defs::Rflags;
+
+use crate::client::Client;
+use crate::era::Era;
+use crate::exit::{self, Outcome};
+use crate::vcpu::Vcpu;
+
+/// Instructions that a VM of 2007 executes before it looks for a signal that was pending at entry. Its VMMs retry with the
+/// signal still pending, so each try must get somewhere.
+const STEPS_DESPITE_SIGNAL: u32 = 256;
+
+/// CR8 that exists: the task priority, bits 3:0.
+const CR8_MAX: u64 = 15;
+
+impl Vcpu {
+    /// Runs the guest. Ok: `kvm_run` tells what user space is to do. EINTR: a signal or `immediate_exit`.
+    pub(crate) fn run(&mut self, client: &dyn Client) -> Result<(), Errno> {
+        let immediate_exit = !self.era.enters_despite_signal() && self.page.immediate_exit();
+        if self.era == Era::Modern {
+            self.page.set_flags(0);
+        }
+        let result = self.run_once(client, immediate_exit);
+        self.show_state();
+        if result.is_ok() || result == Err(Errno::EINTR) && !immediate_exit {
+            self.counters.kvm_exit(self.page.exit_reason());
+        }
+        result
+    }
+
+    fn run_once(&mut self, client: &dyn Client, immediate_exit: bool) -> Result<(), Errno> {
+        if self.era == Era::Modern && self.page.sync_regs() != (0, 0) {
+            return Err(Errno::EINVAL);
+        }
+        self.take_cr8()?;
+        // What the last exit waits for comes before everything else, so no return loses or repeats it.
+        if let Some(pending) = self.pending.take()
+            && exit::complete(self, pending) == Outcome::User
+        {
+            return Ok(());
+        }
+        if immediate_exit {
+            return Err(Errno::EINTR);
+        }
+        let _guard = client.on_interrupt(self.on_signal.clone(), self.signal_mask);
+        self.has_run = true;
+        self.counters.running.store(true, Relaxed);
+        let result = match self.era {
+            Era::Modern => self.run_modern(client),
+            Era::Legacy => self.run_legacy(client),
+        };
+        self.counters.running.store(false, Relaxed);
+        result
+    }
+
+    /// Today: no instruction runs while a signal is pending, and an open window that user space asked for goes first.
+    fn run_modern(&mut self, client: &dyn Client) -> Result<(), Errno> {
+        loop {
+            if client.interrupted() {
+                if self.wants_interrupt_window() && self.ready_for_interrupt() {
+                    self.show_interrupt_window();
+                    return Ok(());
+                }
+                return self.interrupted();
+            }
+            self.cpu.set_interrupt_window_exiting(self.wants_interrupt_window());
+            let exit = self.enter_guest();
+            if exit::handle(self, &exit) == Outcome::User {
+                return Ok(());
+            }
+        }
+    }
+
+    /// 2007: the guest is entered first. Signals, and a window that is open, are looked at after exits that were answered
+    /// here; both end with EINTR.
+    fn run_legacy(&mut self, client: &dyn Client) -> Result<(), Errno> {
+        let mut steps = if client.interrupted() { STEPS_DESPITE_SIGNAL } else { 0 };
+        loop {
+            if self.cpu.events().interrupt.is_none() && self.cpu.interrupt_window_open() {
+                if let Some(vector) = self.interrupts.pop() {
+                    self.cpu.queue_interrupt(vector);
+                }
+            }
+            self.cpu.set_interrupt_window_exiting(!self.interrupts.is_empty() || self.wants_interrupt_window());
+            let exit = if steps > 0 {
+                steps -= 1;
+                self.step_guest()
+            } else {
+                Some(self.enter_guest())
+            };
+            if let Some(exit) = exit
+                && exit::handle(self, &exit) == Outcome::User
+            {
+                return Ok(());
+            }
+            if steps > 0 {
+                continue;
+            }
+            let open = self.interrupts.is_empty() && self.cpu.interrupt_window_open();
+            if client.interrupted() || self.wants_interrupt_window() && open {
+                return self.interrupted();
+            }
+        }
+    }
+
+    fn enter_guest(&mut self) -> Exit {
+        let start = Instant::now();
+        let exit = self.cpu.run();
+        self.count(start);
+        exit
+    }
+
+    fn step_guest(&mut self) -> Option<Exit> {
+        let start = Instant::now();
+        let exit = self.cpu.step();
+        self.count(start);
+        exit
+    }
+
+    fn count(&mut self, start: Instant) {
+        self.counters.run_ns.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
+        self.counters.instructions.store(self.cpu.instructions(), Relaxed);
+    }
+
+    fn interrupted(&mut self) -> Result<(), Errno> {
+        self.page.set_exit_reason(KVM_EXIT_INTR);
+        Err(Errno::EINTR)
+    }
+
+    /// CR8 is user space's while the APIC is: every entry loads it.
+    fn take_cr8(&mut self) -> Result<(), Errno> {
+        let cr8 = self.page.cr8();
+        if cr8 > CR8_MAX && self.era == Era::Modern {
+            return Err(Errno::EINVAL);
+        }
+        self.cpu.set_cr8(cr8 & CR8_MAX);
+        Ok(())
+    }
+
+    /// User space wants to hear when the guest can take an interrupt. Read anew each time: it may ask at any moment.
+    pub(crate) fn wants_interrupt_window(&self) -> bool {
+        self.page.request_interrupt_window()
+    }
+
+    pub(crate) fn show_interrupt_window(&self) {
+        self.page.set_exit_reason(KVM_EXIT_IRQ_WINDOW_OPEN);
+    }
+
+    /// `post_kvm_run_save`: what user space reads after every return.
+    fn show_state(&self) {
+        let if_flag = self.cpu.rflags() & Rflags::IF.bits() != 0;
+        let ready = if self.era.ready_includes_if() {
+            self.ready_for_interrupt()
+        } else {
+            let events = self.cpu.events();
+            !events.shadow_sti && !events.shadow_mov_ss && events.interrupt.is_none() && self.interrupts.is_empty()
+        };
+        self.page.set_state(ready, if_flag, self.cpu.cr8(), self.machine.apic_base.load(Relaxed));
+    }
+
+    /// Linear address of the next instruction.
+    pub(crate) fn linear_rip(&self) -> u64 {
+        self.cpu.linear_rip()
+    }
+}

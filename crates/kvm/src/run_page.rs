@@ -1,0 +1,228 @@
+//! The pages that a vCPU file's mmap shows: `kvm_run`, the data of port I/O, and the ring of coalesced MMIO.
+//!
+//! The VMM may write any byte at any time, from any thread and from a signal handler: each field is one relaxed atomic
+//! access, nothing read is trusted twice, and what a completion must rely on is kept on our side.
+
+use std::io;
+use std::mem::offset_of;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use kvm_abi::kvm_run;
+use mmu::Mapping;
+
+/// Bytes per page.
+const PAGE: usize = 4096;
+/// What `KVM_GET_VCPU_MMAP_SIZE` answers.
+pub const SIZE: usize = 3 * PAGE;
+/// Where the data of port I/O starts.
+pub(crate) const PIO_DATA: usize = PAGE;
+/// First byte of the union of exits.
+const EXIT: usize = offset_of!(kvm_run, __bindgen_anon_1);
+const _: () = assert!(EXIT == 32 && size_of::<kvm_run>() <= PAGE);
+
+/// Offsets are constants of the header, aligned and inside of the pages; the mapping is one we made, writable.
+const INSIDE: &str = "a field of kvm_run is inside of the pages";
+
+/// The shared pages of one vCPU.
+pub(crate) struct RunPage {
+    mapping: Arc<Mapping>,
+}
+
+/// `kvm_run.io` without its `data_offset`.
+pub(crate) struct IoExit {
+    /// `KVM_EXIT_IO_IN` or `KVM_EXIT_IO_OUT`.
+    pub(crate) direction: u8,
+    /// Bytes per element.
+    pub(crate) size: u8,
+    /// Port.
+    pub(crate) port: u16,
+    /// Elements.
+    pub(crate) count: u32,
+}
+
+impl RunPage {
+    /// Fresh pages, all zero.
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self { mapping: Mapping::create("kvm-vcpu", SIZE as u64)? })
+    }
+
+    /// For the client to map.
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    fn u8(&self, offset: usize) -> &AtomicU8 {
+        self.mapping.atomic_u8(offset as u64).expect(INSIDE)
+    }
+
+    fn u16(&self, offset: usize) -> &AtomicU16 {
+        self.mapping.atomic_u16(offset as u64).expect(INSIDE)
+    }
+
+    fn u32(&self, offset: usize) -> &AtomicU32 {
+        self.mapping.atomic_u32(offset as u64).expect(INSIDE)
+    }
+
+    fn u64(&self, offset: usize) -> &AtomicU64 {
+        self.mapping.atomic_u64(offset as u64).expect(INSIDE)
+    }
+
+    // What user space tells us.
+
+    pub(crate) fn request_interrupt_window(&self) -> bool {
+        self.u8(offset_of!(kvm_run, request_interrupt_window)).load(Relaxed) != 0
+    }
+
+    pub(crate) fn immediate_exit(&self) -> bool {
+        self.u8(offset_of!(kvm_run, immediate_exit)).load(Relaxed) != 0
+    }
+
+    pub(crate) fn cr8(&self) -> u64 {
+        self.u64(offset_of!(kvm_run, cr8)).load(Relaxed)
+    }
+
+    pub(crate) fn exit_reason(&self) -> u32 {
+        self.u32(offset_of!(kvm_run, exit_reason)).load(Relaxed)
+    }
+
+    /// `kvm_valid_regs` and `kvm_dirty_regs`.
+    pub(crate) fn sync_regs(&self) -> (u64, u64) {
+        let field = |offset| self.u64(offset).load(Relaxed);
+        (field(offset_of!(kvm_run, kvm_valid_regs)), field(offset_of!(kvm_run, kvm_dirty_regs)))
+    }
+
+    /// `mmio.data` as a little-endian number.
+    pub(crate) fn mmio_data(&self) -> u64 {
+        self.u64(EXIT + 8).load(Relaxed)
+    }
+
+    /// The first bytes of the data of port I/O.
+    pub(crate) fn pio_data(&self) -> [u8; 4] {
+        self.u32(PIO_DATA).load(Relaxed).to_le_bytes()
+    }
+
+    /// Return value of a 2007 hypercall.
+    pub(crate) fn legacy_hypercall_ret(&self) -> u64 {
+        self.u64(kvm_abi::legacy::hypercall::RET).load(Relaxed)
+    }
+
+    // What we tell user space.
+
+    pub(crate) fn set_exit_reason(&self, reason: u32) {
+        self.u32(offset_of!(kvm_run, exit_reason)).store(reason, Relaxed);
+    }
+
+    pub(crate) fn set_flags(&self, flags: u16) {
+        self.u16(offset_of!(kvm_run, flags)).store(flags, Relaxed);
+    }
+
+    /// What every return from `KVM_RUN` shows.
+    pub(crate) fn set_state(&self, ready: bool, if_flag: bool, cr8: u64, apic_base: u64) {
+        self.u8(offset_of!(kvm_run, ready_for_interrupt_injection)).store(ready.into(), Relaxed);
+        self.u8(offset_of!(kvm_run, if_flag)).store(if_flag.into(), Relaxed);
+        self.u64(offset_of!(kvm_run, cr8)).store(cr8, Relaxed);
+        self.u64(offset_of!(kvm_run, apic_base)).store(apic_base, Relaxed);
+    }
+
+    /// `hw`: `KVM_EXIT_UNKNOWN`.
+    pub(crate) fn set_hw(&self, hardware_exit_reason: u64) {
+        self.u64(EXIT).store(hardware_exit_reason, Relaxed);
+    }
+
+    /// `fail_entry`: `KVM_EXIT_FAIL_ENTRY`.
+    pub(crate) fn set_fail_entry(&self, reason: u64, cpu: u32) {
+        self.u64(EXIT).store(reason, Relaxed);
+        self.u32(EXIT + 8).store(cpu, Relaxed);
+    }
+
+    /// `io`: `KVM_EXIT_IO`, with up to four bytes of data.
+    pub(crate) fn set_io(&self, io: &IoExit, data: u32) {
+        self.u32(PIO_DATA).store(data, Relaxed);
+        self.u8(EXIT).store(io.direction, Relaxed);
+        self.u8(EXIT + 1).store(io.size, Relaxed);
+        self.u16(EXIT + 2).store(io.port, Relaxed);
+        self.u32(EXIT + 4).store(io.count, Relaxed);
+        self.u64(EXIT + 8).store(PIO_DATA as u64, Relaxed);
+    }
+
+    /// `debug.arch`: `KVM_EXIT_DEBUG`.
+    pub(crate) fn set_debug(&self, exception: u32, pc: u64, dr6: u64, dr7: u64) {
+        self.u32(EXIT).store(exception, Relaxed);
+        self.u64(EXIT + 8).store(pc, Relaxed);
+        self.u64(EXIT + 16).store(dr6, Relaxed);
+        self.u64(EXIT + 24).store(dr7, Relaxed);
+    }
+
+    /// `mmio`: `KVM_EXIT_MMIO`. `data` is `None` for a read, whose stale bytes stay.
+    pub(crate) fn set_mmio(&self, gpa: u64, len: u32, data: Option<u64>) {
+        self.u64(EXIT).store(gpa, Relaxed);
+        if let Some(data) = data {
+            self.u64(EXIT + 8).store(data, Relaxed);
+        }
+        self.u32(EXIT + 16).store(len, Relaxed);
+        self.u8(EXIT + 20).store(data.is_some().into(), Relaxed);
+    }
+
+    /// `internal`: `KVM_EXIT_INTERNAL_ERROR`. At most 16 words of data.
+    pub(crate) fn set_internal(&self, suberror: u32, data: &[u64]) {
+        self.u32(EXIT).store(suberror, Relaxed);
+        self.u32(EXIT + 4).store(data.len() as u32, Relaxed);
+        for (word, &value) in data.iter().take(16).enumerate() {
+            self.u64(EXIT + 8 + 8 * word).store(value, Relaxed);
+        }
+    }
+
+    /// 2007's `hypercall`.
+    pub(crate) fn set_legacy_hypercall(&self, args: &[u64; 6], longmode: bool) {
+        use kvm_abi::legacy::hypercall;
+        for (word, &value) in args.iter().enumerate() {
+            self.u64(hypercall::ARGS + 8 * word).store(value, Relaxed);
+        }
+        self.u64(hypercall::RET).store(u64::MAX, Relaxed);
+        self.u32(hypercall::LONGMODE).store(longmode.into(), Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_abi::Plain;
+
+    /// The bytes at `offset` as the VMM's mapping shows them.
+    fn bytes(page: &RunPage, offset: usize, len: usize) -> Vec<u8> {
+        (offset..offset + len).map(|at| page.u8(at).load(Relaxed)).collect()
+    }
+
+    #[test]
+    fn io_has_the_layout_of_the_header() {
+        let page = RunPage::new().unwrap();
+        page.set_io(&IoExit { direction: 1, size: 2, port: 0x3f8, count: 1 }, 0xdead_beef);
+        let io: [u32; 4] = Plain::from_bytes(&bytes(&page, 32, 16)).unwrap();
+        assert_eq!(io, [0x03f8_0201, 1, 4096, 0]);
+        assert_eq!(page.pio_data(), 0xdead_beef_u32.to_le_bytes());
+    }
+
+    #[test]
+    fn mmio_has_the_layout_of_the_header() {
+        let page = RunPage::new().unwrap();
+        page.set_mmio(0xfee0_0020, 4, Some(0x1122_3344));
+        assert_eq!(bytes(&page, 32, 8), 0xfee0_0020_u64.to_le_bytes());
+        assert_eq!(page.mmio_data(), 0x1122_3344);
+        assert_eq!(bytes(&page, 48, 5), [4, 0, 0, 0, 1]);
+        page.set_mmio(0x1000, 1, None);
+        assert_eq!(page.mmio_data(), 0x1122_3344, "a read leaves stale data, as Linux does");
+        assert_eq!(bytes(&page, 48, 5), [1, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn internal_error_and_debug_follow_the_header() {
+        let page = RunPage::new().unwrap();
+        page.set_internal(1, &[7, 8]);
+        assert_eq!(bytes(&page, 32, 8), [1, 0, 0, 0, 2, 0, 0, 0]);
+        assert_eq!(bytes(&page, 40, 1), [7]);
+        page.set_debug(1, 0x1003, 0xffff_4ff0, 0x400);
+        let debug: [u32; 8] = Plain::from_bytes(&bytes(&page, 32, 32)).unwrap();
+        assert_eq!(debug, [1, 2, 0x1003, 0, 0xffff_4ff0, 0, 0x400, 0]);
+    }
+}

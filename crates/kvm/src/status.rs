@@ -1,0 +1,148 @@
+//! What `softkvm status` shows, and the counters behind it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+use serde::{Deserialize, Serialize};
+
+use crate::exit::Reason;
+
+/// Every VM, and the last ones that ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// In order of creation.
+    pub vms: Vec<VmStatus>,
+    /// Oldest first.
+    pub ended: Vec<VmStatus>,
+}
+
+/// One VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Number, from 1, in order of creation.
+    pub id: u64,
+    /// Process that made it.
+    pub owner_pid: u32,
+    /// True once it speaks the API of 2007.
+    pub legacy: bool,
+    /// Bytes in memory slots.
+    pub memory_bytes: u64,
+    /// Memory slots in use.
+    pub slots: usize,
+    /// Milliseconds since it was made, or until it ended.
+    pub age_ms: u64,
+    /// In order of id.
+    pub vcpus: Vec<VcpuStatus>,
+}
+
+/// One vCPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuStatus {
+    /// As given to `KVM_CREATE_VCPU`.
+    pub id: u32,
+    /// Inside `KVM_RUN` now.
+    pub running: bool,
+    /// Guest instructions, as of the last return from the guest.
+    pub instructions: u64,
+    /// Nanoseconds in the guest.
+    pub run_ns: u64,
+    /// By basic exit reason of the SDM.
+    pub vmx_exits: BTreeMap<String, u64>,
+    /// By `kvm_run.exit_reason`.
+    pub kvm_exits: BTreeMap<String, u64>,
+}
+
+/// Names of `kvm_run.exit_reason`, without `KVM_EXIT_`.
+const KVM_EXITS: [&str; 18] = [
+    "UNKNOWN",
+    "EXCEPTION",
+    "IO",
+    "HYPERCALL",
+    "DEBUG",
+    "HLT",
+    "MMIO",
+    "IRQ_WINDOW_OPEN",
+    "SHUTDOWN",
+    "FAIL_ENTRY",
+    "INTR",
+    "SET_TPR",
+    "TPR_ACCESS",
+    "S390_SIEIC",
+    "S390_RESET",
+    "DCR",
+    "NMI",
+    "INTERNAL_ERROR",
+];
+
+/// Counters of one vCPU; read by others while it runs.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    vmx: [AtomicU64; Reason::COUNT],
+    kvm: [AtomicU64; KVM_EXITS.len()],
+    pub(crate) instructions: AtomicU64,
+    pub(crate) run_ns: AtomicU64,
+    pub(crate) running: AtomicBool,
+}
+
+impl Counters {
+    /// The core came back.
+    pub(crate) fn vmx_exit(&self, reason: Reason) {
+        self.vmx[reason as usize].fetch_add(1, Relaxed);
+    }
+
+    /// `KVM_RUN` returns with this exit reason.
+    pub(crate) fn kvm_exit(&self, reason: u32) {
+        if let Some(counter) = self.kvm.get(reason as usize) {
+            counter.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// All of it, as of now.
+    pub(crate) fn status(&self, id: u32) -> VcpuStatus {
+        let named = |(name, counter): (&str, &AtomicU64)| {
+            let count = counter.load(Relaxed);
+            (count > 0).then(|| (name.to_owned(), count))
+        };
+        VcpuStatus {
+            id,
+            running: self.running.load(Relaxed),
+            instructions: self.instructions.load(Relaxed),
+            run_ns: self.run_ns.load(Relaxed),
+            vmx_exits: Reason::NAMES.into_iter().zip(&self.vmx).filter_map(named).collect(),
+            kvm_exits: KVM_EXITS.into_iter().zip(&self.kvm).filter_map(named).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_abi::consts::*;
+
+    #[test]
+    fn names_stand_at_their_numbers() {
+        for (number, name) in [
+            (KVM_EXIT_UNKNOWN, "UNKNOWN"),
+            (KVM_EXIT_IO, "IO"),
+            (KVM_EXIT_HLT, "HLT"),
+            (KVM_EXIT_MMIO, "MMIO"),
+            (KVM_EXIT_IRQ_WINDOW_OPEN, "IRQ_WINDOW_OPEN"),
+            (KVM_EXIT_FAIL_ENTRY, "FAIL_ENTRY"),
+            (KVM_EXIT_INTR, "INTR"),
+            (KVM_EXIT_INTERNAL_ERROR, "INTERNAL_ERROR"),
+        ] {
+            assert_eq!(KVM_EXITS[number as usize], name);
+        }
+    }
+
+    #[test]
+    fn only_what_happened_is_listed() {
+        let counters = Counters::default();
+        counters.vmx_exit(Reason::Hlt);
+        counters.kvm_exit(KVM_EXIT_HLT);
+        counters.kvm_exit(12345);
+        let status = counters.status(3);
+        assert_eq!(status.vmx_exits, BTreeMap::from([("HLT".to_owned(), 1)]));
+        assert_eq!(status.kvm_exits, BTreeMap::from([("HLT".to_owned(), 1)]));
+    }
+}

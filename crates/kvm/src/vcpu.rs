@@ -1,0 +1,137 @@
+//! A vCPU: the interpreter's state, the pages shared with the client, and what the API keeps beside both.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use cpu_core::{Cpu, DebugRegs, Kick};
+use kvm_abi::consts::KVM_MP_STATE_RUNNABLE;
+use kvm_abi::{Plain, kvm_cpuid_entry2, kvm_guest_debug};
+use mmu::Mapping;
+use nix::errno::Errno;
+use parking_lot::Mutex;
+use x86_defs::cpuid as bit;
+use x86_defs::msr::apic_base;
+
+use crate::client::{Client, File, FileKind, Reply, SignalMask};
+use crate::cpuid;
+use crate::era::Era;
+use crate::exit::Pending;
+use crate::interrupt::InterruptQueue;
+use crate::ioctl::{self, Call, Target};
+use crate::machine::Machine;
+use crate::run_page::RunPage;
+use crate::status::Counters;
+use crate::vm::{VcpuEntry, Vm};
+
+/// The file of a vCPU. Its lock is held for the whole of every ioctl, `KVM_RUN` included, as the kernel's is.
+pub(crate) struct VcpuFile {
+    vm: Arc<Vm>,
+    id: u32,
+    pages: Arc<Mapping>,
+    vcpu: Mutex<Vcpu>,
+}
+
+/// A vCPU, as the holder of its lock sees it.
+pub(crate) struct Vcpu {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) id: u32,
+    pub(crate) era: Era,
+    pub(crate) cpu: Box<Cpu>,
+    pub(crate) page: RunPage,
+    pub(crate) counters: Arc<Counters>,
+    /// What the core's platform and the API both see: APIC base and time-stamp counter.
+    pub(crate) machine: Arc<Machine>,
+    /// The answer that the last exit still waits for.
+    pub(crate) pending: Option<Pending>,
+    /// Vectors that `KVM_INTERRUPT` of 2007 collected.
+    pub(crate) interrupts: InterruptQueue,
+    /// Signals blocked during `KVM_RUN`.
+    pub(crate) signal_mask: Option<SignalMask>,
+    /// `KVM_MP_STATE_…`
+    pub(crate) mp_state: u32,
+    /// As the client gave it.
+    pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
+    /// The guest has been entered: its CPUID is fixed from now on.
+    pub(crate) has_run: bool,
+    pub(crate) guest_debug: kvm_guest_debug,
+    /// The guest's debug registers while a debugger's are loaded.
+    pub(crate) guests_debugregs: Option<DebugRegs>,
+    /// What a signal to the client's thread does while it is in `KVM_RUN`.
+    pub(crate) on_signal: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl VcpuFile {
+    /// A vCPU after reset. EEXIST: the id is taken.
+    pub(crate) fn new(vm: Arc<Vm>, id: u32, era: Era) -> Result<Arc<Self>, Errno> {
+        let page = RunPage::new().map_err(|_| Errno::ENOMEM)?;
+        let machine = Arc::new(Machine::new(vm.clock.clone(), id == 0));
+        let mut cpu = Cpu::new(vm.memory.clone(), machine.platform(), cpuid::phys_bits(&[]));
+        let mut sregs = cpu.sregs();
+        sregs.segments[cpu_core::Seg::Cs as usize].base = era.reset_cs_base();
+        cpu.set_sregs(&sregs);
+        let kick: Arc<Kick> = cpu.kicker();
+        let counters = Arc::<Counters>::default();
+
+        let mut vcpus = vm.vcpus.lock();
+        if vcpus.contains_key(&id) {
+            return Err(Errno::EEXIST);
+        }
+        vcpus.insert(id, VcpuEntry { kick: kick.clone(), counters: counters.clone() });
+        drop(vcpus);
+
+        let pages = page.mapping().clone();
+        let vcpu = Vcpu {
+            vm: vm.clone(),
+            id,
+            era,
+            cpu,
+            page,
+            counters,
+            machine,
+            pending: None,
+            interrupts: InterruptQueue::default(),
+            signal_mask: None,
+            mp_state: KVM_MP_STATE_RUNNABLE,
+            cpuid: Vec::new(),
+            has_run: false,
+            guest_debug: Plain::zeroed(),
+            guests_debugregs: None,
+            on_signal: Arc::new(move || kick.kick()),
+        };
+        Ok(Arc::new(Self { vm, id, pages, vcpu: Mutex::new(vcpu) }))
+    }
+}
+
+impl File for VcpuFile {
+    fn ioctl(self: Arc<Self>, client: &dyn Client, request: u32, arg: u64, input: &[u8]) -> Result<Reply, Errno> {
+        self.vm.check_address_space(client)?;
+        let mut vcpu = self.vcpu.lock();
+        ioctl::dispatch(Target::Vcpu(&mut vcpu), &Call { client, request, arg, input }).unwrap_or(Err(Errno::EINVAL))
+    }
+
+    fn mapping(&self) -> Option<Arc<Mapping>> {
+        Some(self.pages.clone())
+    }
+
+    fn kind(&self) -> FileKind {
+        FileKind::Vcpu(self.id)
+    }
+
+    fn released(&self) {}
+}
+
+impl Vcpu {
+    /// Hands the guest's CPUID table to the core, with the bits that follow other state: APIC its enable bit.
+    pub(crate) fn load_cpuid(&mut self) {
+        let enabled = self.machine.apic_base.load(Relaxed) & apic_base::EN != 0;
+        cpuid::change(&mut self.cpuid, bit::APIC, enabled);
+        let table: Vec<_> = self.cpuid.iter().map(crate::state::to_core_cpuid).collect();
+        self.cpu.set_cpuid(&table);
+        self.cpu.set_phys_bits(cpuid::phys_bits(&self.cpuid));
+    }
+
+    /// `kvm_vcpu_ready_for_interrupt_injection`: user space may call `KVM_INTERRUPT` and the vector goes in at once.
+    pub(crate) fn ready_for_interrupt(&self) -> bool {
+        self.cpu.interrupt_window_open() && self.cpu.events().exception.is_none()
+    }
+}

@@ -1,0 +1,140 @@
+//! A VM: its memory, its vCPUs, and the era it turned out to be of.
+//!
+//! Locks, outer first: `vcpus`, `layout`. A vCPU's own lock is never taken with either held, so a slot change may wait for
+//! running vCPUs.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use cpu_core::Kick;
+use mmu::{Mapping, Memory};
+use nix::errno::Errno;
+use parking_lot::Mutex;
+
+use crate::client::{AddressSpace, Client, File, FileKind, Reply};
+use crate::era::Era;
+use crate::ioctl::{self, Call, Target};
+use crate::machine::Clock;
+use crate::memory::Layout;
+use crate::status::{Counters, VmStatus};
+use crate::system::Kvm;
+
+/// What a VM keeps of a vCPU; the vCPU itself hangs on its file.
+pub(crate) struct VcpuEntry {
+    pub(crate) kick: Arc<Kick>,
+    pub(crate) counters: Arc<Counters>,
+}
+
+/// One VM. It lives while its file or a file of one of its vCPUs is open.
+pub(crate) struct Vm {
+    kvm: Arc<Kvm>,
+    /// Number, from 1, in order of creation.
+    pub(crate) id: u64,
+    /// Who made it.
+    pub(crate) address_space: AddressSpace,
+    created: Instant,
+    era: OnceLock<Era>,
+    /// Guest-physical memory.
+    pub(crate) memory: Arc<Memory>,
+    /// Serialises changes of `memory`, and has the RAM of a VM of 2007.
+    pub(crate) layout: Mutex<Layout>,
+    /// By id. An id stays taken when the vCPU's file is closed.
+    pub(crate) vcpus: Mutex<BTreeMap<u32, VcpuEntry>>,
+    /// Where Intel's CPUs without unrestricted guest would keep a page table; kept because clients may set it.
+    pub(crate) identity_map_addr: AtomicU64,
+    /// The guest's time-stamp counter.
+    pub(crate) clock: Clock,
+}
+
+impl Vm {
+    /// A VM without memory or vCPUs.
+    pub(crate) fn new(kvm: Arc<Kvm>, address_space: AddressSpace) -> Arc<Self> {
+        Arc::new(Self {
+            id: kvm.next_vm_id(),
+            kvm,
+            address_space,
+            created: Instant::now(),
+            era: OnceLock::new(),
+            memory: Arc::new(Memory::new()),
+            layout: Mutex::default(),
+            vcpus: Mutex::default(),
+            identity_map_addr: AtomicU64::new(0xfffb_c000),
+            clock: Clock::default(),
+        })
+    }
+
+    /// The VM's era, as far as it shows.
+    pub(crate) fn era(&self) -> Era {
+        self.era.get().copied().unwrap_or(Era::Modern)
+    }
+
+    /// An ioctl that only `era` has was called: undecided VMs become that, others must be it.
+    pub(crate) fn require(&self, era: Era) -> Result<(), Errno> {
+        if *self.era.get_or_init(|| era) == era { Ok(()) } else { Err(self.era().unknown_vm_request()) }
+    }
+
+    /// The era is needed now: what has not shown 2007's ioctls by now is modern.
+    pub(crate) fn settle_era(&self) -> Era {
+        *self.era.get_or_init(|| Era::Modern)
+    }
+
+    /// Address spaces that today's KVM refuses.
+    pub(crate) fn check_address_space(&self, client: &dyn Client) -> Result<(), Errno> {
+        let foreign = self.era().bound_to_address_space() && client.address_space() != self.address_space;
+        if foreign { Err(Errno::EIO) } else { Ok(()) }
+    }
+
+    /// Returns when no vCPU uses memory as it was before the last change. The caller holds `layout`, not a vCPU's lock.
+    pub(crate) fn quiesce(&self) {
+        for vcpu in self.vcpus.lock().values() {
+            vcpu.kick.refresh();
+        }
+        self.memory.wait_until_seen(self.memory.generation());
+    }
+
+    /// For `softkvm status`.
+    pub(crate) fn status(&self) -> VmStatus {
+        let slots = self.memory.slots();
+        VmStatus {
+            id: self.id,
+            owner_pid: self.address_space.pid,
+            legacy: self.era() == Era::Legacy,
+            memory_bytes: slots.iter().map(mmu::Slot::len).sum(),
+            slots: slots.iter().len(),
+            age_ms: self.created.elapsed().as_millis() as u64,
+            vcpus: self.vcpus.lock().iter().map(|(&id, vcpu)| vcpu.counters.status(id)).collect(),
+        }
+    }
+
+    /// `KVM_SET_IDENTITY_MAP_ADDR`'s value; 0 means the default.
+    pub(crate) fn set_identity_map_addr(&self, addr: u64) {
+        self.identity_map_addr.store(addr, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        tracing::debug!(vm = self.id, "VM ended");
+        self.kvm.ended(self.status());
+    }
+}
+
+impl File for Vm {
+    fn ioctl(self: Arc<Self>, client: &dyn Client, request: u32, arg: u64, input: &[u8]) -> Result<Reply, Errno> {
+        self.check_address_space(client)?;
+        ioctl::dispatch(Target::Vm(&self), &Call { client, request, arg, input })
+            .unwrap_or(Err(self.era().unknown_vm_request()))
+    }
+
+    fn mapping(&self) -> Option<Arc<Mapping>> {
+        self.layout.lock().window()
+    }
+
+    fn kind(&self) -> FileKind {
+        FileKind::Vm
+    }
+
+    fn released(&self) {}
+}

@@ -1,0 +1,105 @@
+//! XSAVE images as `KVM_GET_XSAVE` and `KVM_SET_XSAVE` move them: the standard form of SDM Vol. 1 "XSAVE Area".
+
+use cpu_core::Fpu;
+use nix::errno::Errno;
+
+/// XCR0 components that the core has: x87 and SSE.
+pub(crate) const COMPONENTS: u64 = X87 | SSE;
+const X87: u64 = 1;
+const SSE: u64 = 2;
+
+/// Bytes of the legacy region; the header follows: XSTATE_BV, XCOMP_BV, 48 reserved bytes.
+const LEGACY: usize = 512;
+const HEADER_END: usize = LEGACY + 64;
+/// MXCSR bits that exist; the image's MXCSR_MASK.
+const MXCSR_MASK: u32 = 0xffff;
+
+/// XCR0 that XSETBV takes: x87 always, nothing beyond `supported`.
+pub(crate) fn is_valid_xcr0(xcr0: u64, supported: u64) -> bool {
+    xcr0 & X87 != 0 && xcr0 & !(supported | X87) == 0
+}
+
+/// The state of a CPU. Both components are marked as in use, as Linux does for KVM.
+pub(crate) fn image(fpu: &Fpu) -> [u32; 1024] {
+    let mut bytes = [0; 4096];
+    bytes[..LEGACY].copy_from_slice(&fpu.to_fxsave(MXCSR_MASK));
+    bytes[LEGACY..LEGACY + 8].copy_from_slice(&COMPONENTS.to_le_bytes());
+    let mut words = [0; 1024];
+    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
+        *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    }
+    words
+}
+
+/// Loads an image; a component that its header leaves out gets its initial state. EINVAL: a component the core lacks, the
+/// compacted form, reserved header bytes, or reserved bits in an MXCSR that is in use.
+pub(crate) fn load(fpu: &mut Fpu, words: &[u32; 1024]) -> Result<(), Errno> {
+    let bytes: Vec<u8> = words[..HEADER_END / 4].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let qword = |at: usize| bytes[at..at + 8].iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
+    let in_use = qword(LEGACY);
+    if in_use & !COMPONENTS != 0 || bytes[LEGACY + 8..HEADER_END].iter().any(|&byte| byte != 0) {
+        return Err(Errno::EINVAL);
+    }
+    if in_use != 0 && words[6] & !MXCSR_MASK != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let initial = Fpu { xcr0: fpu.xcr0, ..Fpu::default() };
+    let mut image = initial.to_fxsave(MXCSR_MASK);
+    let mut take = |range: std::ops::Range<usize>| image[range.clone()].copy_from_slice(&bytes[range]);
+    if in_use & X87 != 0 {
+        take(0..24);
+        take(32..160);
+    }
+    if in_use != 0 {
+        take(24..28);
+    }
+    if in_use & SSE != 0 {
+        take(160..416);
+    }
+    fpu.load_fxsave(&image);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Fpu {
+        let mut fpu = Fpu { fcw: 0x27f, fsw: 3 << 11, ftw: 0x81, mxcsr: 0x1f00, ..Fpu::default() };
+        fpu.st[3][..10].copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+        fpu.vector[15].0[..16].copy_from_slice(&[7; 16]);
+        fpu
+    }
+
+    #[test]
+    fn an_image_comes_back() {
+        let mut fpu = Fpu::default();
+        load(&mut fpu, &image(&sample())).unwrap();
+        assert_eq!(fpu, sample());
+    }
+
+    #[test]
+    fn what_the_header_leaves_out_is_initial() {
+        let mut words = image(&sample());
+        words[LEGACY / 4] = SSE as u32;
+        let mut fpu = sample();
+        load(&mut fpu, &words).unwrap();
+        assert_eq!((fpu.fcw, fpu.mxcsr), (0x37f, 0x1f00));
+        assert_eq!(fpu.vector[15], sample().vector[15]);
+    }
+
+    #[test]
+    fn malformed_images_are_refused() {
+        for (word, value) in [(LEGACY / 4, 4), (LEGACY / 4 + 2, 1), (LEGACY / 4 + 15, 1), (6, 1 << 16)] {
+            let mut words = image(&sample());
+            words[word] = value;
+            assert_eq!(load(&mut Fpu::default(), &words), Err(Errno::EINVAL), "word {word}");
+        }
+    }
+
+    #[test]
+    fn xcr0_needs_x87() {
+        assert!(is_valid_xcr0(1, 0) && is_valid_xcr0(3, 3));
+        assert!(!is_valid_xcr0(2, 3) && !is_valid_xcr0(3, 0) && !is_valid_xcr0(7, 3));
+    }
+}
