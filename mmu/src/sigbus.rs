@@ -127,7 +127,8 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
     {
         return;
     }
-    chain(signal, info, context);
+    // 0 and below: somebody's kill(), not an access.
+    chain(signal, info, context, code <= 0);
 }
 
 /// Maps anonymous zeros over one page. A system call and nothing else: errno is restored for the code interrupted.
@@ -154,7 +155,7 @@ fn fill_hole(page: usize, page_bytes: usize) -> bool {
 }
 
 /// Does what would have happened without us.
-fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void, sent: bool) {
     let previous = PREVIOUS.get();
     match previous.map(|action| (action.sa_sigaction, action.sa_flags)) {
         Some((handler, flags)) if handler != libc::SIG_DFL && handler != libc::SIG_IGN => {
@@ -169,9 +170,15 @@ fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_
                 handler(signal);
             }
         }
+        Some((libc::SIG_IGN, _)) if sent => {}
         _ => {
-            // SAFETY: async-signal-safe. The faulting instruction runs again and now ends the process as SIGBUS does.
-            unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+            // SAFETY: async-signal-safe.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+            if sent {
+                // SAFETY: as above. The handler does not block the signal, so this one ends the process.
+                unsafe { libc::raise(signal) };
+            }
+            // Otherwise the faulting instruction runs again and now ends the process as SIGBUS does.
         }
     }
 }

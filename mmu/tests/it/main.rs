@@ -1,0 +1,9 @@
+//! Tests of the public interface, by chapter of what it promises.
+
+mod common;
+mod paging_flags;
+mod paging_formats;
+mod paging_rights;
+mod quiesce;
+mod sigbus;
+mod slots;
