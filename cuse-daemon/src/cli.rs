@@ -1,0 +1,119 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+/// A working /dev/kvm on hosts without VT-x or SVM: every KVM ioctl answered by a daemon, the guest run by an interpreter.
+#[derive(Debug, Parser)]
+#[command(name = "softkvm", version, max_term_width = 100)]
+#[command(after_help = "RUST_LOG sets what is logged in detail, for example RUST_LOG=cuse_daemon=debug,kvm=trace.")]
+pub struct Cli {
+    /// Say more; twice: everything
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
+    pub verbose: u8,
+    /// Say only what went wrong
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a command for which /dev/kvm is softkvm's, and nothing else on the host changes
+    ///
+    /// The command runs in a mount namespace of its own. Its exit status is softkvm's, 128 + N if signal N ended it. The
+    /// device goes when the command ends, also for what the command left in the background.
+    Run {
+        /// What both kinds of service have in common
+        #[command(flatten)]
+        service: ServiceArgs,
+        /// The command and its arguments
+        #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
+        command: Vec<OsString>,
+    },
+    /// Serve /dev/kvm to the whole host, until SIGINT or SIGTERM
+    ///
+    /// Where the kernel has CUSE (/dev/cuse) and no /dev/kvm of its own, /dev/kvm becomes a character device. Otherwise
+    /// a FUSE file is bound over it.
+    Serve {
+        /// What both kinds of service have in common
+        #[command(flatten)]
+        service: ServiceArgs,
+    },
+    /// Tell of the VMs of running softkvm daemons: owners, memory, vCPUs, exits
+    ///
+    /// If /dev/kvm is softkvm's, only of the daemon behind it. Needs root.
+    Status {
+        /// For programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Serve `softkvm run`
+    #[command(hide = true)]
+    Daemon {
+        /// As `run` got them
+        #[command(flatten)]
+        service: ServiceArgs,
+    },
+}
+
+/// Options of the daemon.
+#[derive(Args, Clone, Debug)]
+pub struct ServiceArgs {
+    /// Do without FUSE passthrough, as on kernels before 6.9
+    #[arg(long)]
+    pub no_passthrough: bool,
+    /// The path to put the device at
+    #[arg(long, value_name = "PATH", default_value = "/dev/kvm", hide = true)]
+    pub device: PathBuf,
+    /// At the end, write instruction and exit counts of all VMs to FILE, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub summary: Option<PathBuf>,
+}
+
+impl ServiceArgs {
+    /// The same, as arguments.
+    pub fn to_args(&self) -> Vec<OsString> {
+        let mut args: Vec<OsString> = vec!["--device".into(), self.device.clone().into()];
+        if self.no_passthrough {
+            args.push("--no-passthrough".into());
+        }
+        if let Some(summary) = &self.summary {
+            args.extend(["--summary".into(), summary.clone().into()]);
+        }
+        args
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn everything_behind_the_dashes_is_the_command() {
+        let cli = Cli::parse_from(["softkvm", "run", "--no-passthrough", "--", "qemu", "-v", "--summary", "x"]);
+        let Command::Run { service, command } = cli.command else { panic!() };
+        assert!(service.no_passthrough && service.summary.is_none());
+        assert_eq!(command, ["qemu", "-v", "--summary", "x"]);
+    }
+
+    #[test]
+    fn service_arguments_survive_the_way_to_the_daemon() {
+        let cli = Cli::parse_from(["softkvm", "run", "--no-passthrough", "--summary", "a b", "true"]);
+        let Command::Run { service, .. } = cli.command else { panic!() };
+        let args = ["softkvm".into(), "daemon".into()].into_iter().chain(service.to_args());
+        let Command::Daemon { service: again } = Cli::parse_from(args).command else { panic!() };
+        assert_eq!(format!("{service:?}"), format!("{again:?}"));
+    }
+}

@@ -1,0 +1,189 @@
+//! Makes a client's thread run system calls for us, on its way out of the ioctl that it is in.
+//!
+//! The thread waits in the kernel for our answer. `PTRACE_SEIZE` and `PTRACE_INTERRUPT` make it stop when the answer
+//! lets it leave, just behind its `syscall` instruction, before any signal is looked at. There it runs that instruction
+//! again with other registers, as often as wanted, and then goes on as if its ioctl had returned what we say.
+//!
+//! Nothing is left behind if either side dies: a tracer's death detaches it (`PTRACE_O_EXITKILL` is not set), and a
+//! tracee's death shows as `ESRCH` here. Only the thread that seized may drive it, so a `Held` stays where it was made.
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+use libc::user_regs_struct;
+use nix::errno::Errno;
+use nix::sys::ptrace::{self, Options};
+use nix::unistd::Pid;
+
+use super::vm;
+use crate::sys;
+
+/// Lifts the client's seccomp filter while it is traced; needs `CAP_SYS_ADMIN` and a tracer without a filter.
+const SUSPEND_SECCOMP: i32 = 1 << 21;
+/// `syscall`.
+const SYSCALL_INSTRUCTION: u16 = u16::from_le_bytes([0x0f, 0x05]);
+/// Code segment of 64-bit user code on x86-64 Linux.
+const USER64_CS: u64 = 0x33;
+/// `PTRACE_EVENT_STOP`, as it shows in bits 16 and up of a wait status.
+const EVENT_STOP: i32 = libc::PTRACE_EVENT_STOP;
+const PAGE: u64 = 4096;
+
+/// A thread that will stop when its system call returns.
+#[derive(Debug)]
+pub struct Seized {
+    tid: Pid,
+    not_send: PhantomData<*const ()>,
+}
+
+/// A thread that stands behind its `syscall` instruction.
+#[derive(Debug)]
+pub struct Held {
+    tid: Pid,
+    /// As they were when the ioctl returned.
+    registers: user_regs_struct,
+    blocked: u64,
+    /// The address of a page in the client for arguments; 0 before the first use.
+    scratch: Cell<u64>,
+    not_send: PhantomData<*const ()>,
+}
+
+impl Seized {
+    /// Makes thread `tid` stop when its system call returns. `EPERM`: another tracer has it.
+    pub fn new(tid: Pid) -> Result<Self, Errno> {
+        let options = Options::PTRACE_O_TRACESYSGOOD;
+        ptrace::seize(tid, options | Options::from_bits_retain(SUSPEND_SECCOMP))
+            .or_else(|_| ptrace::seize(tid, options))?;
+        let seized = Self { tid, not_send: PhantomData };
+        ptrace::interrupt(tid)?;
+        Ok(seized)
+    }
+
+    /// Waits until it stands. The ioctl must have been answered.
+    pub fn stopped(self) -> Result<Held, Errno> {
+        let tid = self.tid;
+        loop {
+            let status = sys::wait_for(tid, true)?.ok_or(Errno::ESRCH)?;
+            if !libc::WIFSTOPPED(status) {
+                return Err(Errno::ESRCH);
+            }
+            if status >> 16 == EVENT_STOP {
+                break;
+            }
+            // A signal that came before the answer did.
+            sys::resume_to_syscall(tid, libc::WSTOPSIG(status))?;
+        }
+        let registers = ptrace::getregs(tid)?;
+        let blocked = sys::blocked_signals(tid)?;
+        let held = Held { tid, registers, blocked, scratch: Cell::new(0), not_send: PhantomData };
+        if let Err(errno) = held.check() {
+            held.finish(-(errno as i64));
+            return Err(errno);
+        }
+        sys::set_blocked_signals(tid, !0)?;
+        Ok(held)
+    }
+}
+
+impl Held {
+    /// Injection needs 64-bit code that came here by `syscall`.
+    fn check(&self) -> Result<(), Errno> {
+        let at = self.registers.rip.wrapping_sub(2);
+        let address = std::ptr::without_provenance_mut::<libc::c_void>(at as usize);
+        let code = ptrace::read(self.tid, address)? as u16;
+        if self.registers.cs != USER64_CS || code != SYSCALL_INSTRUCTION {
+            return Err(Errno::ENOEXEC);
+        }
+        Ok(())
+    }
+
+    /// The argument registers of the ioctl: descriptor, request, arg.
+    pub fn ioctl_fd(&self) -> i32 {
+        self.registers.rdi as i32
+    }
+
+    /// Runs one system call in the client.
+    pub fn syscall(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, Errno> {
+        let [rdi, rsi, rdx, r10, r8, r9] = arguments;
+        let rax = number.cast_unsigned();
+        let rip = self.registers.rip.wrapping_sub(2);
+        // orig_rax −1: in no system call, so the kernel has nothing to restart.
+        let call = user_regs_struct { rax, rdi, rsi, rdx, r10, r8, r9, rip, orig_rax: !0, ..self.registers };
+        ptrace::setregs(self.tid, call)?;
+        self.next_syscall_stop()?;
+        self.next_syscall_stop()?;
+        let result = ptrace::getregs(self.tid)?.rax.cast_signed();
+        match result {
+            -4095..0 => Err(Errno::from_raw(-result as i32)),
+            result => Ok(result.cast_unsigned()),
+        }
+    }
+
+    fn next_syscall_stop(&self) -> Result<(), Errno> {
+        let mut signal = 0;
+        loop {
+            sys::resume_to_syscall(self.tid, signal)?;
+            let status = sys::wait_for(self.tid, true)?.ok_or(Errno::ESRCH)?;
+            if !libc::WIFSTOPPED(status) {
+                return Err(Errno::ESRCH);
+            }
+            signal = match (libc::WSTOPSIG(status), status >> 16) {
+                (stop, 0) if stop == libc::SIGTRAP | 0x80 => return Ok(()),
+                // Only SIGSTOP passes the mask. Delivered, it stops the whole process, and holds once we detach.
+                (signal, 0) => signal,
+                _ => 0,
+            };
+        }
+    }
+
+    /// A page in the client that both sides may use for arguments, until `finish`.
+    pub fn scratch(&self) -> Result<u64, Errno> {
+        if self.scratch.get() == 0 {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let page = self.syscall(libc::SYS_mmap, [0, PAGE, prot as u64, flags as u64, !0, 0])?;
+            self.scratch.set(page);
+        }
+        Ok(self.scratch.get())
+    }
+
+    /// The thread whose memory [`scratch`](Self::scratch) lies in.
+    pub fn tid(&self) -> Pid {
+        self.tid
+    }
+
+    /// Writes arguments to the scratch page.
+    pub fn poke(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
+        vm::write(self.tid, address, bytes)
+    }
+
+    /// Lets the thread go on with `result` from its ioctl.
+    pub fn finish(self, result: i64) {
+        let registers = user_regs_struct { rax: result.cast_unsigned(), orig_rax: !0, ..self.registers };
+        self.release(registers);
+    }
+
+    /// Lets the thread make its ioctl once more, and nobody knows of the first.
+    pub fn repeat(self) {
+        let (rax, rip) = (libc::SYS_ioctl.cast_unsigned(), self.registers.rip.wrapping_sub(2));
+        let registers = user_regs_struct { rax, rip, orig_rax: !0, ..self.registers };
+        self.release(registers);
+    }
+
+    fn release(self, registers: user_regs_struct) {
+        let result = self.drop_scratch().and_then(|()| ptrace::setregs(self.tid, registers));
+        let result = result.and_then(|()| sys::set_blocked_signals(self.tid, self.blocked));
+        let result = result.and_then(|()| ptrace::detach(self.tid, None));
+        if let Err(errno) = result {
+            // It was killed meanwhile; collecting its status frees what is left of it.
+            tracing::debug!(tid = self.tid.as_raw(), %errno, "client thread is gone");
+            let _ = sys::wait_for(self.tid, false);
+        }
+    }
+
+    fn drop_scratch(&self) -> Result<(), Errno> {
+        match self.scratch.replace(0) {
+            0 => Ok(()),
+            page => self.syscall(libc::SYS_munmap, [page, PAGE, 0, 0, 0, 0]).map(drop),
+        }
+    }
+}

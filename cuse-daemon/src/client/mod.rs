@@ -1,0 +1,239 @@
+//! The VMM's side of an ioctl: its memory, its descriptors, its signals.
+
+pub mod inject;
+pub mod install;
+pub mod maps;
+pub mod memory;
+pub mod signal;
+pub mod space;
+pub mod stop;
+pub mod vm;
+
+use std::cell::{Cell, OnceCell};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use cuse_rs::{Answer, Bytes, Call, Ioctl};
+use kvm::client::{AddressSpace, Client, File, InterruptAction, Reply, SharedPiece, SignalMask};
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+use self::inject::{Held, Seized};
+use self::signal::Pending;
+use self::space::Space;
+use crate::file::Open;
+use crate::front::Front;
+
+/// A client's thread inside one ioctl.
+///
+/// Most ioctls are answered at the end, with a reply. One that needs the thread to run system calls for us is answered
+/// at once; the thread then stands (`held`) until the end, and gets its result by way of its registers.
+pub struct Caller<'a> {
+    front: &'a Arc<Front>,
+    call: &'a Call<'a>,
+    open: &'a Arc<Open>,
+    ioctl: Ioctl<'a>,
+    space: OnceCell<Arc<Space>>,
+    /// `None` inside: it was answered, but the thread is gone or cannot be held.
+    held: OnceCell<Option<Held>>,
+    watch: Cell<Option<u64>>,
+    mask: Cell<Option<SignalMask>>,
+}
+
+impl<'a> Caller<'a> {
+    /// The caller of `ioctl` on `open`.
+    pub fn new(front: &'a Arc<Front>, call: &'a Call<'a>, open: &'a Arc<Open>, ioctl: Ioctl<'a>) -> Self {
+        let (space, held) = (OnceCell::new(), OnceCell::new());
+        Self { front, call, open, ioctl, space, held, watch: Cell::new(None), mask: Cell::new(None) }
+    }
+
+    /// Runs the ioctl and answers it.
+    pub fn serve(self) -> Answer {
+        if self.open.may_need_mapping() && self.map_in_place() {
+            return self.repeat();
+        }
+        let file = Arc::clone(&self.open.shared.file);
+        let result = file.ioctl(&self, self.ioctl.request, self.ioctl.arg, self.ioctl.input);
+        if result.is_ok() && self.open.lacks_mapping() {
+            self.replace_descriptor();
+        }
+        self.finish(result)
+    }
+
+    fn tid(&self) -> Pid {
+        Pid::from_raw(self.call.header.pid.cast_signed())
+    }
+
+    fn space(&self) -> Result<&Arc<Space>, Errno> {
+        if let Some(space) = self.space.get() {
+            return Ok(space);
+        }
+        let space = self.open.shared.space_of(self.call.header.pid, &self.front.spaces)?;
+        Ok(self.space.get_or_init(|| space))
+    }
+
+    /// The thread, standing. The caller has exclusive use of its space.
+    fn hold(&self) -> Result<&Held, Errno> {
+        if self.held.get().is_none() {
+            let seized = Seized::new(self.tid()).inspect_err(|errno| self.explain(*errno))?;
+            let answered = self.call.answer_now(&Answer::Ioctl(0, Bytes::new()));
+            let held = answered.and_then(|()| seized.stopped());
+            if let Err(errno) = held {
+                self.explain(errno);
+            }
+            let _ = self.held.set(held.ok());
+        }
+        self.held.get().and_then(Option::as_ref).ok_or(Errno::ESRCH)
+    }
+
+    fn explain(&self, errno: Errno) {
+        let (tid, kind) = (self.call.header.pid, self.open.shared.file.kind());
+        match errno {
+            Errno::EPERM => tracing::error!(
+                tid,
+                %kind,
+                "cannot reach into the VMM: a debugger or strace has it. Run the VMM without, or trace softkvm instead"
+            ),
+            Errno::ENOEXEC => {
+                tracing::error!(tid, %kind, "the VMM is no 64-bit program, or enters the kernel in an unusual way")
+            }
+            errno => tracing::debug!(tid, %kind, %errno, "the VMM's thread is gone"),
+        }
+    }
+
+    fn finish(self, result: Result<Reply, Errno>) -> Answer {
+        self.set_interrupt_action(None);
+        let Some(held) = self.held.get() else {
+            return match result {
+                Ok(reply) => Answer::Ioctl(reply.ret, reply.output),
+                Err(errno) => Answer::Ioctl(-(errno as i32), Bytes::new()),
+            };
+        };
+        if held.is_some() {
+            let result = result.and_then(|reply| {
+                if !reply.output.is_empty() {
+                    self.write(self.ioctl.arg, &reply.output)?;
+                }
+                Ok(reply.ret)
+            });
+            // No thread may go on while another worker moves its memory.
+            let space = self.space.get().cloned();
+            let _exclusive = space.as_ref().map(|space| space.exclusive());
+            if let Some(held) = self.held.into_inner().flatten() {
+                held.finish(result.map_or_else(|errno| -(errno as i64), i64::from));
+            }
+        }
+        Answer::Done
+    }
+
+    /// Lets the thread make its ioctl again, from the start.
+    fn repeat(self) -> Answer {
+        let space = self.space.get().cloned();
+        let _exclusive = space.as_ref().map(|space| space.exclusive());
+        if let Some(held) = self.held.into_inner().flatten() {
+            held.repeat();
+        }
+        Answer::Done
+    }
+
+    /// Without passthrough, mmap of our files shows pages of the kernel's cache. Puts the real memory in their place;
+    /// false if there is nothing to replace, or it cannot be.
+    fn map_in_place(&self) -> bool {
+        let Some(mapping) = self.open.shared.file.mapping() else { return false };
+        let Ok(range) = memory::mapped_from(self.tid(), self.front.device_number(), self.open.node) else {
+            return false;
+        };
+        if range.is_empty() {
+            return false;
+        }
+        let replaced = self.space().and_then(|space| {
+            let _exclusive = space.exclusive();
+            let held = self.hold()?;
+            memory::map_over(held, space, &range, &mapping, self.open.first_mapping())
+        });
+        match replaced {
+            Ok(()) => self.front.forget_pages(self.open),
+            Err(errno) => tracing::error!(tid = self.call.header.pid, %errno, "the VMM cannot see its vCPU's pages"),
+        }
+        self.held.get().is_some_and(Option::is_some)
+    }
+
+    /// A VM of 2007 shows itself after its file was opened: only now mmap of it has something to show. Puts a new
+    /// descriptor of the same VM in the place of the one that was used.
+    fn replace_descriptor(&self) {
+        let replaced = self.front.expose(&self.open.shared).and_then(|file| {
+            let space = self.space()?;
+            let _exclusive = space.exclusive();
+            let held = self.hold()?;
+            install::replace(held, space.tgid, file.as_fd(), held.ioctl_fd())
+        });
+        match replaced {
+            Ok(()) => self.open.mapping_elsewhere(),
+            Err(errno) => tracing::error!(tid = self.call.header.pid, %errno, "the VMM cannot map its VM's memory"),
+        }
+    }
+}
+
+impl Client for Caller<'_> {
+    fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), Errno> {
+        vm::read(self.tid(), addr, buf)
+    }
+
+    fn write(&self, addr: u64, buf: &[u8]) -> Result<(), Errno> {
+        vm::write(self.tid(), addr, buf)
+    }
+
+    fn install(&self, file: Arc<dyn File>, cloexec: bool) -> Result<i32, Errno> {
+        let space = self.space()?;
+        let shared = self.front.adopt(file, Some(space));
+        let file = self.front.expose(&shared)?;
+        // What is left of it is what the client and the kernel hold.
+        drop(shared);
+        let _exclusive = space.exclusive();
+        install::give(self.hold()?, space.tgid, file.as_fd(), cloexec)
+    }
+
+    fn share(&self, addr: u64, len: u64) -> Result<Vec<SharedPiece>, Errno> {
+        let end = addr.checked_add(len).ok_or(Errno::EINVAL)?;
+        let space = self.space()?;
+        let _exclusive = space.exclusive();
+        let stop_others = || {
+            let front = Arc::clone(self.front);
+            stop::others(space.tgid, self.tid(), move |tid| front.is_waiting(tid))
+        };
+        memory::share(self.tid(), space, &(addr..end), || self.hold(), stop_others)
+    }
+
+    fn address_space(&self) -> AddressSpace {
+        // A thread that is gone is in no space of anybody's.
+        self.space().map_or(AddressSpace { pid: 0, generation: u64::MAX }, |space| space.id)
+    }
+
+    fn set_interrupt_action(&self, action: Option<InterruptAction>) {
+        if let Some(id) = self.watch.take() {
+            self.front.watcher.remove(id);
+        }
+        self.mask.set(None);
+        let Some(InterruptAction { run, mask }) = action else { return self.call.on_interrupt(None) };
+        let Some(mask) = mask else { return self.call.on_interrupt(Some(run)) };
+        self.mask.set(Some(mask));
+        let tid = self.call.header.pid;
+        if let Some(pending) = Pending::of(tid) {
+            // The kernel tells of signals that the thread does not block, also of those that the mask does block.
+            let act = Arc::clone(&run);
+            self.call.on_interrupt(Some(Arc::new(move || {
+                if pending.outside(mask) != 0 {
+                    act();
+                }
+            })));
+        }
+        self.watch.set(self.front.watcher.add(tid, mask, run));
+    }
+
+    fn interrupted(&self) -> bool {
+        match self.mask.get() {
+            None => self.call.interrupted(),
+            Some(mask) => Pending::of(self.call.header.pid).is_some_and(|pending| pending.outside(mask) != 0),
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Stops the other threads of a client for a moment.
+//!
+//! A thread of ours of its own does it, and lets them go by ending: the kernel then detaches everything that it traced,
+//! also those that have not stopped yet because they are inside a system call. Threads inside a request to us cannot run
+//! client code before we answer, so they are not waited for: some wait for locks that our caller holds.
+
+use std::collections::HashMap;
+use std::fs;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::ptrace::{self, Options};
+use nix::unistd::Pid;
+
+use crate::sys;
+
+/// A thread that does not stop within this time sleeps in a device driver. It writes to no memory of ours meanwhile.
+const PATIENCE: Duration = Duration::from_secs(2);
+const POLL: Duration = Duration::from_micros(50);
+
+/// While it lives the other threads stand still.
+pub struct Stopped {
+    release: Option<mpsc::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        drop(self.release.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Stops all threads of process `tgid` except `keep`. `is_waiting`: is this thread inside a request to us?
+pub fn others(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool + Send + 'static) -> Stopped {
+    let (stopped, wait_stopped) = mpsc::channel();
+    let (release, wait_release) = mpsc::channel::<()>();
+    let body = move || {
+        stop_all(tgid, keep, is_waiting);
+        drop(stopped);
+        // Ends with an error when the other side lets go.
+        let _ = wait_release.recv();
+    };
+    let thread = thread::Builder::new().name("stopper".into()).spawn(body);
+    let thread = thread.inspect_err(|err| tracing::error!(%err, "cannot stop the client's threads")).ok();
+    let _: Result<(), _> = wait_stopped.recv();
+    Stopped { release: Some(release), thread }
+}
+
+fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    // True: stands, is dead, or is somebody else's.
+    let mut threads = HashMap::from([(keep, true)]);
+    loop {
+        // Running threads make new ones until they stand.
+        let mut new = false;
+        for tid in tasks(tgid) {
+            threads.entry(tid).or_insert_with(|| {
+                new = true;
+                seize(tid).is_err()
+            });
+        }
+        for (&tid, stands) in threads.iter_mut().filter(|(_, stands)| !**stands) {
+            *stands = is_waiting(tid.as_raw().cast_unsigned()) || !matches!(sys::wait_for(tid, false), Ok(None));
+        }
+        if !new && threads.values().all(|stands| *stands) {
+            return;
+        }
+        if Instant::now() > deadline {
+            tracing::warn!(pid = tgid.as_raw(), "some threads of the client do not stop; going on without");
+            return;
+        }
+        if !new {
+            thread::sleep(POLL);
+        }
+    }
+}
+
+fn seize(tid: Pid) -> Result<(), Errno> {
+    ptrace::seize(tid, Options::empty())?;
+    ptrace::interrupt(tid)
+}
+
+fn tasks(tgid: Pid) -> Vec<Pid> {
+    let entries = fs::read_dir(format!("/proc/{tgid}/task")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw).collect()
+}

@@ -1,0 +1,118 @@
+//! The daemon: from nothing to a served device, and back.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use serde_json::Value;
+
+use crate::cli::ServiceArgs;
+use crate::front::{Front, OpenSystem, cuse, fuse};
+use crate::{status, sys};
+
+/// What the daemon serves.
+pub struct Objects {
+    /// Makes what open("/dev/kvm") gives.
+    pub system: Box<OpenSystem>,
+    /// The VMs that there are, and the last that ended: `vms` and `ended`.
+    pub status: Box<dyn Fn() -> Value + Send + Sync>,
+}
+
+/// The whole life of a daemon. `host_wide`: CUSE is wanted if possible. `ready` is called with a line for the user once
+/// clients may come.
+pub fn serve(args: &ServiceArgs, objects: Objects, host_wide: bool, ready: impl FnOnce(&str)) -> Result<()> {
+    // Before any device is opened, and before there is a second thread.
+    prove_jitless()?;
+    require_root()?;
+    let signals = block_signals().context("cannot block signals")?;
+    raise_descriptor_limit();
+
+    let runtime = runtime_directory()?;
+    let front = Front::new(objects.system);
+    let mount = runtime.join(format!("{}.mnt", std::process::id()));
+    let by_cuse = host_wide && cuse::is_possible(&args.device);
+    let over = (!by_cuse).then_some(args.device.as_path());
+    let bound = fuse::start(&front, &mount, !args.no_passthrough, over)?;
+    let mode = if by_cuse {
+        cuse::start(&front)?;
+        "a CUSE character device"
+    } else {
+        "a FUSE file"
+    };
+    let report = {
+        let (front, device, started) = (Arc::clone(&front), args.device.clone(), std::time::Instant::now());
+        let objects = objects.status;
+        move || {
+            let mut report = objects();
+            report["daemon"] = status::of_daemon(&front, &device, by_cuse, started);
+            report
+        }
+    };
+    let report = Arc::new(report);
+    let socket = status::Socket::bind(&runtime, Arc::clone(&report) as _)?;
+
+    let sharing = if front.has_passthrough() { "with passthrough" } else { "without passthrough" };
+    ready(&format!("{} is {mode}, {sharing}", args.device.display()));
+    let signal = signals.wait().context("cannot wait for signals")?;
+    tracing::info!(%signal, "ending");
+
+    drop(socket);
+    drop(bound);
+    let open = front.open_files();
+    if host_wide && open > 0 {
+        tracing::warn!(open, "files of clients are still open and fail from now on");
+    }
+    if let Some(path) = &args.summary {
+        let text = serde_json::to_string_pretty(&status::summary(&report())).context("the summary is no JSON")?;
+        fs::write(path, text + "\n").with_context(|| format!("cannot write the summary to {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// From here on the kernel refuses every attempt to make code at run time: nothing below this line is a JIT.
+fn prove_jitless() -> Result<()> {
+    match sys::deny_write_exec() {
+        Ok(()) => Ok(()),
+        Err(Errno::EINVAL) => {
+            tracing::debug!("the kernel is older than PR_SET_MDWE (6.3), which would prove that there is no JIT");
+            Ok(())
+        }
+        Err(errno) => bail!("the kernel refuses PR_SET_MDWE, which proves that there is no JIT: {}", errno.desc()),
+    }
+}
+
+fn require_root() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("softkvm mounts a file system and reaches into its clients, which takes root. Next step: sudo softkvm …");
+    }
+    Ok(())
+}
+
+/// The signals that end the daemon, blocked in this thread and those that it starts.
+fn block_signals() -> nix::Result<SigSet> {
+    let mut signals = SigSet::empty();
+    signals.extend([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    signals.thread_block()?;
+    Ok(signals)
+}
+
+/// Every VM, vCPU and memory slot costs a descriptor or two.
+fn raise_descriptor_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        tracing::debug!(%errno, "the limit of open files stays");
+    }
+}
+
+/// Where status sockets are, and mount points for a moment.
+fn runtime_directory() -> Result<PathBuf> {
+    let dir = Path::new(status::DIRECTORY);
+    fs::create_dir_all(dir)
+        .with_context(|| format!("cannot make {}. Next step: make /run writable, a tmpfs will do", dir.display()))?;
+    Ok(dir.to_owned())
+}

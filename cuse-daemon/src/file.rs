@@ -1,0 +1,100 @@
+//! An open file of a client's, and how it ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use kvm::client::{File, FileKind};
+use nix::errno::Errno;
+
+use crate::client::space::{Space, Spaces};
+
+/// One KVM object, however many files of ours lead to it.
+pub struct Shared {
+    /// The object.
+    pub file: Arc<dyn File>,
+    /// The client that made it; none for `/dev/kvm`, which everybody opens for himself.
+    owner: Option<Arc<Space>>,
+    /// A thread known to be of the owner's.
+    seen: AtomicU32,
+    /// Somebody has its memory mapped already.
+    mapped: AtomicBool,
+}
+
+impl Shared {
+    /// A new object of `owner`'s.
+    pub fn new(file: Arc<dyn File>, owner: Option<&Arc<Space>>) -> Arc<Self> {
+        Arc::new(Self { file, owner: owner.cloned(), seen: AtomicU32::new(0), mapped: AtomicBool::new(false) })
+    }
+
+    /// The address space of `tid`; quick for the thread that asked last.
+    pub fn space_of(&self, tid: u32, spaces: &Spaces) -> Result<Arc<Space>, Errno> {
+        let known = self.owner.as_ref().filter(|owner| self.seen.load(Ordering::Relaxed) == tid && owner.is_alive());
+        if let Some(owner) = known {
+            return Ok(Arc::clone(owner));
+        }
+        let space = spaces.of_thread(tid)?;
+        if self.owner.as_ref().is_some_and(|owner| Arc::ptr_eq(owner, &space)) {
+            self.seen.store(tid, Ordering::Relaxed);
+        }
+        Ok(space)
+    }
+}
+
+impl Drop for Shared {
+    /// Ioctls hold a reference, so none is under way, also none that was answered before its end.
+    fn drop(&mut self) {
+        tracing::debug!(kind = %self.file.kind(), "closed");
+        self.file.released();
+    }
+}
+
+/// What the kernel has open: one `struct file`, shared by all descriptors that dup, fork or `SCM_RIGHTS` made of it.
+pub struct Open {
+    /// What it leads to.
+    pub shared: Arc<Shared>,
+    /// The node of our file system that was opened.
+    pub node: u64,
+    /// mmap of it may show the page cache instead of the object's memory, and nobody has looked since.
+    unmapped: AtomicBool,
+    /// mmap of it fails though the object has memory to show by now.
+    lacks: AtomicBool,
+}
+
+impl Open {
+    /// `passthrough`: mmap shows the object's memory by itself.
+    pub fn new(shared: Arc<Shared>, node: u64, passthrough: bool) -> Self {
+        let has_mapping = shared.file.mapping().is_some();
+        let lacks = !has_mapping && shared.file.kind() == FileKind::Vm;
+        Self { shared, node, unmapped: AtomicBool::new(has_mapping && !passthrough), lacks: AtomicBool::new(lacks) }
+    }
+
+    /// True until [`mapping_done`](Self::mapping_done), and again after a page fault on it.
+    pub fn may_need_mapping(&self) -> bool {
+        self.unmapped.load(Ordering::Relaxed)
+    }
+
+    /// The client has touched a mapping that shows the page cache.
+    pub fn page_fault(&self) {
+        self.unmapped.store(true, Ordering::Relaxed);
+    }
+
+    /// All mappings there are show the real memory.
+    pub fn mapping_done(&self) {
+        self.unmapped.store(false, Ordering::Relaxed);
+    }
+
+    /// True the first time the object's memory is mapped.
+    pub fn first_mapping(&self) -> bool {
+        !self.shared.mapped.swap(true, Ordering::Relaxed)
+    }
+
+    /// A VM whose memory became mappable after this file was opened.
+    pub fn lacks_mapping(&self) -> bool {
+        self.lacks.load(Ordering::Relaxed) && self.shared.file.mapping().is_some()
+    }
+
+    /// A newer file shows it.
+    pub fn mapping_elsewhere(&self) {
+        self.lacks.store(false, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,11 @@
+//! The softkvm program: command line, CUSE and FUSE front ends, memory and fd sharing with clients.
+
+pub mod cli;
+pub mod client;
+pub mod daemon;
+pub mod file;
+pub mod front;
+pub mod objects;
+pub mod run;
+pub mod status;
+pub mod sys;

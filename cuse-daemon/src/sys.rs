@@ -1,0 +1,109 @@
+//! Every raw system call that has no safe wrapper elsewhere.
+#![expect(unsafe_code, reason = "system calls that neither std nor nix wraps")]
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::ptr;
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+const PR_SET_MDWE: libc::c_int = 65;
+const PR_MDWE_REFUSE_EXEC_GAIN: libc::c_ulong = 1;
+/// `O_EXCL`: the descriptor means one thread (6.9).
+const PIDFD_THREAD: libc::c_uint = 0x80;
+const KCMP_VM: libc::c_long = 1;
+const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
+const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
+
+/// From here on, memory that was writable never becomes executable. prctl(2) `PR_SET_MDWE`; `EINVAL` before Linux 6.3.
+pub fn deny_write_exec() -> Result<(), Errno> {
+    // SAFETY: takes integers only; affects what later mmap and mprotect calls of this process may ask for.
+    Errno::result(unsafe {
+        libc::prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0 as libc::c_ulong, 0 as libc::c_ulong, 0 as libc::c_ulong)
+    })
+    .map(drop)
+}
+
+/// Has the command's process get `signal` when this one ends, however that happens.
+pub fn die_with_parent(command: &mut Command, signal: Signal) {
+    let parent = nix::unistd::getpid();
+    let body = move || {
+        nix::sys::prctl::set_pdeathsig(signal)?;
+        // It may have ended before that.
+        if nix::unistd::getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }
+    };
+    // SAFETY: runs in the child between fork and exec and makes two system calls, no more.
+    unsafe { command.pre_exec(body) };
+}
+
+/// A pidfd for thread `tid`: of the thread itself where the kernel can (6.9), else of its process `tgid`.
+pub fn pidfd_of_thread(tid: Pid, tgid: Pid) -> Result<OwnedFd, Errno> {
+    pidfd_open(tid, PIDFD_THREAD).or_else(|_| pidfd_open(tgid, 0))
+}
+
+fn pidfd_open(pid: Pid, flags: libc::c_uint) -> Result<OwnedFd, Errno> {
+    // SAFETY: takes integers only.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), flags) })?;
+    // SAFETY: the kernel just gave this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// A duplicate of descriptor `fd` of the process behind `pidfd`. Close-on-exec.
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: takes integers only.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?;
+    // SAFETY: the kernel just gave this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Do two processes use one address space? False also where the kernel cannot tell.
+pub fn same_address_space(a: Pid, b: Pid) -> bool {
+    // SAFETY: takes integers only.
+    unsafe { libc::syscall(libc::SYS_kcmp, a.as_raw(), b.as_raw(), KCMP_VM, 0, 0) == 0 }
+}
+
+/// Waits for a change of traced thread `tid` and returns the raw status; `None`: with `block` off, nothing happened yet.
+/// Raw because real-time signals have no name in nix.
+pub fn wait_for(tid: Pid, block: bool) -> Result<Option<i32>, Errno> {
+    let flags = libc::__WALL | if block { 0 } else { libc::WNOHANG };
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` outlives the call.
+        match Errno::result(unsafe { libc::waitpid(tid.as_raw(), &mut status, flags) }) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return Ok(Some(status)),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// The blocked signals of a stopped tracee. ptrace(2) `PTRACE_GETSIGMASK`.
+pub fn blocked_signals(tid: Pid) -> Result<u64, Errno> {
+    let mut mask = 0u64;
+    // SAFETY: the kernel writes the 8 bytes named by `addr` to `mask`, which outlives the call.
+    Errno::result(unsafe { libc::ptrace(PTRACE_GETSIGMASK, tid.as_raw(), size_of::<u64>(), &raw mut mask) })?;
+    Ok(mask)
+}
+
+/// Replaces the blocked signals of a stopped tracee. ptrace(2) `PTRACE_SETSIGMASK`.
+pub fn set_blocked_signals(tid: Pid, mask: u64) -> Result<(), Errno> {
+    // SAFETY: the kernel reads the 8 bytes named by `addr` from `mask`, which outlives the call.
+    Errno::result(unsafe { libc::ptrace(PTRACE_SETSIGMASK, tid.as_raw(), size_of::<u64>(), &raw const mask) }).map(drop)
+}
+
+/// Resumes a stopped tracee up to its next system-call entry or exit, with `signal` (0: none) delivered.
+/// Raw for the same reason as [`wait_for`].
+pub fn resume_to_syscall(tid: Pid, signal: i32) -> Result<(), Errno> {
+    let none = ptr::null_mut::<libc::c_void>();
+    // SAFETY: `PTRACE_SYSCALL` ignores `addr` and takes the signal number in `data`.
+    Errno::result(unsafe { libc::ptrace(libc::PTRACE_SYSCALL, tid.as_raw(), none, signal as libc::c_long) }).map(drop)
+}
+
+/// Binds the calling thread to the CPUs in `cpus`.
+pub fn set_affinity(cpus: &nix::sched::CpuSet) -> Result<(), Errno> {
+    nix::sched::sched_setaffinity(Pid::from_raw(0), cpus)
+}
