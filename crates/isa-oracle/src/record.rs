@@ -28,6 +28,7 @@ pub fn mnemonics() -> BTreeMap<String, Vec<(Code, Mode)>> {
     put(Mode::Bits64, &|_| true);
     // Compatibility mode for what 64-bit mode has not.
     put(Mode::Bits32, &|code| !generate::is_tested(code, Mode::Bits64));
+    put(Mode::Bits16, &|code| code.op_code().address_size() == 16);
     found
 }
 

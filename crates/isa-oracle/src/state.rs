@@ -54,6 +54,10 @@ pub const USER_CS: u16 = 0x33;
 pub const USER32_CS: u16 = 0x23;
 /// Selector of Linux's flat user data segment.
 pub const USER_DS: u16 = 0x2b;
+/// Selector of the 16-bit code segment that the harness puts into the LDT: base `CODE_BASE`, limit FFFF.
+pub const CODE16: u16 = 0x07;
+/// Selector of the 16-bit data segment beside it: base `DATA_BASE`, limit FFFF.
+pub const DATA16: u16 = 0x0f;
 
 /// x87 and MMX state as FXSAVE64 shows it: registers by stack position, tag word abridged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -129,15 +133,33 @@ pub enum Mode {
     Bits64,
     /// Compatibility mode with a flat 32-bit code segment.
     Bits32,
+    /// Compatibility mode with 16-bit segments that begin at the code and at the data pages.
+    Bits16,
 }
 
 impl Mode {
-    /// The decoder's name for it: 64 or 32.
+    /// The decoder's name for it: 64, 32 or 16.
     pub fn bitness(self) -> u32 {
         match self {
             Self::Bits64 => 64,
             Self::Bits32 => 32,
+            Self::Bits16 => 16,
         }
+    }
+
+    /// Linear address of offset 0 in CS.
+    pub fn code_base(self) -> u64 {
+        if self == Self::Bits16 { CODE_BASE } else { 0 }
+    }
+
+    /// Offset in CS of the code pages: where a case starts unless it says otherwise.
+    pub fn start(self) -> u64 {
+        CODE_BASE - self.code_base()
+    }
+
+    /// Linear address of offset 0 in ES, SS and DS.
+    pub fn data_base(self) -> u64 {
+        if self == Self::Bits16 { DATA_BASE } else { 0 }
     }
 }
 
@@ -158,10 +180,20 @@ impl Case {
         Self { bytes: bytes.to_vec(), state: State::default(), mode: Mode::Bits64 }
     }
 
-    /// The same in compatibility mode: flat 32-bit segments.
-    pub fn new32(bytes: &[u8]) -> Self {
-        let mut case = Self { bytes: bytes.to_vec(), state: State::default(), mode: Mode::Bits32 };
-        case.state.seg = [USER_DS, USER32_CS, USER_DS, USER_DS, 0, 0];
+    /// A case in `mode` with its default state.
+    pub fn in_mode(mode: Mode, bytes: &[u8]) -> Self {
+        let mut case = Self { mode, ..Self::new(bytes) };
+        let state = &mut case.state;
+        state.rip = mode.start();
+        match mode {
+            Mode::Bits64 => {}
+            Mode::Bits32 => state.seg = [USER_DS, USER32_CS, USER_DS, USER_DS, 0, 0],
+            Mode::Bits16 => {
+                state.seg = [DATA16, CODE16, DATA16, DATA16, DATA16, DATA16];
+                state.fs_base = DATA_BASE;
+                state.gs_base = DATA_BASE;
+            }
+        }
         case
     }
 }

@@ -6,7 +6,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
 
-use crate::layout::{CODE_BASE, CODE_BYTES};
+use crate::layout::CODE_BYTES;
 use crate::state::Case;
 
 /// What ends the case.
@@ -27,7 +27,7 @@ pub fn decode(case: &Case) -> Instruction {
 pub(crate) fn of(case: &Case) -> Stop {
     let instruction = decode(case);
     let whole = !instruction.is_invalid() && instruction.len() == case.bytes.len();
-    let inside = instruction.next_ip() < CODE_BASE + CODE_BYTES as u64;
+    let inside = instruction.next_ip() < case.mode.start() + CODE_BYTES as u64;
     if whole && inside && instruction.flow_control() == FlowControl::Next { Stop::Landing } else { Stop::Step }
 }
 

@@ -7,7 +7,7 @@
 //! 32: 27        rax=9a                      =>  rax=0 …
 //! ```
 //!
-//! Left: bytes, then state where it is not `State::default()` (a line that starts with `32:` runs in compatibility mode).
+//! Left: bytes, then state where it is not the default (a line that starts with `32:` or `16:` runs in compatibility mode).
 //! Right: the exception if any, the flags that the instruction defines, and everything else that changed; what is not
 //! named is unchanged, RIP is behind the instruction. Numbers are hexadecimal. `[address]=` gives memory bytes in order.
 //! A line that starts with `-` is struck out; its reason follows in the next comment.
@@ -16,7 +16,7 @@ use std::fmt::Write as _;
 
 use crate::compare::{defined_flags, end_text, parse_exception, undefined_flags};
 use crate::decode;
-use crate::layout::{CODE_BASE, DATA_BASE};
+use crate::layout::DATA_BASE;
 use crate::state::{Case, End, GPR_NAMES, Mode, Outcome, SEG_NAMES, State, flag};
 
 /// One line of a vector file.
@@ -54,19 +54,17 @@ type LineError = (&'static str, String);
 
 fn parse_line(line: &str) -> Result<Vector, LineError> {
     let (left, right) = line.split_once("=>").ok_or(("no =>", line.to_owned()))?;
-    let (mode, left) = match left.strip_prefix("32:") {
-        Some(rest) => (Mode::Bits32, rest),
-        None => (Mode::Bits64, left),
+    let (mode, left) = match (left.strip_prefix("32:"), left.strip_prefix("16:")) {
+        (Some(rest), _) => (Mode::Bits32, rest),
+        (_, Some(rest)) => (Mode::Bits16, rest),
+        _ => (Mode::Bits64, left),
     };
     let mut tokens = left.split_whitespace().peekable();
     let mut bytes = Vec::new();
     while let Some(token) = tokens.next_if(|token| token.len() == 2) {
         bytes.push(u8::from_str_radix(token, 16).map_err(|_| ("no byte", token.to_owned()))?);
     }
-    let mut case = match mode {
-        Mode::Bits64 => Case::new(&bytes),
-        Mode::Bits32 => Case::new32(&bytes),
-    };
+    let mut case = Case::in_mode(mode, &bytes);
     for token in tokens {
         assign(&mut case.state, token)?;
     }
@@ -132,13 +130,10 @@ fn assign(state: &mut State, token: &str) -> Result<(), LineError> {
 pub fn line(vector: &Vector) -> String {
     let Vector { case, expected } = vector;
     let mut left = String::new();
-    let default = match case.mode {
-        Mode::Bits64 => Case::new(&[]).state,
-        Mode::Bits32 => {
-            left.push_str("32: ");
-            Case::new32(&[]).state
-        }
-    };
+    let default = Case::in_mode(case.mode, &[]).state;
+    if case.mode != Mode::Bits64 {
+        let _ = write!(left, "{}: ", case.mode.bitness());
+    }
     for (i, byte) in case.bytes.iter().enumerate() {
         let space = if i == 0 { "" } else { " " };
         let _ = write!(left, "{space}{byte:02x}");
@@ -173,9 +168,7 @@ fn changes(out: &mut String, from: &State, to: &State) {
     for (at, name) in GPR_NAMES.iter().enumerate() {
         put(name, from.gpr[at].into(), to.gpr[at].into());
     }
-    if from.rip != to.rip || from.rip < CODE_BASE {
-        put("rip", u128::MAX, to.rip.into());
-    }
+    put("rip", from.rip.into(), to.rip.into());
     for (at, name) in SEG_NAMES.iter().enumerate() {
         put(name, from.seg[at].into(), to.seg[at].into());
     }

@@ -5,7 +5,7 @@ use isa_oracle::generate::{Breadth, Generator};
 use isa_oracle::host::Oracle;
 use isa_oracle::layout::{CODE_BASE, CODE_BYTES, DATA_BASE, DATA_END, READONLY_BASE, readonly_page};
 use isa_oracle::record;
-use isa_oracle::state::{Case, End, Outcome, flag};
+use isa_oracle::state::{Case, End, Mode, Outcome, flag};
 
 fn run(case: &Case) -> Outcome {
     Oracle::new().expect("a sandboxed child").run_one(case).expect("an outcome")
@@ -92,11 +92,22 @@ fn branches_stop_at_their_target() {
 
 #[test]
 fn compatibility_mode_has_its_own_instructions() {
-    let mut case = Case::new32(&[0x27]); // DAA
+    let mut case = Case::in_mode(Mode::Bits32, &[0x27]); // DAA
     case.state.gpr[0] = 0x9a;
     let outcome = run(&case);
     assert_eq!((outcome.end, outcome.state.gpr[0]), (End::Done, 0));
     assert_eq!(outcome.state.rip, CODE_BASE + 1);
+}
+
+#[test]
+fn sixteen_bit_segments_have_bases_and_limits() {
+    let mut case = Case::in_mode(Mode::Bits16, &[0x8b, 0x07]); // MOV AX, [BX]
+    case.state.gpr[3] = 0xffff_0010;
+    case.state.memory[0x10..0x12].copy_from_slice(&[0x34, 0x12]);
+    let outcome = run(&case);
+    assert_eq!((outcome.end, outcome.state.gpr[0], outcome.state.rip), (End::Done, 0x1234, 2));
+    case.state.gpr[3] = 0xffff;
+    assert_eq!(end_text(run(&case).end), "#GP(0)");
 }
 
 #[test]

@@ -56,7 +56,7 @@ pub(super) fn segment_base(rng: &mut Rng) -> u64 {
 }
 
 fn is_general(register: Register) -> bool {
-    register.is_gpr32() || register.is_gpr64()
+    register.is_gpr16() || register.is_gpr32() || register.is_gpr64()
 }
 
 /// Operands that fault unless aligned: half of them get their alignment.
@@ -81,6 +81,7 @@ fn target(rng: &mut Rng, mode: Mode, size: u64, everything: bool, align: bool) -
         16 => READONLY_BASE + rng.below(PAGE),
         17 => straddle(rng, DATA_END),
         18 => straddle(rng, DATA_BASE),
+        _ if mode == Mode::Bits16 => DATA_BASE + 0xfff0 + rng.below(16),
         _ if mode == Mode::Bits32 => rng.pick(&[0, 0xffff_fff8, CODE_BASE, 0x3000_0000, 0x8000_0000]),
         _ => match rng.below(6) {
             0 => rng.below(0x1000),
@@ -107,7 +108,8 @@ fn register_value(case: &Case, register: Register) -> Option<u64> {
     Some(match register {
         Register::FS => case.state.fs_base,
         Register::GS => case.state.gs_base,
-        Register::ES | Register::CS | Register::SS | Register::DS => 0,
+        Register::CS => case.mode.code_base(),
+        Register::ES | Register::SS | Register::DS => case.mode.data_base(),
         Register::RIP | Register::EIP => 0,
         register if register.is_gpr() => value(case, register),
         _ => return None,
@@ -129,14 +131,15 @@ fn add(case: &mut Case, register: Register, delta: u64) {
     let at = register.full_register().number();
     let sum = case.state.gpr[at].wrapping_add(delta);
     case.state.gpr[at] = match (case.mode, register.size()) {
-        (Mode::Bits32, _) => sum & 0xffff_ffff,
-        // A 32-bit address ignores the high half: keep it as it was.
+        // A narrower address ignores the rest: keep it as it was.
+        (_, 2) => case.state.gpr[at] & !0xffff | sum & 0xffff,
+        (Mode::Bits32 | Mode::Bits16, _) => sum & 0xffff_ffff,
         (_, 4) => case.state.gpr[at] & !0xffff_ffff | sum & 0xffff_ffff,
         _ => sum,
     };
 }
 
-/// Adds `delta` to the displacement in the bytes, where it has one of four or eight bytes.
+/// Adds `delta` to the displacement in the bytes, where it has one of two bytes or more.
 fn displace(case: &mut Case, delta: u64) {
     let bytes = case.bytes.clone();
     let mut decoder =
@@ -144,7 +147,7 @@ fn displace(case: &mut Case, delta: u64) {
     let instruction = decoder.decode();
     let offsets = decoder.get_constant_offsets(&instruction);
     let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
-    if !offsets.has_displacement() || size < 4 {
+    if !offsets.has_displacement() || size < 2 {
         return;
     }
     let field = &mut case.bytes[at..at + size];

@@ -90,6 +90,7 @@ pub(crate) fn is_tested(code: Code, mode: Mode) -> bool {
     let in_mode = match mode {
         Mode::Bits64 => info.mode64() && info.long_mode(),
         Mode::Bits32 => info.mode32() && info.compatibility_mode(),
+        Mode::Bits16 => info.mode16() && info.compatibility_mode(),
     };
     let by_features = code.cpuid_features().iter().all(|feature| FEATURES.contains(feature));
     let far =
@@ -101,6 +102,7 @@ pub(crate) fn is_tested(code: Code, mode: Mode) -> bool {
     let decoded = match mode {
         Mode::Bits64 => info.intel_decoder64(),
         Mode::Bits32 => info.intel_decoder32(),
+        Mode::Bits16 => info.intel_decoder16(),
     };
     info.is_instruction()
         && in_mode
@@ -137,10 +139,10 @@ pub(crate) fn bytes(rng: &mut Rng, code: Code, mode: Mode) -> Option<Vec<u8>> {
     if info.address_size() != 0 && info.address_size() != mode.bitness() || rng.one_in(24) {
         out.push(0x67);
     }
-    let natural = 32;
     let wants_66 = match info.mandatory_prefix() {
         MandatoryPrefix::P66 => true,
-        _ => info.operand_size() == 16 && natural != 16,
+        _ if mode == Mode::Bits16 => info.operand_size() == 32,
+        _ => info.operand_size() == 16,
     };
     if wants_66 {
         out.push(0x66);

@@ -15,7 +15,7 @@ pub(crate) use address::operand_address;
 pub(crate) use forms::{all, is_tested};
 
 use crate::decode;
-use crate::layout::{CODE_BASE, CODE_BYTES};
+use crate::layout::CODE_BYTES;
 use crate::state::{Case, Mode, State, flag};
 
 /// How much of the state is made interesting.
@@ -48,10 +48,7 @@ impl Generator {
     /// A case of `code`, or of what its bytes became under random prefixes and ModRM. None where nothing testable came out.
     pub fn case(&mut self, code: Code, mode: Mode) -> Option<Case> {
         let mut bytes = forms::bytes(&mut self.rng, code, mode)?;
-        let mut case = match mode {
-            Mode::Bits64 => Case::new(&bytes),
-            Mode::Bits32 => Case::new32(&bytes),
-        };
+        let mut case = Case::in_mode(mode, &bytes);
         let everything = self.breadth == Breadth::Everything;
         if everything && self.rng.one_in(16) {
             let prefix = self.rng.pick(&[0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x36, 0x64, 0x65, 0x48, 0x40]);
@@ -74,8 +71,9 @@ impl Generator {
         }
         if everything && self.rng.one_in(16) {
             // Across the two code pages, or up to the very end of the second.
-            let end = CODE_BASE + CODE_BYTES as u64 - instruction.len() as u64;
-            case.state.rip = self.rng.pick(&[end, CODE_BASE + 0xffd, CODE_BASE + 0x1000 - instruction.len() as u64]);
+            let (start, length) = (mode.start(), instruction.len() as u64);
+            let end = start + CODE_BYTES as u64 - length;
+            case.state.rip = self.rng.pick(&[end, start + 0xffd, start + 0x1000 - length]);
         }
         self.fill(&mut case);
         Some(case)
@@ -125,7 +123,7 @@ impl Generator {
             Register::R14,
             Register::R15,
         ];
-        let limit = if case.mode == Mode::Bits32 { u64::from(u32::MAX) } else { u64::MAX };
+        let limit = if case.mode == Mode::Bits64 { u64::MAX } else { u64::from(u32::MAX) };
         let state = &mut case.state;
         for (at, register) in general.into_iter().enumerate() {
             let is_stack = register == Register::RSP;
@@ -176,7 +174,7 @@ impl Generator {
             state.fs_base = address::segment_base(rng);
             state.gs_base = address::segment_base(rng);
         }
-        shape(rng, &instruction, state, everything);
+        shape(rng, &instruction, case.mode, state, everything);
         address::place(rng, case, &instruction, &memory, everything);
     }
 }
@@ -250,7 +248,7 @@ fn keep_used_stack(state: &mut State, used: &[Register]) {
 }
 
 /// Values that only some instructions care for.
-fn shape(rng: &mut Rng, instruction: &Instruction, state: &mut State, everything: bool) {
+fn shape(rng: &mut Rng, instruction: &Instruction, mode: Mode, state: &mut State, everything: bool) {
     use Mnemonic as M;
     match instruction.mnemonic() {
         // Repetition counts that stay within the pages, most of the time.
@@ -280,7 +278,7 @@ fn shape(rng: &mut Rng, instruction: &Instruction, state: &mut State, everything
     if let (M::Jmp | M::Call, true) = (instruction.mnemonic(), instruction.op0_register() != Register::None) {
         let at = instruction.op0_register().full_register().number();
         if rng.one_in(2) {
-            state.gpr[at] = CODE_BASE + rng.below(CODE_BYTES as u64);
+            state.gpr[at] = mode.start() + rng.below(CODE_BYTES as u64);
         }
     }
 }

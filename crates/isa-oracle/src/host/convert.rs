@@ -3,7 +3,7 @@
 use zerocopy::FromZeros;
 
 use super::shared::{CODE_WINDOW, Image, word};
-use crate::layout::{CODE_BASE, CODE_BYTES};
+use crate::layout::CODE_BYTES;
 use crate::state::{Case, End, Exception, Outcome, State, X87, flag};
 use crate::stop::{self, Stop};
 
@@ -25,7 +25,7 @@ pub(super) fn to_image(case: &Case) -> Box<Image> {
     image.fs_base = state.fs_base;
     image.gs_base = state.gs_base;
     image.held_flags = state.rflags & (flag::NT | flag::ID) | 2;
-    image.code_offset = state.rip.wrapping_sub(CODE_BASE).min(CODE_BYTES as u64);
+    image.code_offset = state.rip.wrapping_sub(case.mode.start()).min(CODE_BYTES as u64);
     image.code = [INT3; CODE_WINDOW];
     image.code[..case.bytes.len()].copy_from_slice(&case.bytes);
     put_xsave(&mut image.xsave, state);

@@ -120,6 +120,8 @@ impl Oracle {
     fn spawn(&mut self) -> Result<(), Error> {
         let control = |offset: usize| BASE + at::CONTROL + offset as u64;
         let structures = sandbox::Structures {
+            code16: control(offset_of!(Control, segments16)),
+            data16: control(offset_of!(Control, segments16) + 16),
             alt_stack: control(offset_of!(Control, alt_stack)),
             action: control(offset_of!(Control, action)),
             no_core: control(offset_of!(Control, no_core)),
@@ -129,6 +131,7 @@ impl Oracle {
         for (to, step) in words.steps.iter_mut().zip(sandbox::steps(self.memory.fd(), memory::rseq(), &structures)) {
             to.as_mut_bytes().copy_from_slice(step.as_bytes());
         }
+        words.segments16 = sandbox::segments16();
         words.alt_stack = sandbox::alt_stack();
         words.action = sandbox::action();
         let filter = sandbox::filter();

@@ -117,6 +117,8 @@ pub(super) struct Control {
     /// Address in the child of the step that failed.
     pub(super) failed_step: u64,
     pub(super) steps: [[u64; 8]; MAX_STEPS],
+    /// `struct user_desc` of the 16-bit code and data segments.
+    pub(super) segments16: [[u32; 4]; 2],
     /// `stack_t` for sigaltstack.
     pub(super) alt_stack: [u64; 3],
     /// Kernel `struct sigaction`: handler, flags, restorer, mask.

@@ -1,0 +1,213 @@
+//! The differential fuzzer: random cases on the host CPU and on something that claims to be like it.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use iced_x86::Code;
+
+use crate::compare::{Difference, differences};
+use crate::decode;
+use crate::generate::{self, Breadth, Generator};
+use crate::host::{Error, Oracle};
+use crate::record::file_stem;
+use crate::state::{Case, End, Mode, Outcome, State};
+use crate::vector::{self, Vector};
+
+/// What is compared with the host CPU.
+pub trait Subject {
+    /// Runs `case`.
+    fn run(&mut self, case: &Case) -> Outcome;
+}
+
+impl<F: FnMut(&Case) -> Outcome> Subject for F {
+    fn run(&mut self, case: &Case) -> Outcome {
+        self(case)
+    }
+}
+
+/// How long and over what.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Seed of the cases.
+    pub seed: u64,
+    /// Mnemonics and CPUID features (`add`, `sse2`) to draw from; everything when empty.
+    pub filter: Vec<String>,
+    /// Stop after this many cases.
+    pub cases: u64,
+    /// Stop after this long.
+    pub time: Duration,
+    /// Failures of one mnemonic that are minimised and kept.
+    pub keep: usize,
+}
+
+/// A case whose outcomes differ, made as plain as it goes.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// The case, and what the host said.
+    pub vector: Vector,
+    /// Where the subject disagrees.
+    pub differences: Vec<Difference>,
+}
+
+/// What happened to the cases of one mnemonic.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// Cases compared.
+    pub compared: u64,
+    /// Cases that differ.
+    pub different: u64,
+    /// Cases that the subject does not implement.
+    pub missing: u64,
+    /// The first failures.
+    pub failures: Vec<Failure>,
+}
+
+/// Result of a run, by mnemonic.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// By file stem of the mnemonic.
+    pub tallies: BTreeMap<String, Tally>,
+    /// Cases in all.
+    pub cases: u64,
+    /// How long it took.
+    pub time: Duration,
+}
+
+/// Encodings that `filter` names.
+pub fn forms(filter: &[String]) -> Vec<(Code, Mode)> {
+    let wanted = |code: Code| {
+        filter.is_empty()
+            || filter.iter().any(|word| {
+                file_stem(code.mnemonic()) == *word
+                    || code.cpuid_features().iter().any(|feature| format!("{feature:?}").to_lowercase() == *word)
+            })
+    };
+    let mut found = Vec::new();
+    for mode in [Mode::Bits64, Mode::Bits32, Mode::Bits16] {
+        found.extend(generate::all(mode, wanted).into_iter().map(|code| (code, mode)));
+    }
+    found
+}
+
+const BATCH: usize = 256;
+
+/// Runs `plan`. `progress` is called now and then with the number of cases and of differences so far.
+pub fn run(
+    oracle: &mut Oracle,
+    subject: &mut dyn Subject,
+    plan: &Plan,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Report, Error> {
+    let forms = forms(&plan.filter);
+    let mut generator = Generator::new(plan.seed, Breadth::Everything);
+    let mut report = Report::default();
+    let start = Instant::now();
+    let mut different = 0;
+    while !forms.is_empty() && report.cases < plan.cases && start.elapsed() < plan.time {
+        let mut cases = Vec::with_capacity(BATCH);
+        while cases.len() < BATCH.min((plan.cases - report.cases) as usize) {
+            let (code, mode) = generator.rng().pick(&forms);
+            cases.extend(generator.case(code, mode));
+        }
+        let outcomes = oracle.run(&cases)?;
+        report.cases += cases.len() as u64;
+        for (case, expected) in cases.into_iter().zip(outcomes) {
+            if matches!(expected.end, End::Lost(_)) {
+                continue;
+            }
+            let actual = subject.run(&case);
+            let tally = report.tallies.entry(file_stem(decode(&case).mnemonic())).or_default();
+            tally.compared += 1;
+            if actual.end == End::Lost("not implemented") {
+                tally.missing += 1;
+                continue;
+            }
+            if differences(&case, &expected, &actual).is_empty() {
+                continue;
+            }
+            tally.different += 1;
+            different += 1;
+            if tally.failures.len() < plan.keep {
+                let failure = minimise(oracle, subject, Vector { case, expected })?;
+                let news = |kept: &Failure| kept.vector.case.bytes != failure.vector.case.bytes;
+                if tally.failures.iter().all(news) {
+                    tally.failures.push(failure);
+                }
+            }
+        }
+        progress(report.cases, different);
+    }
+    report.time = start.elapsed();
+    Ok(report)
+}
+
+/// Takes out of the case's state whatever does not matter to the first difference.
+fn minimise(oracle: &mut Oracle, subject: &mut dyn Subject, vector: Vector) -> Result<Failure, Error> {
+    let found = differences(&vector.case, &vector.expected, &subject.run(&vector.case));
+    let mut best = Failure { vector, differences: found };
+    let plain = State { seg: best.vector.case.state.seg, ..State::default() };
+    for simplify in simplifications() {
+        let mut case = best.vector.case.clone();
+        simplify(&mut case.state, &plain);
+        if case.state == best.vector.case.state {
+            continue;
+        }
+        let expected = oracle.run_one(&case)?;
+        let found = differences(&case, &expected, &subject.run(&case));
+        let same = found.first().map(|d| &d.what) == best.differences.first().map(|d| &d.what);
+        let same_end = expected.end == best.vector.expected.end;
+        if same && same_end && !matches!(expected.end, End::Lost(_)) {
+            best = Failure { vector: Vector { case, expected }, differences: found };
+        }
+    }
+    Ok(best)
+}
+
+type Simplify = Box<dyn Fn(&mut State, &State)>;
+
+/// Ways to make a state plainer, coarse ones first.
+fn simplifications() -> Vec<Simplify> {
+    let mut ways: Vec<Simplify> = vec![
+        Box::new(|state, plain| state.ymm = plain.ymm),
+        Box::new(|state, plain| state.x87 = plain.x87),
+        Box::new(|state, plain| state.memory = plain.memory.clone()),
+        Box::new(|state, plain| state.rflags = plain.rflags),
+        Box::new(|state, plain| state.mxcsr = plain.mxcsr),
+        Box::new(|state, plain| state.rip = plain.rip),
+        Box::new(|state, _| state.fs_base = 0),
+        Box::new(|state, _| state.gs_base = 0),
+        Box::new(|state, plain| state.x87.fcw = plain.x87.fcw),
+        Box::new(|state, _| state.x87.fsw &= 0x3800),
+        Box::new(|state, _| state.x87.fsw = 0),
+        Box::new(|state, _| state.x87.ftw = 0xff),
+    ];
+    for at in 0..16 {
+        ways.push(Box::new(move |state, plain| state.gpr[at] = plain.gpr[at]));
+        ways.push(Box::new(move |state, plain| state.ymm[at] = plain.ymm[at]));
+        ways.push(Box::new(move |state, _| state.ymm[at][1] = 0));
+    }
+    for at in 0..8 {
+        ways.push(Box::new(move |state, _| state.x87.st[at] = 0));
+    }
+    for bit in 0..22 {
+        ways.push(Box::new(move |state, plain| state.rflags &= !(1u64 << bit) | plain.rflags));
+    }
+    for size in [4096, 512, 64, 16] {
+        for start in (0..8192).step_by(size) {
+            ways.push(Box::new(move |state, _| state.memory[start..start + size].fill(0)));
+        }
+    }
+    ways
+}
+
+impl Failure {
+    /// The vector line, and below it what the subject said.
+    pub fn text(&self) -> String {
+        let mut text = vector::line(&self.vector);
+        let shown = self.differences.iter().take(6);
+        for Difference { what, expected, actual } in shown {
+            text.push_str(&format!("\n    {what}: host {expected}, softkvm {actual}"));
+        }
+        text
+    }
+}
