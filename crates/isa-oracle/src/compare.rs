@@ -4,7 +4,7 @@ use iced_x86::{CpuidFeature, Instruction, Mnemonic};
 
 use crate::decode;
 use crate::layout::DATA_BASE;
-use crate::state::{Case, End, GPR_NAMES, Outcome, SEG_NAMES, flag};
+use crate::state::{Case, End, GPR_NAMES, Mode, Outcome, SEG_NAMES, flag};
 use crate::vendor;
 
 /// One piece of state in which two outcomes differ.
@@ -32,10 +32,13 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// What `case` leaves open when it completes.
-    pub fn of(case: &Case, instruction: &Instruction) -> Self {
-        let mut mask = Self { rflags: undefined_flags(instruction), ..Self::default() };
-        vendor::widen(&mut mask, case, instruction);
+    /// What `case` leaves open when it completes, or (not `done`) when it faults.
+    pub fn of(case: &Case, instruction: &Instruction, done: bool) -> Self {
+        let mut mask = Self::default();
+        if done || is_partial(instruction) {
+            mask.rflags = undefined_flags(instruction);
+        }
+        vendor::widen(&mut mask, case, instruction, done);
         mask
     }
 }
@@ -74,12 +77,16 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
             found.push(Difference { what: what.to_owned(), expected, actual });
         }
     };
-    report("end", end_text(expected.end), end_text(actual.end));
+    if !vendor::is_same_end(&instruction, expected.end, actual.end) {
+        report("end", end_text(expected.end), end_text(actual.end));
+    }
     let (e, a) = (&expected.state, &actual.state);
     let done = expected.end == End::Done && actual.end == End::Done;
-    let mask = if done || is_partial(&instruction) { Mask::of(case, &instruction) } else { Mask::default() };
+    let mask = Mask::of(case, &instruction, done);
+    // Outside 64-bit mode the upper halves are undefined (SDM Vol. 1 "General-Purpose Registers in 64-Bit Mode").
+    let width = if case.mode == Mode::Bits64 { u64::MAX } else { u64::from(u32::MAX) };
     for (at, name) in GPR_NAMES.iter().enumerate().filter(|(at, _)| !mask.gpr.contains(at)) {
-        report(name, hex(e.gpr[at]), hex(a.gpr[at]));
+        report(name, hex(e.gpr[at] & width), hex(a.gpr[at] & width));
     }
     report("rip", hex(e.rip), hex(a.rip));
     let open = mask.rflags | flag::TF | flag::RF | flag::IF | 2;

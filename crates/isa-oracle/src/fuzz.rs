@@ -145,7 +145,7 @@ pub fn run(
 fn minimise(oracle: &mut Oracle, subject: &mut dyn Subject, vector: Vector) -> Result<Failure, Error> {
     let found = differences(&vector.case, &vector.expected, &subject.run(&vector.case));
     let mut best = Failure { vector, differences: found };
-    let plain = State { seg: best.vector.case.state.seg, ..State::default() };
+    let plain = Case::in_mode(best.vector.case.mode, &[]).state;
     for simplify in simplifications() {
         let mut case = best.vector.case.clone();
         simplify(&mut case.state, &plain);
@@ -174,12 +174,11 @@ fn simplifications() -> Vec<Simplify> {
         Box::new(|state, plain| state.rflags = plain.rflags),
         Box::new(|state, plain| state.mxcsr = plain.mxcsr),
         Box::new(|state, plain| state.rip = plain.rip),
-        Box::new(|state, _| state.fs_base = 0),
-        Box::new(|state, _| state.gs_base = 0),
+        Box::new(|state, plain| state.fs_base = plain.fs_base),
+        Box::new(|state, plain| state.gs_base = plain.gs_base),
         Box::new(|state, plain| state.x87.fcw = plain.x87.fcw),
         Box::new(|state, _| state.x87.fsw &= 0x3800),
         Box::new(|state, _| state.x87.fsw = 0),
-        Box::new(|state, _| state.x87.ftw = 0xff),
     ];
     for at in 0..16 {
         ways.push(Box::new(move |state, plain| state.gpr[at] = plain.gpr[at]));

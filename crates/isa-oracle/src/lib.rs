@@ -4,6 +4,7 @@ pub mod compare;
 pub mod fuzz;
 pub mod generate;
 pub mod host;
+pub mod interpreter;
 pub mod layout;
 pub mod record;
 pub mod state;

@@ -72,6 +72,10 @@ fn header(stem: &str, forms: &[(Code, Mode)]) -> String {
         for note in vendor::notes(code.mnemonic()) {
             let _ = writeln!(out, "# vendor: {note}");
         }
+        if vendor::is_approximate(code.mnemonic()) {
+            let _ =
+                writeln!(out, "# vendor: the last bits differ from CPU to CPU: compared on the CPU named above only");
+        }
     }
     out
 }

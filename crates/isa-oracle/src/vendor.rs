@@ -3,10 +3,10 @@
 //! The interpreter follows the SDM. The host that recorded a vector may be of another vendor: what such a host does
 //! differently is written here once, with the reason, is printed at the head of the vectors it touches, and is masked.
 
-use iced_x86::{Instruction, Mnemonic as M, OpKind};
+use iced_x86::{Code, FlowControl as Flow, Instruction, Mnemonic as M, OpKind};
 
 use crate::compare::Mask;
-use crate::state::{Case, flag};
+use crate::state::{Case, End, Mode, flag};
 
 /// What a row leaves open.
 #[derive(Clone, Copy)]
@@ -15,6 +15,8 @@ enum Open {
     Flags(u64),
     /// The bytes of a stored x87 environment that hold FOP, FIP, FCS, FDP and FDS.
     Environment,
+    /// All general-purpose registers, where the instruction faults.
+    Registers,
     /// Something that the note's own arm in `widen` decides by operand values.
     ByValue,
 }
@@ -27,6 +29,11 @@ struct Note {
 }
 
 const NOTES: &[Note] = &[
+    Note {
+        mnemonics: &[M::Popa, M::Popad],
+        open: Open::Registers,
+        note: "registers popped before a fault keep their new values on some CPUs",
+    },
     Note {
         mnemonics: &[M::Shld, M::Shrd],
         open: Open::ByValue,
@@ -44,18 +51,70 @@ const NOTES: &[Note] = &[
     },
 ];
 
+/// Whether the last bits of the result are up to the CPU's approximation: comparable on the CPU that recorded it only.
+pub fn is_approximate(mnemonic: M) -> bool {
+    const APPROXIMATE: [M; 12] = [
+        M::Rcpps,
+        M::Rcpss,
+        M::Rsqrtps,
+        M::Rsqrtss,
+        M::F2xm1,
+        M::Fcos,
+        M::Fpatan,
+        M::Fptan,
+        M::Fsin,
+        M::Fsincos,
+        M::Fyl2x,
+        M::Fyl2xp1,
+    ];
+    APPROXIMATE.contains(&mnemonic)
+}
+
 /// The notes that `mnemonic` carries, for the head of its vectors.
 pub fn notes(mnemonic: M) -> impl Iterator<Item = &'static str> {
     NOTES.iter().filter(move |note| note.mnemonics.contains(&mnemonic)).map(|note| note.note)
 }
 
-/// Adds to `mask` what `instruction` leaves open.
-pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction) {
+/// Encodings that no vendor promises anything about, or each something else: not generated.
+pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
+    let bytes = &case.bytes;
+    let branches = !matches!(instruction.flow_control(), Flow::Next | Flow::Interrupt | Flow::Exception);
+    match instruction.mnemonic() {
+        // AMD's CPUs branch to 16 bits, Intel's ignore the prefix in 64-bit mode (SDM Vol. 2 "JMP").
+        _ if branches && case.mode == Mode::Bits64 && bytes.contains(&0x66) => true,
+        // REP and REPNE overrule the condition in the opcode on AMD's CPUs; the manuals say nothing.
+        M::Loope | M::Loopne => bytes.iter().any(|byte| matches!(byte, 0xf2 | 0xf3)),
+        // F3 41 90 is XCHG R8, rAX to the CPU and PAUSE to the decoder.
+        M::Pause => bytes.iter().any(|byte| matches!(byte, 0x41 | 0x43 | 0x45 | 0x47 | 0x49 | 0x4b | 0x4d | 0x4f)),
+        // AMD's CPUs read four bytes where Intel's read two.
+        M::Movsxd => instruction.code() == Code::Movsxd_r16_rm16,
+        // Whether the final stack pointer is probed, and how wide, is up to the CPU.
+        M::Enter => case.state.rflags & flag::AC != 0,
+        _ => false,
+    }
+}
+
+/// Whether two exceptions are equally good: the manuals rank them differently, or not at all.
+pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End) -> bool {
+    let (End::Exception(expected), End::Exception(actual)) = (expected, actual) else { return false };
+    match instruction.mnemonic() {
+        // A bad target and a bad stack at once: Intel's CPUs look at the target first (SDM Vol. 2 "CALL"), AMD's last.
+        M::Call => matches!(expected.vector, 12 | 14 | 17) && actual.vector == 13,
+        _ => false,
+    }
+}
+
+/// Adds to `mask` what `instruction` leaves open; `done`: it ran to its end.
+pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction, done: bool) {
     for note in NOTES.iter().filter(|note| note.mnemonics.contains(&instruction.mnemonic())) {
+        if matches!(note.open, Open::Registers) == done {
+            continue;
+        }
         match note.open {
             Open::Flags(flags) => mask.rflags |= flags,
             Open::Environment => environment(mask, case, instruction),
             Open::ByValue => by_value(mask, case, instruction),
+            Open::Registers => mask.gpr.extend(0..16),
         }
     }
 }

@@ -14,9 +14,9 @@ pub use rng::Rng;
 pub(crate) use address::operand_address;
 pub(crate) use forms::{all, is_tested};
 
-use crate::decode;
 use crate::layout::CODE_BYTES;
 use crate::state::{Case, Mode, State, flag};
+use crate::{decode, vendor};
 
 /// How much of the state is made interesting.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -64,6 +64,9 @@ impl Generator {
             return None;
         }
         case.bytes.truncate(instruction.len());
+        if vendor::is_unpredictable(&case, &instruction) {
+            return None;
+        }
         if let (Mnemonic::Enter, [.., high, _]) = (instruction.mnemonic(), &mut case.bytes[..])
             && !self.rng.one_in(8)
         {

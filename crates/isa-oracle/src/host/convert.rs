@@ -7,7 +7,7 @@ use crate::layout::CODE_BYTES;
 use crate::state::{Case, End, Exception, Outcome, State, X87, flag};
 use crate::stop::{self, Stop};
 
-const INT3: u8 = 0xcc;
+pub(super) const INT3: u8 = 0xcc;
 
 /// `struct sigcontext` and FXSAVE as the child is to load them.
 pub(super) fn to_image(case: &Case) -> Box<Image> {

@@ -16,7 +16,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use self::memory::SharedMemory;
 use self::shared::{BASE, BATCH, Control, Image, Slot, at};
-use crate::layout::readonly_page;
+use crate::layout::{CODE_BYTES, readonly_page};
 use crate::state::{Case, End, Outcome};
 
 /// What stops the oracle from working at all.
@@ -143,6 +143,7 @@ impl Oracle {
         words.go = self.batch;
         self.memory.write(at::CONTROL, words.as_bytes());
         self.memory.write(at::STUB, stub::bytes());
+        self.memory.write(at::CODE, &[convert::INT3; CODE_BYTES]);
         self.memory.write(at::READONLY, &readonly_page());
         let pid = stub::fork_into(self.memory.fd());
         if pid < 0 {

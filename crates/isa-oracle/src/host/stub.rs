@@ -81,6 +81,12 @@ global_asm!(
     "lea rdi, [rbx + {memory}]",
     "mov ecx, {data_words}",
     "rep movsq",
+    // Its code goes, so that whoever reads the code pages reads INT3.
+    "movabs rdi, {code_alias}",
+    "add rdi, [r14 + {input} + {code_offset}]",
+    "mov rax, 0xcccccccccccccccc",
+    "mov ecx, {code_words}",
+    "rep stosq",
     "mov eax, [r15 + {index}]",
     "inc eax",
     "mov [r15 + {index}], eax",
