@@ -96,6 +96,12 @@ impl Cpu {
         Err(self.fault(if seg == Seg::Ss { Fault::ss(0) } else { Fault::gp(0) }))
     }
 
+    /// As [`Self::check_canonical`], for every byte of an access: #GP or #SS comes before a #PF of its first page.
+    fn check_span(&mut self, la: u64, size: u32, seg: Seg) -> Result<(), Stop> {
+        self.check_canonical(la, seg)?;
+        self.check_canonical(la.wrapping_add(u64::from(size) - 1), seg)
+    }
+
     /// Bits 63 to 47 (56 with LA57) are all the same.
     pub(crate) fn is_canonical(&self, la: u64) -> bool {
         let bits = if self.cr4.contains(x86_defs::Cr4::LA57) { 57 } else { 48 };
@@ -213,6 +219,7 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     pub(crate) fn load_slow(&mut self, la: u64, size: u32, by: By, seg: Seg) -> Result<u64, Stop> {
+        self.check_span(la, size, seg)?;
         self.check_alignment(la, size, by)?;
         self.note_watch(la, size, false);
         let first = (PAGE - (la & (PAGE - 1))).min(u64::from(size)) as u32;
@@ -298,6 +305,7 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     pub(crate) fn store_slow(&mut self, la: u64, value: u64, size: u32, by: By, seg: Seg) -> Result<(), Stop> {
+        self.check_span(la, size, seg)?;
         self.check_alignment(la, size, by)?;
         let first = (PAGE - (la & (PAGE - 1))).min(u64::from(size)) as u32;
         let low = self.target(la, true, by, seg)?;
@@ -372,6 +380,7 @@ impl Cpu {
 
     #[cold]
     fn read_bytes_slow(&mut self, la: u64, out: &mut [u8], seg: Seg) -> Result<(), Stop> {
+        self.check_span(la, out.len() as u32, seg)?;
         self.note_watch(la, out.len() as u32, false);
         let mut at = 0;
         while at < out.len() {
@@ -420,6 +429,7 @@ impl Cpu {
         if self.tlb.write(la, u64::from(size)).is_some() {
             return Ok(());
         }
+        self.check_span(la, size, seg)?;
         self.target(la, true, By::Code, seg)?;
         let last = self.wrap_linear(la.wrapping_add(u64::from(size) - 1));
         if last & !(PAGE - 1) != la & !(PAGE - 1) {
@@ -462,6 +472,7 @@ impl Cpu {
         lock: bool,
         f: &mut dyn FnMut(W) -> Option<W>,
     ) -> Result<W, Stop> {
+        self.check_span(la, W::BYTES, seg)?;
         self.check_alignment(la, W::BYTES, By::Code)?;
         let crosses = (la & (PAGE - 1)) + u64::from(W::BYTES) > PAGE;
         let target = self.target(la, true, By::Code, seg)?;

@@ -241,27 +241,39 @@ impl Digest<'_> {
     }
 
     fn implicit_memory(&self, op: &mut Op, log2: u8) {
-        op.seg = segment(self.ins.memory_segment()) as u8 | log2 << 4;
+        op.seg = self.data_segment() as u8 | log2 << 4;
+    }
+
+    /// Segment of the memory operand. In 64-bit mode ES, CS, SS and DS prefixes are ignored, so the base register alone
+    /// decides between #SS and #GP (SDM Vol. 2 "Instruction Prefixes").
+    fn data_segment(&self) -> Seg {
+        let named = segment(self.ins.memory_segment());
+        if !self.mode.is_64bit() || matches!(named, Seg::Fs | Seg::Gs) {
+            return named;
+        }
+        let stack = matches!(self.ins.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+        if stack { Seg::Ss } else { Seg::Ds }
+    }
+
+    /// Bytes of the explicit memory operand's address. Without registers the displacement takes the address size.
+    fn address_bytes(&self) -> usize {
+        match (self.ins.memory_base(), self.ins.memory_index()) {
+            (Register::None, Register::None) => self.ins.memory_displ_size() as usize,
+            (Register::None, index) => index.size(),
+            (base, _) => base.size(),
+        }
     }
 
     fn memory(&self, op: &mut Op) {
         let ins = self.ins;
         let base = ins.memory_base();
         let index = ins.memory_index();
-        let bytes = if base != Register::None {
-            base.size()
-        } else if index != Register::None {
-            index.size()
-        } else {
-            ins.memory_displ_size() as usize
-        };
-        let log2 = match bytes {
+        let log2 = match self.address_bytes() {
             2 => 1,
             4 => 2,
             _ => 3,
         };
-        // A displacement without registers takes the mode's address size, whatever its encoding needs.
-        op.seg = segment(ins.memory_segment()) as u8 | log2 << 4;
+        op.seg = self.data_segment() as u8 | log2 << 4;
         op.scale = ins.memory_index_scale() as u8;
         if matches!(base, Register::RIP | Register::EIP) {
             op.base = SLOT_TRACE_IP;
@@ -287,8 +299,8 @@ impl Digest<'_> {
             let distance = displacement.wrapping_sub(self.trace_ip);
             return distance as i32 as u64 == distance;
         }
-        // Outside 64-bit mode the address is masked afterwards, so the upper bits do not matter.
-        !self.mode.is_64bit() || displacement as i32 as u64 == displacement
+        // A shorter address is masked afterwards, so the upper bits do not matter.
+        self.address_bytes() != 8 || displacement as i32 as u64 == displacement
     }
 
     /// Lowers to `handler` with nothing known of its effect: flags change, the trace may be left.
