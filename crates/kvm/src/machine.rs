@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use cpu_core::{HostPlatform, Platform};
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
 
-use crate::msr::Bank;
+use crate::msr::{Bank, is_apic_base};
 
 /// Fraction bits of the TSC ratio, as VMX's multiplier has.
 const RATIO_BITS: u32 = 48;
@@ -70,6 +70,8 @@ pub(crate) struct Machine {
     tsc_khz: AtomicU64,
     /// IA32_APIC_BASE. Nothing is decoded at that address here: the APIC is user space's.
     pub(crate) apic_base: AtomicU64,
+    /// MAXPHYADDR.
+    pub(crate) phys_bits: AtomicU8,
     /// MSRs without a meaning of their own here.
     pub(crate) msrs: Bank,
 }
@@ -83,6 +85,7 @@ impl Machine {
             tsc_offset: AtomicU64::new(0),
             tsc_khz: AtomicU64::new(host_tsc_khz().into()),
             apic_base: AtomicU64::new(apic_base::DEFAULT | apic_base::EN | if bsp { apic_base::BSP } else { 0 }),
+            phys_bits: AtomicU8::new(crate::cpuid::phys_bits(&[])),
             msrs: Bank::new(),
         };
         machine.set_tsc(0);
@@ -159,9 +162,8 @@ impl Platform for VcpuPlatform {
 
     /// The guest may move and disable its APIC; x2APIC mode needs one in the kernel.
     fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
-        const RESERVED: u64 = 0x2ff | apic_base::EXTD;
         match index {
-            msr::IA32_APIC_BASE if value & RESERVED != 0 => return None,
+            msr::IA32_APIC_BASE if !is_apic_base(value, self.0.phys_bits.load(Relaxed)) => return None,
             msr::IA32_APIC_BASE => self.0.apic_base.store(value, Relaxed),
             // Moves the counter by as much as it changes.
             msr::IA32_TSC_ADJUST => {

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use cpu_core::{Msrs, Seg};
 use x86_defs::Efer;
-use x86_defs::msr::{self, PAT_RESET, misc_enable};
+use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
 
+use crate::cpuid;
 use crate::vcpu::Vcpu;
 
 /// What a write may do.
@@ -20,10 +21,12 @@ enum Write {
     Ignored,
     /// These bits; #GP(0) for another.
     Bits(u64),
-    /// A byte each of memory types; `0x77` in a mask of types: 0, 1, 4, 5, 6 and, for the PAT, 7.
+    /// These bits, and a memory type in the lowest byte.
+    BitsAndType(u64),
+    /// Eight memory types, those of this mask.
     Types(u8),
 }
-use Write::{Bits, Ignored, Never, Types};
+use Write::{Bits, BitsAndType, Ignored, Never, Types};
 
 /// One MSR.
 struct Row {
@@ -53,7 +56,7 @@ const RANGE_BASE: u64 = 0x000f_ffff_ffff_f0ff;
 const RANGE_MASK: u64 = 0x000f_ffff_ffff_f800;
 
 const fn base(n: u32) -> Row {
-    state(msr::IA32_MTRR_PHYSBASE0 + 2 * n, 0, Bits(RANGE_BASE))
+    state(msr::IA32_MTRR_PHYSBASE0 + 2 * n, 0, BitsAndType(RANGE_BASE))
 }
 
 const fn mask(n: u32) -> Row {
@@ -109,7 +112,7 @@ const ROWS: &[Row] = &[
     fixed(0x26e),
     fixed(0x26f),
     state(msr::IA32_PAT, PAT_RESET, Types(PAT_TYPES)),
-    state(msr::IA32_MTRR_DEF_TYPE, 0, Bits(0xcff)),
+    state(msr::IA32_MTRR_DEF_TYPE, 0, BitsAndType(0xcff)),
     constant(0xc001_0010, /* SYSCFG */ 0, Ignored),
     constant(0xc001_0015, /* HWCR */ 0, Ignored),
     constant(0xc001_001f, /* NB_CFG */ 0, Ignored),
@@ -133,8 +136,11 @@ const _: () = {
     }
 };
 
+/// Where the core has an MSR.
+type Field = fn(&mut Msrs) -> &mut u64;
+
 /// MSRs that the core stores; all are part of a guest's state.
-const CORE: &[(u32, fn(&mut Msrs) -> &mut u64)] = &[
+const CORE: &[(u32, Field)] = &[
     (msr::IA32_SYSENTER_CS, |msrs| &mut msrs.sysenter_cs),
     (msr::IA32_SYSENTER_ESP, |msrs| &mut msrs.sysenter_esp),
     (msr::IA32_SYSENTER_EIP, |msrs| &mut msrs.sysenter_eip),
@@ -155,6 +161,10 @@ fn core_msr(vcpu: &mut Vcpu, index: u32) -> Option<&mut u64> {
 pub(crate) fn index_list() -> Vec<u32> {
     let rows = ROWS.iter().filter(|row| row.listed).map(|row| row.index);
     CORE.iter().map(|(index, _)| *index).chain([msr::IA32_TIME_STAMP_COUNTER]).chain(rows).collect()
+}
+
+fn has_type(types: u8, byte: u8) -> bool {
+    byte < 8 && types >> byte & 1 != 0
 }
 
 /// The values of the rows.
@@ -181,7 +191,8 @@ impl Bank {
             Ignored => return Some(()),
             Never => false,
             Bits(bits) => value & !bits == 0,
-            Types(types) => value.to_le_bytes().iter().all(|&byte| byte < 8 && types >> byte & 1 != 0),
+            BitsAndType(bits) => value & !bits == 0 && has_type(MTRR_TYPES, value as u8),
+            Types(types) => value.to_le_bytes().iter().all(|&byte| has_type(types, byte)),
         };
         if !fits && (by_guest || value != self.0[at].load(Relaxed)) {
             return None;
@@ -207,6 +218,7 @@ pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
 pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
     match index {
         msr::IA32_TIME_STAMP_COUNTER => vcpu.machine.set_tsc(value),
+        msr::IA32_APIC_BASE if !is_apic_base(value, cpuid::phys_bits(&vcpu.cpuid)) => return None,
         msr::IA32_APIC_BASE => {
             vcpu.machine.apic_base.store(value, Relaxed);
             vcpu.load_cpuid();
@@ -214,7 +226,7 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
         msr::IA32_EFER => {
             let mut sregs = vcpu.cpu.sregs();
             let efer = Efer::from_bits(value)?;
-            sregs.efer = efer - Efer::LMA | sregs.efer & Efer::LMA;
+            sregs.efer = (efer - Efer::LMA) | (sregs.efer & Efer::LMA);
             vcpu.cpu.set_sregs(&sregs);
         }
         msr::IA32_FS_BASE | msr::IA32_GS_BASE if !is_canonical(value) => return None,
@@ -226,6 +238,8 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
         }
         _ => match core_msr(vcpu, index) {
             Some(_) if is_address(index) && !is_canonical(value) => return None,
+            // 32-bit guests leave rubbish above: Linux extends the sign.
+            Some(field) if is_sysenter_address(index) => *field = ((value as i64) << 16 >> 16) as u64,
             Some(field) => *field = value,
             None => return vcpu.machine.msrs.write(index, value, false),
         },
@@ -233,12 +247,18 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
     Some(())
 }
 
-/// MSRs that hold a linear address.
+/// `kvm_set_apic_base` without a local APIC in the kernel: no reserved bit, no x2APIC mode.
+pub(crate) fn is_apic_base(value: u64, phys_bits: u8) -> bool {
+    value & (0x2ff | apic_base::EXTD | u64::MAX << phys_bits) == 0
+}
+
+/// MSRs that hold a linear address, which must be canonical.
 fn is_address(index: u32) -> bool {
-    matches!(
-        index,
-        msr::IA32_SYSENTER_ESP | msr::IA32_SYSENTER_EIP | msr::IA32_LSTAR | msr::IA32_CSTAR | msr::IA32_KERNEL_GS_BASE
-    )
+    matches!(index, msr::IA32_LSTAR | msr::IA32_CSTAR | msr::IA32_KERNEL_GS_BASE)
+}
+
+fn is_sysenter_address(index: u32) -> bool {
+    matches!(index, msr::IA32_SYSENTER_ESP | msr::IA32_SYSENTER_EIP)
 }
 
 fn is_canonical(la: u64) -> bool {
@@ -263,6 +283,7 @@ mod tests {
                     continue;
                 }
                 Bits(bits) => bits,
+                BitsAndType(bits) => bits & !0xff | 6,
                 Types(_) => 0x0606_0606_0606_0606,
             };
             assert_eq!(bank.write(row.index, taken, true), Some(()), "{:#x}", row.index);

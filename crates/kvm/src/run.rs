@@ -83,10 +83,10 @@ impl Vcpu {
     fn run_legacy(&mut self, client: &dyn Client) -> Result<(), Errno> {
         let mut steps = if client.interrupted() { STEPS_DESPITE_SIGNAL } else { 0 };
         loop {
-            if self.cpu.events().interrupt.is_none() && self.cpu.interrupt_window_open() {
-                if let Some(vector) = self.interrupts.pop() {
-                    self.cpu.queue_interrupt(vector);
-                }
+            if self.cpu.interrupt_window_open()
+                && let Some(vector) = self.interrupts.pop()
+            {
+                self.cpu.queue_interrupt(vector);
             }
             self.cpu.set_interrupt_window_exiting(!self.interrupts.is_empty() || self.wants_interrupt_window());
             let exit = if steps > 0 {

@@ -127,7 +127,9 @@ impl Vcpu {
         cpuid::change(&mut self.cpuid, bit::APIC, enabled);
         let table: Vec<_> = self.cpuid.iter().map(crate::state::to_core_cpuid).collect();
         self.cpu.set_cpuid(&table);
-        self.cpu.set_phys_bits(cpuid::phys_bits(&self.cpuid));
+        let phys_bits = cpuid::phys_bits(&self.cpuid);
+        self.machine.phys_bits.store(phys_bits, Relaxed);
+        self.cpu.set_phys_bits(phys_bits);
     }
 
     /// `kvm_vcpu_ready_for_interrupt_injection`: user space may call `KVM_INTERRUPT` and the vector goes in at once.

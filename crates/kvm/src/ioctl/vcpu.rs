@@ -71,8 +71,7 @@ pub(super) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
 pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno> {
     let mut loaded = state::to_core_sregs(sregs);
     if vcpu.era.validates_sregs() {
-        let apic_reserved = 0x2ff | u64::MAX << cpuid::phys_bits(&vcpu.cpuid) | X2APIC_ENABLE;
-        if !is_valid_sregs(vcpu, sregs) || sregs.apic_base & apic_reserved != 0 {
+        if !is_valid_sregs(vcpu, sregs) || !msr::is_apic_base(sregs.apic_base, cpuid::phys_bits(&vcpu.cpuid)) {
             return Err(Errno::EINVAL);
         }
     } else {
@@ -90,9 +89,6 @@ pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno>
     Ok(())
 }
 
-/// x2APIC mode, which needs an APIC in the kernel.
-const X2APIC_ENABLE: u64 = x86_defs::msr::apic_base::EXTD;
-
 /// `kvm_is_valid_sregs`: modes that fit together, and no bit that the CPU or the guest's CPUID lacks.
 fn is_valid_sregs(vcpu: &Vcpu, sregs: &kvm_sregs) -> bool {
     let (Some(cr0), Some(cr4)) = (Cr0::from_bits(sregs.cr0 & 0xffff_ffff), Cr4::from_bits(sregs.cr4)) else {
@@ -107,8 +103,8 @@ fn is_valid_sregs(vcpu: &Vcpu, sregs: &kvm_sregs) -> bool {
     };
     let missing = CR4_FEATURES.iter().any(|&(bits, feature)| cr4.intersects(bits) && !cpuid::has(&vcpu.cpuid, feature));
     let cr0_fits = sregs.cr0 >> 32 == 0
-        && !(cr0.contains(Cr0::NW) && !cr0.contains(Cr0::CD))
-        && !(cr0.contains(Cr0::PG) && !cr0.contains(Cr0::PE));
+        && (cr0.contains(Cr0::CD) || !cr0.contains(Cr0::NW))
+        && (cr0.contains(Cr0::PE) || !cr0.contains(Cr0::PG));
     modes && cr0_fits && !missing && !cr4.intersects(CR4_ABSENT)
 }
 

@@ -1,0 +1,162 @@
+//! A client without a process: one range of memory, descriptors that are indices, signals on demand.
+
+#![allow(dead_code, reason = "every test binary uses its own part")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvm::client::{AddressSpace, Client, File, InterruptAction, SharedPiece};
+use kvm::{Kvm, system_file};
+use kvm_abi::Plain;
+use kvm_abi::request::{READ, WRITE, direction, size};
+use mmu::Mapping;
+use nix::errno::Errno;
+use parking_lot::Mutex;
+
+/// Client address of the first byte of its memory.
+pub const BASE: u64 = 0x7000_0000_0000;
+/// Bytes of client memory.
+pub const BYTES: u64 = 16 << 20;
+/// Where arguments are put.
+pub const SCRATCH: u64 = BASE + BYTES - 0x10_0000;
+
+pub struct FakeClient {
+    pub memory: Arc<Mapping>,
+    pub files: Mutex<Vec<Arc<dyn File>>>,
+    pub pid: u32,
+    pub signal: AtomicBool,
+    action: Mutex<Option<InterruptAction>>,
+}
+
+impl FakeClient {
+    /// A client with `/dev/kvm` open as descriptor 0.
+    pub fn new() -> Arc<Self> {
+        Self::with(&Kvm::new())
+    }
+
+    pub fn with(kvm: &Arc<Kvm>) -> Arc<Self> {
+        Arc::new(Self {
+            memory: Mapping::create("client", BYTES).unwrap(),
+            files: Mutex::new(vec![system_file(kvm)]),
+            pid: 1000,
+            signal: AtomicBool::new(false),
+            action: Mutex::default(),
+        })
+    }
+
+    /// Another process that has the same files.
+    pub fn fork(&self) -> Arc<Self> {
+        Arc::new(Self {
+            memory: self.memory.clone(),
+            files: Mutex::new(self.files.lock().clone()),
+            pid: self.pid + 1,
+            signal: AtomicBool::new(false),
+            action: Mutex::default(),
+        })
+    }
+
+    pub fn file(&self, fd: i32) -> Arc<dyn File> {
+        self.files.lock()[fd as usize].clone()
+    }
+
+    /// A signal comes for the thread, and stays pending.
+    pub fn raise(&self) {
+        self.signal.store(true, Ordering::SeqCst);
+        if let Some(action) = &*self.action.lock() {
+            (action.run)();
+        }
+    }
+
+    pub fn consume_signal(&self) {
+        self.signal.store(false, Ordering::SeqCst);
+    }
+
+    /// ioctl(2) as a front end brings it.
+    pub fn ioctl(&self, fd: i32, request: u32, arg: u64) -> Result<i32, Errno> {
+        let mut input = Vec::new();
+        if direction(request) & WRITE != 0 && arg != 0 {
+            input.resize(size(request), 0);
+            self.read(arg, &mut input)?;
+        }
+        let reply = self.file(fd).ioctl(self, request, arg, &input)?;
+        if direction(request) & READ != 0 {
+            assert_eq!(reply.output.len(), size(request), "a READ request fills its argument");
+            self.write(arg, &reply.output)?;
+        } else {
+            assert!(reply.output.is_empty());
+        }
+        Ok(reply.ret)
+    }
+
+    /// An ioctl whose argument is a structure.
+    pub fn ioctl_with<T: Plain>(&self, fd: i32, request: u32, value: &mut T) -> Result<i32, Errno> {
+        self.ioctl_bytes(fd, request, value.as_bytes().to_vec()).map(|(ret, bytes)| {
+            *value = T::from_bytes(&bytes).unwrap();
+            ret
+        })
+    }
+
+    /// An ioctl whose argument is these bytes; returns them as they are afterwards.
+    pub fn ioctl_bytes(&self, fd: i32, request: u32, bytes: Vec<u8>) -> Result<(i32, Vec<u8>), Errno> {
+        self.write(SCRATCH, &bytes)?;
+        let ret = self.ioctl(fd, request, SCRATCH)?;
+        let mut after = bytes;
+        self.read(SCRATCH, &mut after)?;
+        Ok((ret, after))
+    }
+
+    pub fn get<T: Plain>(&self, fd: i32, request: u32) -> T {
+        let mut value = T::zeroed();
+        self.ioctl_with(fd, request, &mut value).unwrap();
+        value
+    }
+
+    pub fn set<T: Plain>(&self, fd: i32, request: u32, value: &T) -> Result<i32, Errno> {
+        self.ioctl_with(fd, request, &mut { *value })
+    }
+
+    /// The `kvm_run` pages of a vCPU.
+    pub fn map(&self, fd: i32) -> Arc<Mapping> {
+        self.file(fd).mapping().unwrap()
+    }
+}
+
+impl Client for FakeClient {
+    fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), Errno> {
+        self.memory.read(addr.wrapping_sub(BASE), buf).ok_or(Errno::EFAULT)
+    }
+
+    fn write(&self, addr: u64, buf: &[u8]) -> Result<(), Errno> {
+        self.memory.write(addr.wrapping_sub(BASE), buf).ok_or(Errno::EFAULT)
+    }
+
+    fn install(&self, file: Arc<dyn File>, _cloexec: bool) -> Result<i32, Errno> {
+        let mut files = self.files.lock();
+        files.push(file);
+        Ok(files.len() as i32 - 1)
+    }
+
+    fn share(&self, addr: u64, len: u64) -> Result<Vec<SharedPiece>, Errno> {
+        let offset = addr.wrapping_sub(BASE);
+        if offset.checked_add(len).is_none_or(|end| end > BYTES) {
+            return Err(Errno::EFAULT);
+        }
+        Ok(vec![SharedPiece { len, mapping: self.memory.clone(), offset }])
+    }
+
+    fn address_space(&self) -> AddressSpace {
+        AddressSpace { pid: self.pid, generation: 0 }
+    }
+
+    fn set_interrupt_action(&self, action: Option<InterruptAction>) {
+        let mut slot = self.action.lock();
+        if let (Some(action), true) = (&action, self.interrupted()) {
+            (action.run)();
+        }
+        *slot = action;
+    }
+
+    fn interrupted(&self) -> bool {
+        self.signal.load(Ordering::SeqCst)
+    }
+}
