@@ -91,6 +91,10 @@ pub struct Cpu {
     pub(crate) write_bound: [u64; 6],
     /// The current op asked to leave the trace once it is done.
     pub(crate) leave: bool,
+    /// The loop must run the next instruction by itself.
+    pub(crate) alone: bool,
+    /// The access that missed the TLB: linear address; bytes, and whether it writes.
+    pub(crate) miss: (u64, u32),
     pub(crate) ras_top: u64,
     pub(crate) ras: [RasEntry; RAS_ENTRIES],
     pub(crate) tlb: Tlb,
@@ -255,6 +259,8 @@ impl Cpu {
             read_bound: [0; 6],
             write_bound: [0; 6],
             leave: false,
+            alone: false,
+            miss: (0, 0),
             ras_top: 0,
             ras: [RasEntry::EMPTY; RAS_ENTRIES],
             tlb: Tlb::new(),

@@ -7,6 +7,7 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::access::By;
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::flags::Flags;
 use crate::host::HostWord;
@@ -86,7 +87,14 @@ impl Op {
     /// Segment of the memory operand.
     #[inline(always)]
     pub(crate) fn segment(&self) -> Seg {
-        Seg::ALL[usize::from(self.seg & 7) % 6]
+        match self.seg & 7 {
+            0 => Seg::Es,
+            1 => Seg::Cs,
+            2 => Seg::Ss,
+            3 => Seg::Ds,
+            4 => Seg::Fs,
+            _ => Seg::Gs,
+        }
     }
 
     /// log2 of the address size in bytes: 1, 2 or 3.
@@ -130,6 +138,17 @@ pub(crate) enum To {
     LeaveTo(*const Op),
     /// Fault or exit: nothing was committed.
     Stop,
+    /// `size` bytes at this linear address are not in the TLB: nothing was committed, and the instruction starts again.
+    Miss {
+        /// Linear address.
+        la: u64,
+        /// Bytes.
+        size: u32,
+        /// Read, or write.
+        write: bool,
+    },
+    /// The instruction needs the exact path: the loop runs it by itself.
+    Alone,
 }
 
 /// Semantics of an instruction that lives in the hot part. Implementations are zero-sized.
@@ -163,14 +182,12 @@ pub(crate) unsafe fn handler<S: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64
         To::Op(target) => dispatch!(cpu, target, m),
         To::Indirect(ip) | To::IndirectChecked(ip) => {
             // SAFETY: `cpu` is the running CPU.
-            let mut target = unsafe { jump_cached(cpu, ip) };
+            let target = unsafe { jump_cached(cpu, ip) };
             if target.is_null() {
-                let saved = Saved { fa: m.fa, fb: m.fb, budget: m.budget };
-                // SAFETY: as above; the lookup changes nothing that the handler holds.
-                target = unsafe { jump_slow(cpu, op, ip, saved) };
-                if target.is_null() {
-                    return;
-                }
+                // SAFETY: as above.
+                unsafe { (*cpu).miss.0 = ip };
+                // SAFETY: as above; a jump, so the hot path keeps no frame for it.
+                return unsafe { jump_slow(cpu, op, m.fa, m.fb, m.budget) };
             }
             dispatch!(cpu, target, m)
         }
@@ -180,14 +197,59 @@ pub(crate) unsafe fn handler<S: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64
         To::LeaveTo(to) => unsafe { leave_to(cpu, op, to, m.fa, m.fb, m.budget) },
         // SAFETY: as above.
         To::Stop => unsafe { stop(cpu, op, m.fa, m.fb, m.budget) },
+        To::Miss { la, size, write } => {
+            let what = if write { size | MISS_WRITE } else { size };
+            // SAFETY: as above.
+            unsafe { (*cpu).miss = (la, what) };
+            // SAFETY: as above; a jump, so the hot path keeps no frame for it.
+            return unsafe { miss(cpu, op, m.fa, m.fb, m.budget) };
+        }
+        // SAFETY: as above.
+        To::Alone => unsafe { alone(cpu, op, m.fa, m.fb, m.budget) },
     }
 }
 
-/// What a handler holds in registers, handed to a cold function.
-pub(crate) struct Saved {
-    fa: u64,
-    fb: u64,
-    budget: i64,
+/// In [`Cpu::miss`]: the access is a write.
+const MISS_WRITE: u32 = 1 << 31;
+
+/// The access in [`Cpu::miss`] was not in the TLB. If a walk puts it there the op starts again; a device, a page end or
+/// decoded code cannot be put there, and the exact path takes over.
+#[cold]
+#[inline(never)]
+unsafe fn miss(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    let m = Machine { cpu, op, fa, fb, budget };
+    // SAFETY: `cpu` is the running CPU, `op` its op.
+    match unsafe { (*cpu).fill((*op).segment()) } {
+        Ok(true) => dispatch!(cpu, op, m),
+        // SAFETY: as above.
+        Ok(false) => unsafe { alone(cpu, op, fa, fb, budget) },
+        // SAFETY: as above.
+        Err(Stop) => unsafe { stop(cpu, op, fa, fb, budget) },
+    }
+}
+
+impl Cpu {
+    /// Walks for the access in `miss`. True: the TLB has it now.
+    #[inline(never)]
+    fn fill(&mut self, seg: Seg) -> Result<bool, Stop> {
+        let (la, what) = self.miss;
+        let (size, write) = (u64::from(what & !MISS_WRITE), what & MISS_WRITE != 0);
+        if (la & 0xfff) + size > 0x1000 {
+            return Ok(false);
+        }
+        self.target(la, write, By::Code, seg)?;
+        Ok(if write { self.tlb.write(la, size) } else { self.tlb.read(la, size) }.is_some())
+    }
+}
+
+/// Back to the loop, which runs the op's instruction by itself, on the exact path.
+#[cold]
+#[inline(never)]
+unsafe fn alone(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    // SAFETY: `cpu` is the running CPU.
+    unsafe { (*cpu).alone = true };
+    // SAFETY: as above.
+    unsafe { stop(cpu, op, fa, fb, budget) };
 }
 
 /// Back to the loop with RIP at the op's instruction, which has not happened.
@@ -258,29 +320,36 @@ unsafe fn jump_cached(cpu: *mut Cpu, ip: u64) -> *const Op {
     if entry.ip == ip && entry.context == cpu.code_context { entry.op } else { std::ptr::null() }
 }
 
-/// Finds or decodes the trace at `ip`. Null: RIP is `ip`, and the loop has to deal with it.
+/// Goes to the trace at `Cpu::miss.0`, which the jump cache does not have.
 #[cold]
 #[inline(never)]
-unsafe fn jump_slow(cpu: *mut Cpu, op: *const Op, ip: u64, saved: Saved) -> *const Op {
-    // SAFETY: `cpu` is the running CPU; the handler that called holds no reference.
-    let cpu = unsafe { &mut *cpu };
-    if !cpu.is_canonical(ip) {
-        cpu.fault(crate::fault::Fault::gp(0));
-        // SAFETY: `op` is the current op; control is back in the loop after this.
-        unsafe { stop(cpu, op, saved.fa, saved.fb, saved.budget) };
-        return std::ptr::null();
+unsafe fn jump_slow(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    let m = Machine { cpu, op, fa, fb, budget };
+    // SAFETY: `cpu` is the running CPU.
+    let ip = unsafe { (*cpu).miss.0 };
+    // SAFETY: as above; the borrow ends with the statement.
+    if !unsafe { &*cpu }.is_canonical(ip) {
+        // SAFETY: as above.
+        unsafe { &mut *cpu }.fault(crate::fault::Fault::gp(0));
+        // SAFETY: `op` is the current op.
+        return unsafe { stop(cpu, op, fa, fb, budget) };
     }
-    // Control is not in a trace that a full arena could take away: the jump is done.
-    let head = if cpu.leave { std::ptr::null() } else { cpu.find_trace(ip) };
-    if head.is_null() {
-        // SAFETY: `op` is the op being executed.
-        let left = unsafe { (*op).left };
-        cpu.fa = saved.fa;
-        cpu.fb = saved.fb;
-        cpu.budget = saved.budget + i64::from(left) - 1;
-        cpu.rip = ip;
+    // SAFETY: as above.
+    let target = unsafe { &mut *cpu }.find_target(ip);
+    if !target.is_null() {
+        dispatch!(cpu, target, m)
     }
-    head
+    // SAFETY: `op` is the current op, which is complete.
+    unsafe { leave(cpu, op, fa, fb, budget) };
+    // SAFETY: as above.
+    unsafe { (*cpu).rip = ip };
+}
+
+impl Cpu {
+    /// As [`Self::find_trace`]; null where the loop is wanted first.
+    fn find_target(&mut self, ip: u64) -> *const Op {
+        if self.leave { std::ptr::null() } else { self.find_trace(ip) }
+    }
 }
 
 impl Cpu {
@@ -322,7 +391,7 @@ pub(crate) unsafe fn head(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget
     // The budget may go below zero by one trace; the instruction count stays exact.
     if stamp != known || budget <= 0 {
         // SAFETY: as above.
-        let go = unsafe { head_cold(cpu, op, &Saved { fa, fb, budget }) };
+        let go = unsafe { head_cold(cpu, op, fa, fb, budget) };
         if !go {
             return;
         }
@@ -337,17 +406,17 @@ pub(crate) unsafe fn head(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget
 /// True: the trace is what memory holds, go on. False: back to the loop, RIP at the trace.
 #[cold]
 #[inline(never)]
-unsafe fn head_cold(cpu: *mut Cpu, op: *const Op, saved: &Saved) -> bool {
+unsafe fn head_cold(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) -> bool {
     // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
     let cpu = unsafe { &mut *cpu };
     // SAFETY: called with a head only.
     let head = unsafe { *op.cast::<Head>() };
-    if saved.budget > 0 && cpu.trace_is_current(head.trace) {
+    if budget > 0 && cpu.trace_is_current(head.trace) {
         return true;
     }
-    cpu.fa = saved.fa;
-    cpu.fb = saved.fb;
-    cpu.budget = saved.budget;
+    cpu.fa = fa;
+    cpu.fb = fb;
+    cpu.budget = budget;
     cpu.rip = head.ip;
     false
 }
@@ -367,7 +436,7 @@ impl Semantics for Continue {
 pub(crate) unsafe fn resolve(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let m = Machine { cpu, op, fa, fb, budget };
     // SAFETY: `cpu` is the running CPU, `op` a stub.
-    let target = unsafe { resolve_cold(cpu, op, &Saved { fa, fb, budget }) };
+    let target = unsafe { resolve_cold(cpu, op, fa, fb, budget) };
     if target.is_null() {
         return;
     }
@@ -376,16 +445,16 @@ pub(crate) unsafe fn resolve(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, bud
 
 #[cold]
 #[inline(never)]
-unsafe fn resolve_cold(cpu: *mut Cpu, op: *const Op, saved: &Saved) -> *const Op {
+unsafe fn resolve_cold(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) -> *const Op {
     // SAFETY: `cpu` is the running CPU; the stub's handler holds no reference.
     let cpu = unsafe { &mut *cpu };
     // SAFETY: `op` is a stub of the arena, copied out.
     let stub = unsafe { *op };
     let target = cpu.find_trace(stub.imm);
     if target.is_null() {
-        cpu.fa = saved.fa;
-        cpu.fb = saved.fb;
-        cpu.budget = saved.budget;
+        cpu.fa = fa;
+        cpu.fb = fb;
+        cpu.budget = budget;
         cpu.rip = stub.imm;
         return target;
     }
@@ -403,7 +472,7 @@ pub(crate) unsafe fn cross(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budge
         dispatch!(cpu, target, m)
     }
     // SAFETY: as in `resolve`.
-    let target = unsafe { resolve_cold(cpu, op, &Saved { fa, fb, budget }) };
+    let target = unsafe { resolve_cold(cpu, op, fa, fb, budget) };
     if target.is_null() {
         return;
     }
@@ -453,10 +522,8 @@ unsafe fn call_plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
         Ok(Then::Next) if !cpu.leave => return true,
         Ok(Then::Next | Then::Leave) => cpu.rip = cpu.next_ip(op),
         Ok(Then::Jump) => {}
-        Ok(Then::Again) => {
-            cpu.rip = cpu.ip_of(op);
-            cpu.budget += 1;
-        }
+        // Each iteration of a REP that is left counts.
+        Ok(Then::Again) => cpu.rip = cpu.ip_of(op),
         Err(Stop) => {
             cpu.rip = cpu.ip_of(op);
             cpu.budget += 1;
@@ -468,47 +535,67 @@ unsafe fn call_plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
 
 // Operands of the hot semantics
 
-/// How a memory operand's linear address is made.
+/// How a memory operand is reached.
 pub(crate) trait Form: 'static {
+    /// Accesses go through the TLB only, and miss otherwise; else they are exact wherever they lead.
+    const HOT: bool = true;
     /// Linear address of `size` bytes.
-    unsafe fn linear(m: &Machine, size: u32, write: bool) -> Result<u64, Stop>;
+    unsafe fn linear(m: &Machine, size: u32, write: bool) -> Result<u64, To>;
 }
 
-/// 64-bit mode, no segment base: base + displacement.
+/// 64-bit mode, no segment base: base + displacement. Also the stack there.
 pub(crate) struct BaseDisp;
 /// 64-bit mode, no segment base: base + index × scale + displacement.
 pub(crate) struct BaseIndex;
 /// Every address size, every mode: segment base and bound.
 pub(crate) struct General;
+/// As [`General`], on the exact path: what a single instruction uses.
+pub(crate) struct Exact;
 
 impl Form for BaseDisp {
     #[inline(always)]
-    unsafe fn linear(m: &Machine, _: u32, _: bool) -> Result<u64, Stop> {
-        // SAFETY: `m` holds the running CPU and the current op; `base` was made from a register number.
-        unsafe { Ok(gpr(m.cpu, (*m.op).base).read().wrapping_add((*m.op).disp as u64)) }
+    unsafe fn linear(m: &Machine, _: u32, _: bool) -> Result<u64, To> {
+        let op = m.op();
+        Ok(m.get::<u64>(op.base).wrapping_add(op.disp as u64))
     }
 }
 
 impl Form for BaseIndex {
     #[inline(always)]
-    unsafe fn linear(m: &Machine, _: u32, _: bool) -> Result<u64, Stop> {
-        // SAFETY: as above.
-        unsafe {
-            let op = m.op;
-            let base = gpr(m.cpu, (*op).base).read();
-            let index = gpr(m.cpu, (*op).index).read();
-            Ok(base.wrapping_add(index.wrapping_mul(u64::from((*op).scale))).wrapping_add((*op).disp as u64))
-        }
+    unsafe fn linear(m: &Machine, _: u32, _: bool) -> Result<u64, To> {
+        let op = m.op();
+        let index = m.get::<u64>(op.index).wrapping_mul(u64::from(op.scale));
+        Ok(m.get::<u64>(op.base).wrapping_add(index).wrapping_add(op.disp as u64))
     }
 }
 
 impl Form for General {
     #[inline(always)]
-    unsafe fn linear(m: &Machine, size: u32, write: bool) -> Result<u64, Stop> {
-        // SAFETY: `m` holds the running CPU and the current op; no other reference is alive in a handler.
-        let (cpu, op) = unsafe { (&mut *m.cpu, &*m.op) };
+    unsafe fn linear(m: &Machine, size: u32, write: bool) -> Result<u64, To> {
+        let op = m.op();
+        let index = m.get::<u64>(op.index).wrapping_mul(u64::from(op.scale));
+        let offset = m.get::<u64>(op.base).wrapping_add(index).wrapping_add(op.disp as u64) & op.address_mask();
+        // SAFETY: `cpu` is the running CPU; the borrow ends with this function.
+        let cpu = unsafe { &*m.cpu };
+        let seg = op.segment() as usize;
+        let bound = if write { cpu.write_bound[seg] } else { cpu.read_bound[seg] };
+        // Outside 64-bit mode offsets have 32 bits, so the sum cannot wrap; in 64-bit mode the bound is u64::MAX.
+        if offset.wrapping_add(u64::from(size)) > bound {
+            return Err(To::Alone);
+        }
+        Ok(cpu.wrap_linear(cpu.seg_base[seg].wrapping_add(offset)))
+    }
+}
+
+impl Form for Exact {
+    const HOT: bool = false;
+    #[inline(always)]
+    unsafe fn linear(m: &Machine, size: u32, write: bool) -> Result<u64, To> {
+        // SAFETY: `cpu` is the running CPU; no other reference is alive in a handler.
+        let cpu = unsafe { &mut *m.cpu };
+        let op = m.op();
         let offset = cpu.ea(op);
-        cpu.linear(op.segment(), offset, size, write)
+        cpu.linear(op.segment(), offset, size, write).map_err(|Stop| To::Stop)
     }
 }
 
@@ -564,36 +651,58 @@ impl Machine {
 
     /// Loads from a linear address.
     #[inline(always)]
-    pub(crate) fn load<W: HostWord>(&mut self, la: u64) -> Result<W, Stop> {
+    pub(crate) fn load<F: Form, W: HostWord>(&mut self, la: u64) -> Result<W, To> {
         // SAFETY: `cpu` is the running CPU, and the handler holds no other reference.
         let cpu = unsafe { &mut *self.cpu };
-        cpu.load(la, self.op().segment())
-    }
-
-    /// Stores to a linear address; the caller then asks [`Self::after_store`] where to go.
-    #[inline(always)]
-    pub(crate) fn store<W: HostWord>(&mut self, la: u64, value: W) -> Result<Stored, Stop> {
-        // SAFETY: as above.
-        let cpu = unsafe { &mut *self.cpu };
-        if let Some(host) = cpu.tlb.write(la, u64::from(W::BYTES)) {
-            // SAFETY: a TLB hit names mapped, writable RAM of a slot that the CPU's view keeps alive.
-            unsafe { W::store(host, value) };
-            return Ok(Stored::Ram);
+        if !F::HOT {
+            return cpu.load_slow(la, W::BYTES, By::Code, self.op().segment()).map(W::of).map_err(|Stop| To::Stop);
         }
-        let seg = self.op().segment();
-        cpu.store_slow(la, value.zext(), W::BYTES, crate::access::By::Code, seg)?;
-        Ok(if cpu.leave { Stored::Elsewhere } else { Stored::Ram })
+        match cpu.tlb.read(la, u64::from(W::BYTES)) {
+            // SAFETY: a TLB hit names mapped RAM of a slot that the CPU's view keeps alive.
+            Some(host) => Ok(unsafe { W::load(host) }),
+            None => Err(To::Miss { la, size: W::BYTES, write: false }),
+        }
     }
 
-    /// `[la] ← f([la])` without LOCK.
+    /// Stores to a linear address; the instruction commits the rest and goes where [`Stored::then`] says.
     #[inline(always)]
-    pub(crate) fn modify<W: HostWord>(&mut self, la: u64, f: impl FnMut(W) -> Option<W>) -> Result<(W, Stored), Stop> {
+    pub(crate) fn store<F: Form, W: HostWord>(&mut self, la: u64, value: W) -> Result<Stored, To> {
         // SAFETY: as above.
         let cpu = unsafe { &mut *self.cpu };
-        let seg = self.op().segment();
-        let hit = cpu.tlb.write(la, u64::from(W::BYTES)).is_some();
-        let old = cpu.modify(la, seg, false, f)?;
-        Ok((old, if !hit && cpu.leave { Stored::Elsewhere } else { Stored::Ram }))
+        if !F::HOT {
+            return match cpu.store_slow(la, value.zext(), W::BYTES, By::Code, self.op().segment()) {
+                Ok(()) if cpu.leave => Ok(Stored::Elsewhere),
+                Ok(()) => Ok(Stored::Ram),
+                Err(Stop) => Err(To::Stop),
+            };
+        }
+        match cpu.tlb.write(la, u64::from(W::BYTES)) {
+            // SAFETY: a TLB hit names mapped, writable RAM of a slot that the CPU's view keeps alive.
+            Some(host) => unsafe { W::store(host, value) },
+            None => return Err(To::Miss { la, size: W::BYTES, write: true }),
+        }
+        Ok(Stored::Ram)
+    }
+
+    /// `[la] ← f([la])` without LOCK. Returns the old value.
+    #[inline(always)]
+    pub(crate) fn modify<F: Form, W: HostWord>(&mut self, la: u64, f: impl Fn(W) -> W) -> Result<(W, Stored), To> {
+        // SAFETY: as above.
+        let cpu = unsafe { &mut *self.cpu };
+        if !F::HOT {
+            return match cpu.modify(la, self.op().segment(), false, |old| Some(f(old))) {
+                Ok(old) => Ok((old, if cpu.leave { Stored::Elsewhere } else { Stored::Ram })),
+                Err(Stop) => Err(To::Stop),
+            };
+        }
+        let Some(host) = cpu.tlb.write(la, u64::from(W::BYTES)) else {
+            return Err(To::Miss { la, size: W::BYTES, write: true });
+        };
+        // SAFETY: a TLB hit names mapped, writable RAM of a slot that the CPU's view keeps alive.
+        let old = unsafe { W::load(host) };
+        // SAFETY: as above.
+        unsafe { W::store(host, f(old)) };
+        Ok((old, Stored::Ram))
     }
 }
 
@@ -640,3 +749,14 @@ pub(crate) fn ras_pop(m: &mut Machine, ip: u64) -> To {
     }
     To::Indirect(ip)
 }
+
+/// The value, or where the instruction goes instead.
+macro_rules! attempt {
+    ($result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(to) => return to,
+        }
+    };
+}
+pub(crate) use attempt;

@@ -46,7 +46,8 @@ impl Cpu {
             if let Some(exit) = self.take_events() {
                 return exit;
             }
-            let alone = self.rflags & Rflags::TF.bits() != 0
+            let alone = std::mem::take(&mut self.alone)
+                || self.rflags & Rflags::TF.bits() != 0
                 || self.in_shadow()
                 || self.has_breakpoints()
                 || !self.mmio.answered.is_empty()

@@ -15,6 +15,8 @@ pub(crate) struct Digest<'a> {
     pub(crate) mode: Mode,
     /// Offset in CS of the trace's first instruction.
     pub(crate) trace_ip: u64,
+    /// The instruction runs by itself, on the exact path: wherever its memory operand may lead.
+    pub(crate) exact: bool,
     /// Kind of the lazy flags where an instruction of this trace made them.
     pub(crate) known_flags: Option<u64>,
 }

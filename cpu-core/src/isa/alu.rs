@@ -10,7 +10,7 @@ use super::{Row, by_form, by_width, row};
 use crate::decode::digest::{Digest, Lowered};
 use crate::flags::{AF, CF, Flags, OF, kind};
 use crate::host::HostWord;
-use crate::op::{Form, Machine, Semantics, To, handler, plain};
+use crate::op::{Form, Machine, Semantics, To, attempt, handler, plain};
 use crate::word::Word;
 
 pub(super) const ROWS: &[Row] = &[
@@ -168,16 +168,16 @@ fn reg_op<A: Alu2, W: HostWord, const FLAGS: bool>(m: &mut Machine, src: W) -> T
 #[inline(always)]
 unsafe fn mem_op<A: Alu2, W: HostWord, F: Form, const FLAGS: bool>(m: &mut Machine, src: W) -> To {
     // SAFETY: `m` is the dispatch's.
-    let Ok(la) = (unsafe { F::linear(m, W::BYTES, A::WRITES) }) else { return To::Stop };
+    let la = attempt!(unsafe { F::linear(m, W::BYTES, A::WRITES) });
     let old = m.flags();
     if !A::WRITES {
-        let Ok(dst) = m.load::<W>(la) else { return To::Stop };
+        let dst = attempt!(m.load::<F, W>(la));
         if FLAGS {
             m.set_flags(A::eval(dst, src, old).1);
         }
         return To::Next;
     }
-    let Ok((dst, stored)) = m.modify::<W>(la, |dst| Some(A::eval(dst, src, old).0)) else { return To::Stop };
+    let (dst, stored) = attempt!(m.modify::<F, W>(la, |dst| A::eval(dst, src, old).0));
     if FLAGS {
         m.set_flags(A::eval(dst, src, old).1);
     }
@@ -204,8 +204,8 @@ impl<A: Alu2, W: HostWord, F: Form, const FLAGS: bool> Semantics for RegMem<A, W
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, false) }) else { return To::Stop };
-        let Ok(src) = m.load::<W>(la) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, false) });
+        let src = attempt!(m.load::<F, W>(la));
         reg_op::<A, W, FLAGS>(m, src)
     }
 }
@@ -357,9 +357,9 @@ impl<A: Alu1, W: HostWord, F: Form, const FLAGS: bool> Semantics for OneMem<A, W
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, true) }) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, true) });
         let cf = FLAGS && A::KEEPS_CF && m.flags().cf();
-        let Ok((dst, stored)) = m.modify::<W>(la, |dst| Some(A::eval(dst, cf).0)) else { return To::Stop };
+        let (dst, stored) = attempt!(m.modify::<F, W>(la, |dst| A::eval(dst, cf).0));
         if FLAGS {
             m.set_flags(A::eval(dst, cf).1);
         }

@@ -6,13 +6,13 @@ use std::marker::PhantomData;
 use iced_x86::{Code as C, Mnemonic as M};
 
 use super::stack::push_64;
-use super::{Row, by_form, codes, row};
+use super::{Row, by_form, by_stack, codes, row};
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{Branch, Digest, Lowered};
 use crate::fault::Fault;
 use crate::flags::{Flags, kind};
 use crate::host::HostWord;
-use crate::op::{Form, Handler, Machine, Op, Semantics, Stored, To, handler, plain, ras_pop, ras_push};
+use crate::op::{Form, Handler, Machine, Op, Semantics, Stored, To, attempt, handler, plain, ras_pop, ras_push};
 use crate::state::{Gpr, Seg};
 
 use super::mov::ANY;
@@ -191,13 +191,13 @@ fn jcc_checked<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Jump)
 }
 
-struct Call;
-impl Semantics for Call {
+struct Call<F>(PhantomData<F>);
+impl<F: Form> Semantics for Call<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         let op = *m.op();
         let back = m.get::<u64>(crate::cpu::SLOT_TRACE_IP).wrapping_add(u64::from(op.off) + u64::from(op.len));
-        match push_64(m, back) {
+        match push_64::<F>(m, back) {
             Ok(Stored::Ram) => {
                 // SAFETY: a call's op is followed by a data slot that holds the link of its return address.
                 let after = unsafe { (*m.op.add(1)).imm } as *const Op;
@@ -206,7 +206,7 @@ impl Semantics for Call {
             }
             // The link leads to a head, which sees that attention is wanted.
             Ok(Stored::Elsewhere) => To::LeaveTo(op.imm as *const Op),
-            Err(Stop) => To::Stop,
+            Err(to) => to,
         }
     }
 }
@@ -225,7 +225,7 @@ fn call(d: &Digest<'_>) -> Option<Lowered> {
         lowered.op.imm = target_of(d, width);
         return Some(lowered.ends());
     }
-    let mut lowered = quiet(d, handler::<Call>).ends();
+    let mut lowered = quiet(d, by_stack!(d, F => handler::<Call<F>>)).ends();
     lowered.op.seg = Seg::Ss as u8;
     Some(Lowered { branch: Some(Branch::Call(target_of(d, width))), data: true, ..lowered })
 }
@@ -255,8 +255,8 @@ impl<F: Form> Semantics for JumpMem<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, 8, false) }) else { return To::Stop };
-        m.load::<u64>(la).map_or(To::Stop, To::Indirect)
+        let la = attempt!(unsafe { F::linear(m, 8, false) });
+        To::Indirect(attempt!(m.load::<F, u64>(la)))
     }
 }
 
@@ -292,35 +292,35 @@ fn jmp_any<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
 }
 
 #[inline(always)]
-fn call_indirect_to(m: &mut Machine, target: u64) -> To {
+fn call_indirect_to<F: Form>(m: &mut Machine, target: u64) -> To {
     // SAFETY: `cpu` is the running CPU; the borrow ends with the statement.
     if !unsafe { &*m.cpu }.is_canonical(target) {
-        // SAFETY: as above.
-        let cpu = unsafe { &mut *m.cpu };
-        cpu.fault(Fault::gp(0));
-        return To::Stop;
+        return noncanonical(m);
     }
     let op = *m.op();
     let back = m.get::<u64>(crate::cpu::SLOT_TRACE_IP).wrapping_add(u64::from(op.off) + u64::from(op.len));
-    let to = m.get::<u64>(Gpr::Rsp as u8 * 8).wrapping_sub(8);
-    // SAFETY: as above.
-    let cpu = unsafe { &mut *m.cpu };
-    if cpu.store(to, back, Seg::Ss).is_err() {
-        return To::Stop;
-    }
-    m.put(Gpr::Rsp as u8 * 8, to);
+    attempt!(push_64::<F>(m, back));
     // SAFETY: an indirect call's op is followed by a data slot that holds the link of its return address.
     let after = unsafe { (*m.op.add(1)).imm } as *const Op;
     ras_push(m, back, after);
+    // A store into code or a device is noticed on the way: the lookup sees `leave`, and a head sees the epoch.
     To::IndirectChecked(target)
 }
 
-struct CallReg;
-impl Semantics for CallReg {
+/// #GP(0): RIP cannot hold the target.
+#[cold]
+fn noncanonical(m: &mut Machine) -> To {
+    // SAFETY: `cpu` is the running CPU; the borrow ends here.
+    unsafe { &mut *m.cpu }.fault(Fault::gp(0));
+    To::Stop
+}
+
+struct CallReg<F>(PhantomData<F>);
+impl<F: Form> Semantics for CallReg<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         let target = m.get(m.op().dst);
-        call_indirect_to(m, target)
+        call_indirect_to::<F>(m, target)
     }
 }
 
@@ -329,15 +329,15 @@ impl<F: Form> Semantics for CallMem<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, 8, false) }) else { return To::Stop };
-        let Ok(target) = m.load::<u64>(la) else { return To::Stop };
-        call_indirect_to(m, target)
+        let la = attempt!(unsafe { F::linear(m, 8, false) });
+        let target = attempt!(m.load::<F, u64>(la));
+        call_indirect_to::<F>(m, target)
     }
 }
 
 fn call_indirect(d: &Digest<'_>) -> Option<Lowered> {
     let h: Handler = match (indirect_bytes(d), d.is_mem(0)) {
-        (8, false) => handler::<CallReg>,
+        (8, false) => by_stack!(d, F => handler::<CallReg<F>>),
         (8, true) => by_form!(d, F => handler::<CallMem<F>>),
         (4, _) => return Some(from(d, quiet(d, plain_of(call_any::<u32>)).ends())),
         _ => return Some(from(d, quiet(d, plain_of(call_any::<u16>)).ends())),
@@ -350,12 +350,12 @@ fn call_any<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     call_to::<W>(cpu, op, target)
 }
 
-struct Ret64;
-impl Semantics for Ret64 {
+struct Ret64<F>(PhantomData<F>);
+impl<F: Form> Semantics for Ret64<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         let rsp = m.get::<u64>(Gpr::Rsp as u8 * 8);
-        let Ok(ip) = m.load::<u64>(rsp) else { return To::Stop };
+        let ip = attempt!(m.load::<F, u64>(rsp));
         // `imm` is what the RET releases beyond the address.
         let release = m.op().imm.wrapping_add(8);
         // A return to nowhere faults at the RET, with RSP as it was; a predicted one is canonical.
@@ -365,11 +365,9 @@ impl Semantics for Ret64 {
                 To::Op(op)
             }
             _ => {
-                // SAFETY: `cpu` is the running CPU.
-                let cpu = unsafe { &mut *m.cpu };
-                if !cpu.is_canonical(ip) {
-                    cpu.fault(Fault::gp(0));
-                    return To::Stop;
+                // SAFETY: `cpu` is the running CPU; the borrow ends with the statement.
+                if !unsafe { &*m.cpu }.is_canonical(ip) {
+                    return noncanonical(m);
                 }
                 m.put(Gpr::Rsp as u8 * 8, rsp.wrapping_add(release));
                 To::IndirectChecked(ip)
@@ -380,7 +378,7 @@ impl Semantics for Ret64 {
 
 fn ret(d: &Digest<'_>) -> Option<Lowered> {
     let h: Handler = match d.ins.code() {
-        C::Retnq | C::Retnq_imm16 => handler::<Ret64>,
+        C::Retnq | C::Retnq_imm16 => by_stack!(d, F => handler::<Ret64<F>>),
         C::Retnd | C::Retnd_imm16 => plain_of(ret_any::<u32>),
         _ => plain_of(ret_any::<u16>),
     };

@@ -143,6 +143,10 @@ macro_rules! by_form {
                 type $F = $crate::op::BaseIndex;
                 $handler
             }
+            $crate::isa::FormOf::Exact => {
+                type $F = $crate::op::Exact;
+                $handler
+            }
             $crate::isa::FormOf::General => {
                 type $F = $crate::op::General;
                 $handler
@@ -152,6 +156,20 @@ macro_rules! by_form {
 }
 pub(crate) use by_form;
 
+/// Picks the monomorphised handler for the stack of 64-bit mode: hot, or exact.
+macro_rules! by_stack {
+    ($digest:expr, $F:ident => $handler:expr) => {
+        if $digest.exact {
+            type $F = $crate::op::Exact;
+            $handler as $crate::op::Handler
+        } else {
+            type $F = $crate::op::BaseDisp;
+            $handler
+        }
+    };
+}
+pub(crate) use by_stack;
+
 /// The forms of a memory operand that have handlers of their own.
 pub(crate) enum FormOf {
     /// See [`crate::op::BaseDisp`].
@@ -160,11 +178,16 @@ pub(crate) enum FormOf {
     BaseIndex,
     /// See [`crate::op::General`].
     General,
+    /// See [`crate::op::Exact`].
+    Exact,
 }
 
 /// Form of the memory operand: the flat forms need 64-bit addresses in a segment whose base is 0 there.
 pub(crate) fn form_of(digest: &Digest<'_>) -> FormOf {
     use iced_x86::Register;
+    if digest.exact {
+        return FormOf::Exact;
+    }
     let ins = digest.ins;
     let based = matches!(ins.memory_segment(), Register::FS | Register::GS);
     let narrow = |r: Register| r != Register::None && r.size() != 8;

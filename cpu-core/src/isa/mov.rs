@@ -10,7 +10,7 @@ use super::{Row, by_form, by_width, codes, row};
 use crate::decode::digest::{Digest, Lowered};
 use crate::flags::kind;
 use crate::host::HostWord;
-use crate::op::{Form, Handler, Machine, Semantics, To, handler};
+use crate::op::{Form, Handler, Machine, Semantics, To, attempt, handler};
 use crate::state::Gpr;
 
 pub(super) const ROWS: &[Row] = &[
@@ -139,8 +139,8 @@ impl<W: HostWord, F: Form> Semantics for Load<W, F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, false) }) else { return To::Stop };
-        let Ok(value) = m.load::<W>(la) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, false) });
+        let value = attempt!(m.load::<F, W>(la));
         m.put(m.op().dst, value);
         To::Next
     }
@@ -150,9 +150,9 @@ impl<W: HostWord, F: Form> Semantics for Store<W, F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, true) }) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, true) });
         let value = m.get::<W>(m.op().src);
-        m.store(la, value).map_or(To::Stop, |stored| stored.then())
+        attempt!(m.store::<F, _>(la, value)).then()
     }
 }
 
@@ -160,9 +160,9 @@ impl<W: HostWord, F: Form> Semantics for StoreImm<W, F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, true) }) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, true) });
         let value = W::of(m.op().imm);
-        m.store(la, value).map_or(To::Stop, |stored| stored.then())
+        attempt!(m.store::<F, _>(la, value)).then()
     }
 }
 
@@ -214,8 +214,8 @@ impl<E: Extension, S: HostWord, W: HostWord, F: Form> Semantics for ExtendMem<E,
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, S::BYTES, false) }) else { return To::Stop };
-        let Ok(value) = m.load::<S>(la) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, S::BYTES, false) });
+        let value = attempt!(m.load::<F, S>(la));
         m.put(m.op().dst, W::of(E::extend(value)));
         To::Next
     }
@@ -323,8 +323,8 @@ impl<W: HostWord, F: Form> Semantics for LoadSwapped<W, F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, false) }) else { return To::Stop };
-        let Ok(value) = m.load::<W>(la) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, false) });
+        let value = attempt!(m.load::<F, W>(la));
         m.put(m.op().dst, swapped(value));
         To::Next
     }
@@ -335,9 +335,9 @@ impl<W: HostWord, F: Form> Semantics for StoreSwapped<W, F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, true) }) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, true) });
         let value = swapped(m.get::<W>(m.op().src));
-        m.store(la, value).map_or(To::Stop, |stored| stored.then())
+        attempt!(m.store::<F, _>(la, value)).then()
     }
 }
 
@@ -394,8 +394,8 @@ impl<W: HostWord, F: Form, const CC: u8> Semantics for CmovMem<W, F, CC> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, false) }) else { return To::Stop };
-        let Ok(value) = m.load::<W>(la) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, false) });
+        let value = attempt!(m.load::<F, W>(la));
         let at = m.op().dst;
         let value = if holds::<CC, ANY>(m) { value } else { m.get(at) };
         m.put(at, value);
@@ -442,9 +442,9 @@ impl<F: Form, const CC: u8> Semantics for SetMem<F, CC> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, 1, true) }) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, 1, true) });
         let value = holds::<CC, ANY>(m);
-        m.store(la, u8::from(value)).map_or(To::Stop, |stored| stored.then())
+        attempt!(m.store::<F, _>(la, u8::from(value))).then()
     }
 }
 

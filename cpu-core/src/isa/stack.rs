@@ -2,13 +2,15 @@
 //! instructions. SDM Vol. 2, the page of each mnemonic.
 #![expect(unsafe_code, reason = "hot semantics run on the dispatch's raw CPU pointer")]
 
+use std::marker::PhantomData;
+
 use iced_x86::{Code as C, Mnemonic as M, Register};
 
-use super::{Row, codes, row};
+use super::{Row, by_stack, codes, row};
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{Digest, Lowered, function};
 use crate::host::HostWord;
-use crate::op::{Handler, Machine, Op, Semantics, To, handler, plain};
+use crate::op::{Form, Handler, Machine, Op, Semantics, Stored, To, attempt, handler, plain};
 use crate::state::{Gpr, Seg};
 
 pub(super) const ROWS: &[Row] = &[
@@ -77,39 +79,39 @@ impl Cpu {
     }
 }
 
-struct PushReg64;
-struct PushImm64;
-struct PopReg64;
+struct PushReg64<F>(PhantomData<F>);
+struct PushImm64<F>(PhantomData<F>);
+struct PopReg64<F>(PhantomData<F>);
 
 #[inline(always)]
-pub(super) fn push_64(m: &mut Machine, value: u64) -> Result<crate::op::Stored, Stop> {
+pub(super) fn push_64<F: Form>(m: &mut Machine, value: u64) -> Result<Stored, To> {
     let to = m.get::<u64>(RSP).wrapping_sub(8);
-    let stored = m.store(to, value)?;
+    let stored = m.store::<F, u64>(to, value)?;
     m.put(RSP, to);
     Ok(stored)
 }
 
-impl Semantics for PushReg64 {
+impl<F: Form> Semantics for PushReg64<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         let value = m.get(m.op().dst);
-        push_64(m, value).map_or(To::Stop, |stored| stored.then())
+        attempt!(push_64::<F>(m, value)).then()
     }
 }
 
-impl Semantics for PushImm64 {
+impl<F: Form> Semantics for PushImm64<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         let value = m.op().imm;
-        push_64(m, value).map_or(To::Stop, |stored| stored.then())
+        attempt!(push_64::<F>(m, value)).then()
     }
 }
 
-impl Semantics for PopReg64 {
+impl<F: Form> Semantics for PopReg64<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         let rsp = m.get::<u64>(RSP);
-        let Ok(value) = m.load::<u64>(rsp) else { return To::Stop };
+        let value = attempt!(m.load::<F, u64>(rsp));
         m.put(RSP, rsp.wrapping_add(8));
         // POP RSP keeps what it loaded.
         m.put(m.op().dst, value);
@@ -129,8 +131,8 @@ fn on_stack(d: &Digest<'_>, h: Handler) -> Lowered {
 fn push(d: &Digest<'_>) -> Option<Lowered> {
     let bytes = d.ins.stack_pointer_increment().unsigned_abs();
     let h: Handler = match (bytes, d.mode.is_64bit()) {
-        (8, true) if d.is_reg(0) => handler::<PushReg64>,
-        (8, true) if d.is_imm(0) => handler::<PushImm64>,
+        (8, true) if d.is_reg(0) => by_stack!(d, F => handler::<PushReg64<F>>),
+        (8, true) if d.is_imm(0) => by_stack!(d, F => handler::<PushImm64<F>>),
         (2, _) => plain_of(push_any::<u16>),
         (4, _) => plain_of(push_any::<u32>),
         (8, _) => plain_of(push_any::<u64>),
@@ -165,7 +167,7 @@ fn push_any<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
 fn pop(d: &Digest<'_>) -> Option<Lowered> {
     let bytes = d.ins.stack_pointer_increment().unsigned_abs();
     let h: Handler = match (bytes, d.is_mem(0)) {
-        (8, false) if d.mode.is_64bit() => handler::<PopReg64>,
+        (8, false) if d.mode.is_64bit() => by_stack!(d, F => handler::<PopReg64<F>>),
         (2, false) => plain_of(pop_reg::<u16>),
         (4, false) => plain_of(pop_reg::<u32>),
         (2, true) => plain_of(pop_mem::<u16>),
@@ -278,12 +280,12 @@ fn leave<W: HostWord>(cpu: &mut Cpu, _: &Op) -> Done {
     Ok(Then::Next)
 }
 
-struct Leave64;
-impl Semantics for Leave64 {
+struct Leave64<F>(PhantomData<F>);
+impl<F: Form> Semantics for Leave64<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         let rbp = m.get::<u64>(RBP);
-        let Ok(value) = m.load::<u64>(rbp) else { return To::Stop };
+        let value = attempt!(m.load::<F, u64>(rbp));
         m.put(RSP, rbp.wrapping_add(8));
         m.put(RBP, value);
         To::Next
@@ -291,5 +293,5 @@ impl Semantics for Leave64 {
 }
 
 fn leave_64(d: &Digest<'_>) -> Option<Lowered> {
-    Some(on_stack(d, handler::<Leave64>))
+    Some(on_stack(d, by_stack!(d, F => handler::<Leave64<F>>)))
 }
