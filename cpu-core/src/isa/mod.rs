@@ -3,6 +3,7 @@
 mod alu;
 mod branch;
 mod mov;
+mod muldiv;
 mod shift;
 mod stack;
 
@@ -43,7 +44,7 @@ pub(crate) const fn codes(codes: &'static [Code], select: Select) -> Row {
 }
 
 /// Every family's rows.
-const FAMILIES: &[&[Row]] = &[alu::ROWS, branch::ROWS, mov::ROWS, shift::ROWS, stack::ROWS];
+const FAMILIES: &[&[Row]] = &[alu::ROWS, branch::ROWS, mov::ROWS, muldiv::ROWS, shift::ROWS, stack::ROWS];
 
 /// The selector of each of iced's codes.
 static BY_CODE: LazyLock<Vec<Option<Select>>> = LazyLock::new(|| {
