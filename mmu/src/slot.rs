@@ -252,6 +252,12 @@ impl Slots {
         self.search(gpa, hint)
     }
 
+    /// Slot number `hint` of the sorted order, if guest-physical addresses lead to slots directly.
+    #[inline(always)]
+    pub(crate) fn direct(&self, hint: usize) -> Option<&Slot> {
+        if self.has_aliases { None } else { self.sorted.get(hint) }
+    }
+
     #[inline(never)]
     fn search(&self, gpa: u64, hint: &mut usize) -> Option<(&Slot, u64)> {
         let index = self.sorted.partition_point(|slot| slot.gpa <= gpa).checked_sub(1)?;

@@ -165,15 +165,19 @@ impl View {
     /// The aligned doubleword at `gpa`, as one load; `None` if there is no RAM or `gpa` is not aligned.
     #[inline]
     pub fn load_u32(&self, gpa: GuestPhysAddr) -> Option<u32> {
-        let (slot, offset) = self.locate(gpa.0, User::Tables)?;
-        slot.span().load_u32(offset)
+        self.tables().load_u32(gpa.0)
     }
 
     /// The aligned quadword at `gpa`, as one load; `None` if there is no RAM or `gpa` is not aligned.
     #[inline]
     pub fn load_u64(&self, gpa: GuestPhysAddr) -> Option<u64> {
-        let (slot, offset) = self.locate(gpa.0, User::Tables)?;
-        slot.span().load_u64(offset)
+        self.tables().load_u64(gpa.0)
+    }
+
+    /// For several loads that are probably from one slot.
+    #[inline(always)]
+    pub(crate) fn tables(&self) -> Tables<'_> {
+        Tables { view: self, slot: self.slots.direct(self.hints[User::Tables as usize].get()) }
     }
 
     /// Puts `new` at `gpa` if `old` is there, atomically, and marks the page dirty. `None` if it is not writable RAM or not
@@ -200,6 +204,40 @@ impl View {
             slot.log(offset, true);
         }
         Some(done)
+    }
+}
+
+/// Loads from the slot that holds the guest's paging structures, which the last load found.
+pub(crate) struct Tables<'a> {
+    view: &'a View,
+    slot: Option<&'a Slot>,
+}
+
+macro_rules! loads {
+    ($($load:ident $value:ty;)*) => {$(
+        #[inline(always)]
+        pub(crate) fn $load(&mut self, gpa: u64) -> Option<$value> {
+            match self.slot.and_then(|slot| slot.span().$load(gpa.wrapping_sub(slot.gpa().0))) {
+                Some(value) => Some(value),
+                None => self.find(gpa).and_then(|(slot, offset)| slot.span().$load(offset)),
+            }
+        }
+    )*};
+}
+
+impl<'a> Tables<'a> {
+    loads! {
+        load_u32 u32;
+        load_u64 u64;
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn find(&mut self, gpa: u64) -> Option<(&'a Slot, u64)> {
+        let view: &'a View = self.view;
+        let found = view.locate(gpa, User::Tables);
+        self.slot = view.slots.direct(view.hints[User::Tables as usize].get());
+        found
     }
 }
 

@@ -160,6 +160,7 @@ fn walk_64<const SET: bool, const TOP: u32>(
     root: u64,
 ) -> Result<Translation, PageFault> {
     let reserved = Reserved::new(paging);
+    let mut tables = view.tables();
     loop {
         let mut steps: [Step; 5] = [(GuestPhysAddr(0), 0); 5];
         let (mut table, mut all, mut any) = (root, u64::MAX, 0);
@@ -167,7 +168,7 @@ fn walk_64<const SET: bool, const TOP: u32>(
         let leaf = loop {
             let index = la.0 >> (3 + 9 * level) & 0x1ff;
             let at = GuestPhysAddr(table + index * 8);
-            let entry = view.load_u64(at).unwrap_or(0);
+            let entry = tables.load_u64(at.0).unwrap_or(0);
             if entry & pte::P == 0 {
                 return Err(fault(paging, access, PfError::empty()));
             }
@@ -207,7 +208,8 @@ fn walk_32<const SET: bool>(
     access: Access,
 ) -> Result<Translation, PageFault> {
     let la = la.0 & 0xffff_ffff;
-    let load = |at: GuestPhysAddr| match view.load_u32(at) {
+    let mut tables = view.tables();
+    let mut load = |at: GuestPhysAddr| match tables.load_u32(at.0) {
         Some(entry) if u64::from(entry) & pte::P != 0 => Ok(entry),
         _ => Err(fault(paging, access, PfError::empty())),
     };
