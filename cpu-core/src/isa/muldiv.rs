@@ -80,7 +80,7 @@ impl<W: HostWord, F: Form, const SIGNED: bool, const FLAGS: bool> Semantics for 
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
         let Ok(la) = (unsafe { F::linear(m, W::BYTES, false) }) else { return To::Stop };
-        let Ok(src) = m.load::<W>(la) else { return To::Stop };
+        let Ok(src) = m.load::<F, W>(la) else { return To::Stop };
         accumulate::<W, SIGNED, FLAGS>(m, src)
     }
 }
@@ -132,7 +132,7 @@ impl<W: HostWord, F: Form, const IMM: bool, const FLAGS: bool> Semantics for Two
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
         let Ok(la) = (unsafe { F::linear(m, W::BYTES, false) }) else { return To::Stop };
-        let Ok(src) = m.load::<W>(la) else { return To::Stop };
+        let Ok(src) = m.load::<F, W>(la) else { return To::Stop };
         truncate::<W, IMM, FLAGS>(m, src)
     }
 }
