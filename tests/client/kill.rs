@@ -1,10 +1,13 @@
 //! Processes that die at the wrong moment: nothing may stay behind, nobody may hang.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use assets::qemu::{Accel, Machine};
 use assets::{Quiet, initramfs, kernel, packages};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use softkvm_tests::console::Console;
 use softkvm_tests::service::{Resources, Service};
 use softkvm_tests::{eventually, long, softkvm};
@@ -64,17 +67,23 @@ fn qemu_killed_at_random_moments_leaves_nothing_in_the_daemon() {
     }
 }
 
+/// Nothing of QEMU's ends it then: it would stop the machine and wait at its monitor. `softkvm run` does.
 #[test]
-fn qemu_ends_when_the_daemon_that_started_it_is_killed() {
+fn qemu_ends_when_the_daemon_of_softkvm_run_is_killed() {
     let mut machine = machine();
     let name = format!("softkvm-test-{}", std::process::id());
     machine.push(["-name", &name]);
     let mut run = Console::start(&mut softkvm::run::<&str, _>(&[], &machine.command_line()).expect("softkvm"))
         .expect("softkvm starts");
     run.expect("Linux version", BOOT).expect("the boot is under way");
-    assert_eq!(processes(&name), 1, "softkvm run has one QEMU");
-    run.kill();
-    assert!(eventually(Duration::from_secs(2), || processes(&name) == 0), "QEMU is still there\n{}", run.tail());
+    let qemu = with_argument(run.pid(), &name);
+    let [daemon] = with_argument(run.pid(), "daemon")[..] else { panic!("softkvm run has one daemon") };
+    assert_eq!(qemu.len(), 1, "softkvm run has one QEMU");
+    kill(daemon, Signal::SIGKILL).expect("the daemon is there");
+    let status = run.wait(Duration::from_secs(2)).expect("softkvm run ends");
+    assert!(!status.success(), "{status}");
+    assert!(with_argument(run.pid(), &name).is_empty());
+    assert!(!PathBuf::from(format!("/proc/{}", qemu[0])).exists(), "QEMU is gone");
 }
 
 #[test]
@@ -86,16 +95,16 @@ fn qemu_says_so_and_does_not_hang_when_the_hosts_daemon_is_killed() {
     service.kill();
     // QEMU's way to fail: it names the error and stops the machine, its monitor still answers.
     assert!(eventually(Duration::from_secs(2), || qemu.errors().contains("kvm run failed")), "{}", qemu.tail());
-    nix::sys::signal::kill(qemu.pid(), nix::sys::signal::Signal::SIGTERM).expect("QEMU is there");
+    kill(qemu.pid(), Signal::SIGTERM).expect("QEMU is there");
     qemu.wait(Duration::from_secs(2)).expect("QEMU ends when it is told to");
 }
 
-/// How many QEMUs run under this name. The daemon has it in its command line as well, and is not counted.
-fn processes(name: &str) -> usize {
-    let all = fs::read_dir("/proc").expect("/proc is mounted").flatten();
-    all.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
-        .map(|line| String::from_utf8_lossy(&line).into_owned())
-        .filter(|line| line.split('\0').any(|arg| arg == name))
-        .filter(|line| line.split('\0').next().is_some_and(|program| program.contains("qemu-system")))
-        .count()
+/// The children of `parent` that have this argument.
+fn with_argument(parent: Pid, argument: &str) -> Vec<Pid> {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+    let has = |pid: &Pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|arg| arg == argument.as_bytes())
+    };
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).filter(has).collect()
 }

@@ -1,0 +1,3 @@
+//! The ioctl table, seen from outside the crate that has it.
+
+mod readme;
