@@ -14,7 +14,7 @@ use crate::decode::digest::{Digest, Lowered};
 use crate::fault::Fault;
 use crate::flags::{CF, Flags, OF, kind};
 use crate::host::HostWord;
-use crate::op::{Form, Handler, Machine, Op, Semantics, To, handler};
+use crate::op::{Form, Handler, Machine, Op, Semantics, To, attempt, handler};
 use crate::state::Gpr;
 use crate::word::Word;
 
@@ -79,8 +79,8 @@ impl<W: HostWord, F: Form, const SIGNED: bool, const FLAGS: bool> Semantics for 
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, false) }) else { return To::Stop };
-        let Ok(src) = m.load::<F, W>(la) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, false) });
+        let src = attempt!(m.load::<F, W>(la));
         accumulate::<W, SIGNED, FLAGS>(m, src)
     }
 }
@@ -131,8 +131,8 @@ impl<W: HostWord, F: Form, const IMM: bool, const FLAGS: bool> Semantics for Two
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
         // SAFETY: `m` is the dispatch's.
-        let Ok(la) = (unsafe { F::linear(m, W::BYTES, false) }) else { return To::Stop };
-        let Ok(src) = m.load::<F, W>(la) else { return To::Stop };
+        let la = attempt!(unsafe { F::linear(m, W::BYTES, false) });
+        let src = attempt!(m.load::<F, W>(la));
         truncate::<W, IMM, FLAGS>(m, src)
     }
 }
