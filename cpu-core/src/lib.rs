@@ -15,6 +15,8 @@ mod op;
 mod platform;
 mod run;
 mod state;
+#[cfg(test)]
+mod testing;
 mod vmx;
 mod word;
 

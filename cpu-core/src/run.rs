@@ -373,3 +373,149 @@ impl Cpu {
         self.fault(Fault::UD)
     }
 }
+#[cfg(test)]
+mod tests {
+    use iced_x86::code_asm::*;
+
+    use crate::state::Gpr;
+    use crate::testing::{CODE, Machine, RAM};
+    use crate::vmx::{Exit, Mmio};
+
+    /// An instruction that no core will ever have ends the tests: UD-like but reported (SDM Vol. 3 "GETSEC").
+    const END: [u8; 2] = [0x0f, 0x37];
+
+    fn end(a: &mut CodeAssembler) {
+        a.db(&END).expect("two bytes");
+    }
+
+    fn run_to_end(machine: &mut Machine) {
+        let exit = machine.cpu.run();
+        assert!(matches!(exit, Exit::Unimplemented { bytes, .. } if bytes[..2] == END), "{exit:?}");
+    }
+
+    #[test]
+    fn loop_with_memory_and_calls() {
+        let mut machine = Machine::new_64bit(|a| {
+            let (mut top, mut square) = (a.create_label(), a.create_label());
+            let mut done = a.create_label();
+            a.mov(ecx, 1000).unwrap();
+            a.xor(ebx, ebx).unwrap();
+            a.mov(rsi, 0x20_0000u64).unwrap();
+            a.set_label(&mut top).unwrap();
+            a.mov(eax, ecx).unwrap();
+            a.call(square).unwrap();
+            a.add(qword_ptr(rsi), rax).unwrap();
+            a.dec(ecx).unwrap();
+            a.jne(top).unwrap();
+            a.mov(rbx, qword_ptr(rsi)).unwrap();
+            a.jmp(done).unwrap();
+            a.set_label(&mut square).unwrap();
+            a.push(rdx).unwrap();
+            a.lea(rdx, qword_ptr(rax + rax * 2 + 5)).unwrap();
+            a.add(rax, rdx).unwrap();
+            a.pop(rdx).unwrap();
+            a.ret().unwrap();
+            a.set_label(&mut done).unwrap();
+            end(a);
+        });
+        run_to_end(&mut machine);
+        let sum: u64 = (1..=1000u64).map(|n| 4 * n + 5).sum();
+        assert_eq!(machine.cpu.reg(Gpr::Rbx), sum);
+        assert_eq!(machine.cpu.reg(Gpr::Rsp), 0x7_0000);
+        assert_eq!(machine.cpu.instructions(), 3 + 1000 * 10 + 2);
+    }
+
+    #[test]
+    fn store_into_the_next_instruction_is_seen() {
+        let mut machine = Machine::new_64bit(|a| {
+            // Turns `mov eax, 1` into `mov eax, 7` just before it runs.
+            let mut target = a.create_label();
+            a.lea(rsi, ptr(target)).unwrap();
+            a.mov(byte_ptr(rsi + 1), 7).unwrap();
+            a.set_label(&mut target).unwrap();
+            a.mov(eax, 1).unwrap();
+            end(a);
+        });
+        run_to_end(&mut machine);
+        assert_eq!(machine.cpu.reg(Gpr::Rax), 7);
+    }
+
+    #[test]
+    fn code_that_the_vmm_rewrites_between_runs_is_decoded_again() {
+        let mut machine = Machine::new_64bit(|a| {
+            a.mov(eax, 1).unwrap();
+            end(a);
+        });
+        run_to_end(&mut machine);
+        machine.write(CODE + 1, &[9]);
+        machine.cpu.rip = CODE;
+        run_to_end(&mut machine);
+        assert_eq!(machine.cpu.reg(Gpr::Rax), 9);
+    }
+
+    #[test]
+    fn device_read_starts_again_with_the_answer_and_device_write_is_reported_behind_the_instruction() {
+        let gpa = RAM + 0x10;
+        let mut machine = Machine::new_64bit(|a| {
+            a.mov(rsi, gpa).unwrap();
+            a.add(dword_ptr(rsi), 5).unwrap();
+            a.mov(ebx, 1).unwrap();
+            end(a);
+        });
+        assert_eq!(machine.cpu.run(), Exit::Mmio(Mmio { gpa, len: 4, write: None }));
+        machine.cpu.complete_mmio_read(0x1_0000_0010);
+        assert_eq!(machine.cpu.run(), Exit::Mmio(Mmio { gpa, len: 4, write: Some(0x15) }));
+        assert_eq!(machine.cpu.reg(Gpr::Rbx), 0);
+        run_to_end(&mut machine);
+        assert_eq!(machine.cpu.reg(Gpr::Rbx), 1);
+    }
+
+    #[test]
+    fn instruction_over_a_page_end_runs_and_is_seen_to_change() {
+        let mut machine = Machine::new_64bit(|a| {
+            a.mov(eax, 1).unwrap();
+            end(a);
+        });
+        machine.write(0x2ffd, &[0xb8, 1, 2, 3, 4, END[0], END[1]]);
+        machine.cpu.rip = 0x2ffd;
+        run_to_end(&mut machine);
+        assert_eq!(machine.cpu.reg(Gpr::Rax), 0x0403_0201);
+        machine.write(0x3000, &[0x55]);
+        machine.cpu.rip = 0x2ffd;
+        run_to_end(&mut machine);
+        assert_eq!(machine.cpu.reg(Gpr::Rax), 0x0455_0201);
+    }
+
+    #[test]
+    fn real_mode_arithmetic_and_stack() {
+        let mut machine = Machine::new_real(|a| {
+            a.mov(ax, 0x1234).unwrap();
+            a.push(ax).unwrap();
+            a.mov(word_ptr(0x500), ax).unwrap();
+            a.pop(bx).unwrap();
+            a.add(bh, al).unwrap();
+            end(a);
+        });
+        run_to_end(&mut machine);
+        assert_eq!(machine.cpu.reg(Gpr::Rbx), 0x4634);
+        assert_eq!(machine.read::<2>(0x500), [0x34, 0x12]);
+    }
+
+    #[test]
+    fn kick_ends_an_endless_loop() {
+        let mut machine = Machine::new_64bit(|a| {
+            let mut top = a.create_label();
+            a.set_label(&mut top).unwrap();
+            a.inc(rax).unwrap();
+            a.jmp(top).unwrap();
+        });
+        let kick = machine.cpu.kicker();
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            kick.kick();
+        });
+        assert_eq!(machine.cpu.run(), Exit::ExternalInterrupt);
+        thread.join().expect("no panic");
+        assert!(machine.cpu.reg(Gpr::Rax) > 1000);
+    }
+}
