@@ -87,7 +87,7 @@ fn measure(name: &str, view: &View, paging: &Paging, pages: u64, kind: AccessKin
             let mut page = 0_u64;
             for _ in 0..WALKS {
                 page = page.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5679) ^ page >> 29;
-                let la = LinearAddr((page >> 20) % pages << 12 | 0x10);
+                let la = LinearAddr((((page >> 20) % pages) << 12) | 0x10);
                 let found = walk(black_box(view), black_box(paging), la, access).expect("mapped");
                 if look {
                     assert!(matches!(view.page(found.gpa, kind == AccessKind::Write), Lookup::Ram { .. }));

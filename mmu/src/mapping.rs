@@ -51,7 +51,7 @@ pub struct Mapping {
     span: Span,
     /// The files behind the bytes, in ascending order; more than one only after [`Mapping::join`].
     parts: Vec<Part>,
-    _sigbus: sigbus::Registration,
+    sigbus: sigbus::Registration,
     _reservation: Reservation,
 }
 
@@ -128,7 +128,7 @@ impl Mapping {
         // SAFETY: `place` mapped all of [base, base+len) with these rights; `reservation` lives as long as the span and
         // unmaps on drop only. Accesses beyond a file's end are answered by the SIGBUS handler.
         let span = unsafe { Span::new(reservation.base, len, protection == Protection::ReadWrite) };
-        Ok(Arc::new(Self { span, parts, _sigbus: registration, _reservation: reservation }))
+        Ok(Arc::new(Self { span, parts, sigbus: registration, _reservation: reservation }))
     }
 
     /// Bytes mapped.
@@ -169,6 +169,12 @@ impl Mapping {
     /// Copies in; `None`, and nothing copied, if it is not all inside or the mapping not writable.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Option<()> {
         self.span.write(offset, bytes)
+    }
+
+    /// Whether the file lost pages while the mapping was in use: those show zeros of the daemon's own from then on, even
+    /// if the file grows again. Not to be used for another slot.
+    pub fn is_torn(&self) -> bool {
+        self.sigbus.filled() > 0
     }
 
     /// Gives `[offset, offset + len)` back to the host; it reads as zeros from then on, in every process that maps it.

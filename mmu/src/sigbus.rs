@@ -20,11 +20,18 @@ struct Range {
     start: AtomicUsize,
     end: AtomicUsize,
     page_bytes: AtomicUsize,
+    /// Holes filled so far.
+    filled: AtomicUsize,
 }
 
 impl Range {
     const fn unused() -> Self {
-        Self { start: AtomicUsize::new(0), end: AtomicUsize::new(0), page_bytes: AtomicUsize::new(0) }
+        Self {
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
+            page_bytes: AtomicUsize::new(0),
+            filled: AtomicUsize::new(0),
+        }
     }
 }
 
@@ -62,6 +69,7 @@ pub(crate) fn register(start: usize, len: usize, page_bytes: usize) -> Registrat
         if let Some(range) = link.ranges.iter().find(|range| range.start.load(Ordering::Relaxed) == 0) {
             range.end.store(start + len, Ordering::Relaxed);
             range.page_bytes.store(page_bytes, Ordering::Relaxed);
+            range.filled.store(0, Ordering::Relaxed);
             range.start.store(start, Ordering::Release);
             return Registration(range);
         }
@@ -73,6 +81,13 @@ pub(crate) fn register(start: usize, len: usize, page_bytes: usize) -> Registrat
     }
 }
 
+impl Registration {
+    /// Pages of the range that show zeros of our own, no longer the file.
+    pub(crate) fn filled(&self) -> usize {
+        self.0.filled.load(Ordering::Acquire)
+    }
+}
+
 impl Drop for Registration {
     fn drop(&mut self) {
         let _writer = WRITER.lock();
@@ -80,17 +95,16 @@ impl Drop for Registration {
     }
 }
 
-/// The page size of the registered mapping that holds `address`. A thread faults inside a mapping that it keeps alive, so
+/// The registered mapping that holds `address`. A thread faults inside a mapping that it keeps alive, so
 /// the range it looks for stands still; one that changes meanwhile is another, and `start` read twice rules it out.
-fn page_bytes_at(address: usize) -> Option<usize> {
+fn range_of(address: usize) -> Option<&'static Range> {
     let mut link = Some(&HEAD);
     while let Some(here) = link {
         for range in &here.ranges {
             let start = range.start.load(Ordering::Acquire);
-            let (end, page_bytes) = (range.end.load(Ordering::Acquire), range.page_bytes.load(Ordering::Acquire));
-            let inside = start != 0 && (start..end).contains(&address);
+            let inside = start != 0 && (start..range.end.load(Ordering::Acquire)).contains(&address);
             if inside && range.start.load(Ordering::Acquire) == start {
-                return Some(page_bytes);
+                return Some(range);
             }
         }
         link = here.next();
@@ -122,8 +136,8 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
     let address = unsafe { details.si_addr() } as usize;
     // BUS_ADRERR: the file has no such page. The other codes are machine checks, which zeros must not hide.
     if code == libc::BUS_ADRERR
-        && let Some(page_bytes) = page_bytes_at(address)
-        && fill_hole(address & !(page_bytes - 1), page_bytes)
+        && let Some(range) = range_of(address)
+        && fill_hole(range, address)
     {
         return;
     }
@@ -131,8 +145,11 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
     chain(signal, info, context, code <= 0);
 }
 
-/// Maps anonymous zeros over one page. A system call and nothing else: errno is restored for the code interrupted.
-fn fill_hole(page: usize, page_bytes: usize) -> bool {
+/// Maps anonymous zeros over one page. A system call and little else; errno is restored for the code interrupted.
+fn fill_hole(range: &Range, address: usize) -> bool {
+    let page_bytes = range.page_bytes.load(Ordering::Acquire);
+    let page = address & !(page_bytes - 1);
+    range.filled.fetch_add(1, Ordering::AcqRel);
     // SAFETY: glibc's errno of this thread.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as above; a plain integer of this thread.

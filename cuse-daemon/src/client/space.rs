@@ -47,7 +47,8 @@ impl Mapped {
             mapping.file_offset() <= range.start && range.end <= mapping.file_offset() + mapping.len()
         };
         let mut list = self.0.lock();
-        let (_, used, mapping) = list.iter_mut().find(|(id, _, mapping)| *id == file && covers(mapping))?;
+        let usable = |mapping: &Mapping| covers(mapping) && !mapping.is_torn();
+        let (_, used, mapping) = list.iter_mut().find(|(id, _, mapping)| *id == file && usable(mapping))?;
         *used = Instant::now();
         Some(Arc::clone(mapping))
     }

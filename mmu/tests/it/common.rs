@@ -28,3 +28,14 @@ impl Drop for Stop<'_> {
         self.0.store(true, Ordering::SeqCst);
     }
 }
+
+/// Numbers without a pattern that a mistake could share.
+pub(crate) fn numbers() -> impl Iterator<Item = u64> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    std::iter::repeat_with(move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    })
+}

@@ -4,7 +4,7 @@
 use mmu::{Access, AccessKind, Mode, Paging, load_pdptes, translate_only};
 use x86_defs::{Cr0, Cr4, Efer, GuestPhysAddr, LinearAddr, pte};
 
-use crate::common;
+use crate::common::{self, numbers};
 
 const READ: Access = Access { kind: AccessKind::Read, user: false, implicit: false };
 
@@ -84,17 +84,6 @@ fn every_bit_of_every_format_is_reserved_where_the_sdm_says_so() {
             }
         }
     }
-}
-
-/// Numbers without a pattern that a mistake could share.
-fn numbers() -> impl Iterator<Item = u64> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    std::iter::repeat_with(move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    })
 }
 
 #[test]

@@ -22,12 +22,14 @@ fn a_truncated_file_reads_as_zeros() {
     let mapping = Mapping::of_file(file.try_clone().unwrap().into(), 0x2000, 0x4000, Protection::ReadWrite).unwrap();
     mapping.write(0x1ffc, b"contents").unwrap();
     file.set_len(0x3000).unwrap();
+    assert!(!mapping.is_torn(), "nobody has noticed yet");
     let mut bytes = [0xff; 0x4000];
     mapping.read(0, &mut bytes).unwrap();
     assert!(bytes.iter().all(|&byte| byte == 0), "gone, as the page it straddled");
     mapping.write(0x3000, b"still usable").unwrap();
     assert_eq!(mapping.load_u8(0x3000), Some(b's'));
     assert_eq!(mapping.load_u64(0x2000), Some(0));
+    assert!(mapping.is_torn());
 }
 
 #[test]
