@@ -10,6 +10,7 @@ use x86_defs::{GuestPhysAddr, LinearAddr, Rflags};
 use crate::cpu::{Cpu, Stop};
 use crate::fault::Fault;
 use crate::host::{self, HostWord};
+use crate::host_simd::{self, V};
 use crate::op::Op;
 use crate::state::Seg;
 use crate::vmx::{Exit, Mmio};
@@ -436,6 +437,29 @@ impl Cpu {
             self.target(last & !(PAGE - 1), true, By::Code, seg)?;
         }
         Ok(())
+    }
+
+    /// Loads 16 bytes from a linear address; alignment is the caller's.
+    #[inline(always)]
+    pub(crate) fn load_16(&mut self, la: u64, seg: Seg) -> Result<V, Stop> {
+        if let Some(host) = self.tlb.read(la, 16) {
+            // SAFETY: a TLB hit names mapped RAM of a slot that `view` keeps alive, and the access ends in its page.
+            return Ok(unsafe { host_simd::load(host) });
+        }
+        let mut bytes = [0; 16];
+        self.read_bytes_slow(la, &mut bytes, seg)?;
+        Ok(host_simd::from_u128(u128::from_le_bytes(bytes)))
+    }
+
+    /// Stores 16 bytes to a linear address; alignment is the caller's. `self.leave` as for [`Self::store`].
+    #[inline(always)]
+    pub(crate) fn store_16(&mut self, la: u64, value: V, seg: Seg) -> Result<(), Stop> {
+        if let Some(host) = self.tlb.write(la, 16) {
+            // SAFETY: a TLB hit names mapped, writable RAM of a slot that `view` keeps alive.
+            unsafe { host_simd::store(host, value) };
+            return Ok(());
+        }
+        self.write_bytes_slow(la, &host_simd::to_u128(value).to_le_bytes(), seg)
     }
 
     // Read-modify-write

@@ -28,6 +28,18 @@ pub(crate) const SLOT_TRACE_IP: u8 = 17 * 8;
 /// Holds a 64-bit displacement that does not fit an op.
 pub(crate) const SLOT_WIDE: u8 = 18 * 8;
 
+/// Bits of [`Cpu::fp_gate`], derived from CR0 and CR4.
+pub(crate) mod fp_gate {
+    /// CR0.TS: #NM.
+    pub(crate) const TS: u8 = 1;
+    /// CR0.EM: #NM for x87, #UD for MMX and SSE.
+    pub(crate) const EM: u8 = 2;
+    /// CR4.OSFXSR is clear: #UD for SSE.
+    pub(crate) const NO_OSFXSR: u8 = 4;
+    /// CR0.MP: TS holds for WAIT too.
+    pub(crate) const MP: u8 = 8;
+}
+
 const RAS_ENTRIES: usize = 32;
 const JUMP_ENTRIES: usize = 4096;
 
@@ -95,6 +107,8 @@ pub struct Cpu {
     pub(crate) alone: bool,
     /// The access that missed the TLB: linear address; bytes, and whether it writes.
     pub(crate) miss: (u64, u32),
+    /// What holds back x87, MMX and SSE instructions; 0 where nothing does. See [`fp_gate`].
+    pub(crate) fp_gate: u8,
     pub(crate) ras_top: u64,
     pub(crate) ras: [RasEntry; RAS_ENTRIES],
     pub(crate) tlb: Tlb,
@@ -261,6 +275,7 @@ impl Cpu {
             leave: false,
             alone: false,
             miss: (0, 0),
+            fp_gate: 0,
             ras_top: 0,
             ras: [RasEntry::EMPTY; RAS_ENTRIES],
             tlb: Tlb::new(),
@@ -486,6 +501,10 @@ impl Cpu {
             self.read_bound[i] = if long || real || segment.is_readable() { bound } else { 0 };
             self.write_bound[i] = if long || real || segment.is_writable() { bound } else { 0 };
         }
+        self.fp_gate = u8::from(self.cr0.contains(Cr0::TS)) * fp_gate::TS
+            | u8::from(self.cr0.contains(Cr0::EM)) * fp_gate::EM
+            | u8::from(!self.cr4.contains(Cr4::OSFXSR)) * fp_gate::NO_OSFXSR
+            | u8::from(self.cr0.contains(Cr0::MP)) * fp_gate::MP;
         let user = self.cpl == 3;
         let ac = if user {
             self.alignment_checked()

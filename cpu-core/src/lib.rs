@@ -10,6 +10,7 @@ mod event;
 mod fault;
 mod flags;
 mod host;
+mod host_simd;
 mod isa;
 mod op;
 mod platform;

@@ -149,6 +149,8 @@ pub(crate) enum To {
     },
     /// The instruction needs the exact path: the loop runs it by itself.
     Alone,
+    /// Another handler takes this op over; nothing was committed.
+    Other(Handler),
 }
 
 /// Semantics of an instruction that lives in the hot part. Implementations are zero-sized.
@@ -206,6 +208,8 @@ pub(crate) unsafe fn handler<S: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64
         }
         // SAFETY: as above.
         To::Alone => unsafe { alone(cpu, op, m.fa, m.fb, m.budget) },
+        // SAFETY: as above; a jump, so the hot path keeps no frame for it.
+        To::Other(other) => return unsafe { other(cpu, op, m.fa, m.fb, m.budget) },
     }
 }
 

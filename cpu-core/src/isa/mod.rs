@@ -5,7 +5,9 @@ mod branch;
 mod mov;
 mod muldiv;
 mod shift;
+mod simd;
 mod stack;
+mod x87;
 
 use std::sync::LazyLock;
 
@@ -44,7 +46,19 @@ pub(crate) const fn codes(codes: &'static [Code], select: Select) -> Row {
 }
 
 /// Every family's rows.
-const FAMILIES: &[&[Row]] = &[alu::ROWS, branch::ROWS, mov::ROWS, muldiv::ROWS, shift::ROWS, stack::ROWS];
+const FAMILIES: &[&[Row]] = &[
+    alu::ROWS,
+    branch::ROWS,
+    mov::ROWS,
+    muldiv::ROWS,
+    shift::ROWS,
+    stack::ROWS,
+    simd::integer::ROWS,
+    simd::moves::ROWS,
+    simd::shuffle::ROWS,
+    simd::state::ROWS,
+    x87::control::ROWS,
+];
 
 /// The selector of each of iced's codes.
 static BY_CODE: LazyLock<Vec<Option<Select>>> = LazyLock::new(|| {
