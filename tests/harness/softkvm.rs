@@ -55,13 +55,13 @@ pub fn run<O: AsRef<OsStr>, L: AsRef<OsStr>>(options: &[O], line: &[L]) -> Resul
     Ok(command)
 }
 
-/// The command that sees a /dev/kvm to be tested: `softkvm run -- LINE`, or with `SOFTKVM_TEST_HOST` in the environment
-/// the line itself, on the host's own.
-pub fn client<L: AsRef<OsStr>>(line: &[L]) -> Result<Command> {
+/// The command that sees a /dev/kvm to be tested: `softkvm run OPTIONS -- LINE`, or with `SOFTKVM_TEST_HOST` in the
+/// environment the line itself, on the host's own.
+pub fn client<L: AsRef<OsStr>>(options: &[&str], line: &[L]) -> Result<Command> {
     if std::env::var_os("SOFTKVM_TEST_HOST").is_some() {
         let mut command = Command::new(&line[0]);
         command.args(&line[1..]);
         return Ok(command);
     }
-    run::<&str, L>(&[], line)
+    run(options, line)
 }
