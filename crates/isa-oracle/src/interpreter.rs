@@ -11,7 +11,8 @@ use x86_defs::{Cr0, Cr4, Efer, GuestPhysAddr};
 
 use crate::decode;
 use crate::layout::{CODE_BASE, CODE_BYTES, DATA_BASE, DATA_BYTES, PAGE, READONLY_BASE, readonly_page};
-use crate::state::{CODE16, CS, Case, DATA16, End, Exception, Outcome, State, USER_CS, USER_DS, USER32_CS, flag};
+use crate::segments;
+use crate::state::{CS, Case, End, Exception, Outcome, State, flag};
 use crate::stop::{self, Stop};
 
 /// Where the kernel's pages appear: the canonical upper half, as supervisor.
@@ -30,6 +31,7 @@ mod gpa {
     pub(super) const GDT: u64 = 0x9000;
     pub(super) const IDT: u64 = 0xa000;
     pub(super) const TSS: u64 = 0xb000;
+    pub(super) const LDT: u64 = 0xb800;
     pub(super) const HANDLERS: u64 = 0xc000;
     pub(super) const STACK_END: u64 = 0xe000;
     pub(super) const CODE: u64 = 0x10000;
@@ -39,8 +41,7 @@ mod gpa {
 }
 
 const KERNEL_CS: u16 = 0x10;
-const KERNEL_DS: u16 = 0x18;
-const TSS_SELECTOR: u16 = 0x40;
+const LDT_LIMIT: u32 = 8 * segments::LDT.len() as u32 - 1;
 /// Bytes between the handlers of two vectors.
 const HANDLER_STRIDE: u64 = 16;
 const INT3: u8 = 0xcc;
@@ -85,7 +86,7 @@ impl Interpreter {
         };
         memory.set_slot(slot).expect("the first slot of a VM");
         let mut view = View::new(&memory);
-        view.refresh();
+        let _ = view.refresh(); // nothing of an older picture is held
         write_kernel(&view);
         let cpu = Cpu::new(memory, Box::new(HostPlatform::default()), 46);
         let kernel = kernel_sregs(cpu.sregs());
@@ -226,32 +227,51 @@ impl Interpreter {
     }
 }
 
-/// The user segments of Linux's GDT, and null.
+/// What loading `selector` leaves in a segment register.
 fn user_segment(selector: u16) -> Segment {
-    let flat =
-        Segment { selector, base: 0, limit: u32::MAX, s: true, dpl: 3, present: true, g: true, ..Segment::default() };
-    match selector {
-        USER_CS => Segment { type_: 0xb, l: true, ..flat },
-        USER32_CS => Segment { type_: 0xb, db: true, ..flat },
-        USER_DS => Segment { type_: 3, db: true, ..flat },
-        CODE16 => Segment { type_: 0xb, base: CODE_BASE, limit: 0xffff, g: false, ..flat },
-        DATA16 => Segment { type_: 3, base: DATA_BASE, limit: 0xffff, g: false, ..flat },
-        _ => Segment::null(selector),
+    let descriptor = segments::descriptor(selector);
+    let bit = |at: u32| descriptor >> at & 1 != 0;
+    if descriptor == 0 || !bit(47) {
+        return Segment::null(selector);
+    }
+    let limit = (descriptor & 0xffff | descriptor >> 32 & 0xf_0000) as u32;
+    Segment {
+        selector,
+        base: descriptor >> 16 & 0xff_ffff | (descriptor >> 56) << 24,
+        limit: if bit(55) { limit << 12 | 0xfff } else { limit },
+        type_: (descriptor >> 40 & 0xf) as u8,
+        s: bit(44),
+        dpl: (descriptor >> 45 & 3) as u8,
+        present: true,
+        avl: bit(52),
+        l: bit(53),
+        db: bit(54),
+        g: bit(55),
+        unusable: false,
     }
 }
 
 fn kernel_sregs(reset: Sregs) -> Sregs {
     let tr = Segment {
-        selector: TSS_SELECTOR,
+        selector: segments::GDT_TSS << 3,
         base: KERNEL + gpa::TSS,
         limit: 0x67,
         type_: 0xb,
         present: true,
         ..Segment::default()
     };
+    let ldt = Segment {
+        selector: segments::GDT_LDT << 3,
+        base: KERNEL + gpa::LDT,
+        limit: LDT_LIMIT,
+        type_: 2,
+        present: true,
+        ..Segment::default()
+    };
     Sregs {
         tr,
-        gdt: DescriptorTable { base: KERNEL + gpa::GDT, limit: 0x4f },
+        ldt,
+        gdt: DescriptorTable { base: KERNEL + gpa::GDT, limit: segments::GDT_LIMIT },
         idt: DescriptorTable { base: KERNEL + gpa::IDT, limit: 0xfff },
         // As Linux sets them.
         cr0: Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::AM | Cr0::PG,
@@ -287,19 +307,19 @@ fn write_kernel(view: &View) {
     for page in 0..gpa::CODE / PAGE {
         put(gpa::PT_KERNEL + 8 * page, (page * PAGE) | 0x63);
     }
-    let tss = KERNEL + gpa::TSS;
-    let descriptors: [(u16, u64); 7] = [
-        (KERNEL_CS, 0x00af_9b00_0000_ffff),
-        (KERNEL_DS, 0x00cf_9300_0000_ffff),
-        (USER32_CS, 0x00cf_fb00_0000_ffff),
-        (USER_DS, 0x00cf_f300_0000_ffff),
-        (USER_CS, 0x00af_fb00_0000_ffff),
-        (TSS_SELECTOR, 0x0000_8b00_0000_0067 | (tss & 0xff_ffff) << 16 | (tss >> 24 & 0xff) << 56),
-        (TSS_SELECTOR + 8, tss >> 32),
-    ];
-    for (selector, descriptor) in descriptors {
-        put(gpa::GDT + u64::from(selector & !7), descriptor);
+    for (entry, descriptor) in segments::GDT.iter().enumerate() {
+        put(gpa::GDT + 8 * entry as u64, *descriptor);
     }
+    for (entry, segment) in segments::LDT.iter().enumerate() {
+        put(gpa::LDT + 8 * entry as u64, segment.descriptor());
+    }
+    let system = |entry: u16, kind: u64, base: u64, limit: u32| {
+        let at = gpa::GDT + 8 * u64::from(entry);
+        put(at, u64::from(limit) | (base & 0xff_ffff) << 16 | kind << 40 | (base >> 24 & 0xff) << 56);
+        put(at + 8, base >> 32);
+    };
+    system(segments::GDT_TSS, 0x8b, KERNEL + gpa::TSS, 0x67);
+    system(segments::GDT_LDT, 0x82, KERNEL + gpa::LDT, LDT_LIMIT);
     // RSP0 of the TSS.
     put(gpa::TSS + 4, KERNEL + gpa::STACK_END);
     for vector in 0..32 {

@@ -7,6 +7,7 @@ pub mod host;
 pub mod interpreter;
 pub mod layout;
 pub mod record;
+mod segments;
 pub mod state;
 mod stop;
 pub mod vector;

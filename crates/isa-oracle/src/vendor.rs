@@ -3,7 +3,7 @@
 //! The interpreter follows the SDM. The host that recorded a vector may be of another vendor: what such a host does
 //! differently is written here once, with the reason, is printed at the head of the vectors it touches, and is masked.
 
-use iced_x86::{Code, FlowControl as Flow, Instruction, Mnemonic as M, OpKind};
+use iced_x86::{Code, FlowControl as Flow, Instruction, MemorySize, Mnemonic as M, OpKind};
 
 use crate::compare::Mask;
 use crate::state::{Case, End, Mode, flag};
@@ -88,6 +88,8 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
         M::Pause => bytes.iter().any(|byte| matches!(byte, 0x41 | 0x43 | 0x45 | 0x47 | 0x49 | 0x4b | 0x4d | 0x4f)),
         // AMD's CPUs read four bytes where Intel's read two.
         M::Movsxd => instruction.code() == Code::Movsxd_r16_rm16,
+        // Far pointers with 64-bit offsets are Intel's alone.
+        _ if instruction.memory_size() == MemorySize::SegPtr64 => true,
         // Whether the final stack pointer is probed, and how wide, is up to the CPU.
         M::Enter => case.state.rflags & flag::AC != 0,
         _ => false,

@@ -57,20 +57,7 @@ const EXCLUDED: &[(Mnemonic, &str)] = {
         (M::Sldt, "the kernel emulates it under UMIP"),
         (M::Smsw, "the kernel emulates it under UMIP"),
         (M::Str, "the kernel emulates it under UMIP"),
-        (M::Lar, "the kernel's GDT decides"),
-        (M::Lsl, "the kernel's GDT decides"),
-        (M::Verr, "the kernel's GDT decides"),
-        (M::Verw, "the kernel's GDT decides"),
-        (M::Lds, "the kernel's GDT decides"),
-        (M::Les, "the kernel's GDT decides"),
-        (M::Lfs, "the kernel's GDT decides"),
-        (M::Lgs, "the kernel's GDT decides"),
-        (M::Lss, "the kernel's GDT decides"),
         (M::Loadall, "not on any CPU of this kind"),
-        (M::Iret, "far transfer: tests of their own"),
-        (M::Iretd, "far transfer: tests of their own"),
-        (M::Iretq, "far transfer: tests of their own"),
-        (M::Retf, "far transfer: tests of their own"),
         (M::Ud0, "length differs by vendor"),
         (M::Hlt, "privileged"),
         (M::Mwait, "privileged"),
@@ -93,12 +80,6 @@ pub(crate) fn is_tested(code: Code, mode: Mode) -> bool {
         Mode::Bits16 => info.mode16() && info.compatibility_mode(),
     };
     let by_features = code.cpuid_features().iter().all(|feature| FEATURES.contains(feature));
-    let far =
-        info.op_kinds().iter().any(|kind| matches!(kind, OpCodeOperandKind::farbr2_2 | OpCodeOperandKind::farbr4_2))
-            || code.is_jmp_far_indirect()
-            || code.is_call_far_indirect();
-    let selector = info.op_kinds().contains(&OpCodeOperandKind::seg_reg)
-        || (code.mnemonic() == Mnemonic::Pop && matches!(info.op_kinds(), [kind] if is_segment(*kind)));
     let decoded = match mode {
         Mode::Bits64 => info.intel_decoder64(),
         Mode::Bits32 => info.intel_decoder32(),
@@ -108,16 +89,9 @@ pub(crate) fn is_tested(code: Code, mode: Mode) -> bool {
         && in_mode
         && by_features
         && decoded
-        && !far
-        && !selector
         && !info.is_privileged()
         && !info.is_reserved_nop()
         && !is_excluded(code.mnemonic())
-}
-
-fn is_segment(kind: OpCodeOperandKind) -> bool {
-    use OpCodeOperandKind as K;
-    matches!(kind, K::es | K::cs | K::ss | K::ds | K::fs | K::gs)
 }
 
 /// All encodings that tests may run in `mode` and `keep` wants.

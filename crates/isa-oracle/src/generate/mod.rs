@@ -3,6 +3,7 @@
 mod address;
 mod forms;
 mod rng;
+mod selectors;
 mod values;
 
 use iced_x86::{
@@ -64,9 +65,6 @@ impl Generator {
             return None;
         }
         case.bytes.truncate(instruction.len());
-        if vendor::is_unpredictable(&case, &instruction) {
-            return None;
-        }
         if let (Mnemonic::Enter, [.., high, _]) = (instruction.mnemonic(), &mut case.bytes[..])
             && !self.rng.one_in(8)
         {
@@ -79,7 +77,7 @@ impl Generator {
             case.state.rip = self.rng.pick(&[end, start + 0xffd, start + 0x1000 - length]);
         }
         self.fill(&mut case);
-        Some(case)
+        (!vendor::is_unpredictable(&case, &instruction)).then_some(case)
     }
 
     /// Bytes of which the decoder makes nothing: the CPU's answer should be #UD. Not where a prefix or extension that only
@@ -179,6 +177,7 @@ impl Generator {
         }
         shape(rng, &instruction, case.mode, state, everything);
         address::place(rng, case, &instruction, &memory, everything);
+        selectors::place(rng, case, &instruction);
     }
 }
 

@@ -17,6 +17,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use self::memory::SharedMemory;
 use self::shared::{BASE, BATCH, Control, Image, Slot, at};
 use crate::layout::{CODE_BYTES, readonly_page};
+use crate::segments::LDT;
 use crate::state::{Case, End, Outcome};
 
 /// What stops the oracle from working at all.
@@ -120,8 +121,7 @@ impl Oracle {
     fn spawn(&mut self) -> Result<(), Error> {
         let control = |offset: usize| BASE + at::CONTROL + offset as u64;
         let structures = sandbox::Structures {
-            code16: control(offset_of!(Control, segments16)),
-            data16: control(offset_of!(Control, segments16) + 16),
+            ldt: control(offset_of!(Control, ldt)),
             alt_stack: control(offset_of!(Control, alt_stack)),
             action: control(offset_of!(Control, action)),
             no_core: control(offset_of!(Control, no_core)),
@@ -131,7 +131,7 @@ impl Oracle {
         for (to, step) in words.steps.iter_mut().zip(sandbox::steps(self.memory.fd(), memory::rseq(), &structures)) {
             to.as_mut_bytes().copy_from_slice(step.as_bytes());
         }
-        words.segments16 = sandbox::segments16();
+        words.ldt = std::array::from_fn(|n| LDT[n].user_desc(n));
         words.alt_stack = sandbox::alt_stack();
         words.action = sandbox::action();
         let filter = sandbox::filter();

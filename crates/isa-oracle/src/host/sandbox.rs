@@ -3,7 +3,7 @@
 use super::shared::{self, BASE, MAX_STEPS, SockFilter, Step, at};
 use super::stub;
 use crate::layout::{CODE_BASE, CODE_BYTES, DATA_BASE, DATA_BYTES, PAGE, READONLY_BASE};
-use crate::state::{CODE16, DATA16};
+use crate::segments::LDT;
 
 /// End of user addresses with 4-level paging (arch/x86 `TASK_SIZE_MAX`).
 const TASK_END: u64 = 0x7fff_ffff_f000;
@@ -49,10 +49,10 @@ pub(super) fn steps(fd: i32, rseq: Rseq, structures: &Structures) -> Vec<Step> {
         map(DATA_BASE, DATA_BYTES as u64, read | write, at::DATA),
         map(READONLY_BASE, PAGE, read, at::READONLY),
         step(libc::SYS_close_range, &[0, u64::from(u32::MAX), 0]),
-        step(libc::SYS_modify_ldt, &[1, structures.code16, 16]),
-        step(libc::SYS_modify_ldt, &[1, structures.data16, 16]),
         step(libc::SYS_sigaltstack, &[structures.alt_stack, 0]),
     ]);
+    // Function 17: write in the current format of `struct user_desc`.
+    steps.extend((0..LDT.len() as u64).map(|n| step(libc::SYS_modify_ldt, &[17, structures.ldt + 16 * n, 16])));
     steps.extend(SIGNALS.map(|signal| step(libc::SYS_rt_sigaction, &[signal as u64, structures.action, 0, 8])));
     steps.extend([
         step(libc::SYS_prlimit64, &[0, u64::from(libc::RLIMIT_CORE), structures.no_core, 0]),
@@ -66,23 +66,11 @@ pub(super) fn steps(fd: i32, rseq: Rseq, structures: &Structures) -> Vec<Step> {
 
 /// Addresses in the child of what the steps point to.
 pub(super) struct Structures {
-    pub(super) code16: u64,
-    pub(super) data16: u64,
+    pub(super) ldt: u64,
     pub(super) alt_stack: u64,
     pub(super) action: u64,
     pub(super) no_core: u64,
     pub(super) program: u64,
-}
-
-/// `struct user_desc` of a 16-bit segment of 64 KiB; `contents` as asm/ldt.h numbers them: 0 data, 2 code.
-fn segment16(selector: u16, base: u64, contents: u32) -> [u32; 4] {
-    const USEABLE: u32 = 1 << 6;
-    [u32::from(selector >> 3), base as u32, 0xffff, contents << 1 | USEABLE]
-}
-
-/// The code and the data segment.
-pub(super) fn segments16() -> [[u32; 4]; 2] {
-    [segment16(CODE16, CODE_BASE, 2), segment16(DATA16, DATA_BASE, 0)]
 }
 
 /// `stack_t`.

@@ -8,6 +8,7 @@ use std::mem::{offset_of, size_of};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::layout::{CODE_BYTES, DATA_BYTES, PAGE};
+use crate::segments::LDT;
 
 /// Where the child maps the memfd: far from any address that tests use or compute.
 pub(super) const BASE: u64 = 0x3a5c_0000_0000;
@@ -96,7 +97,7 @@ impl Step {
 }
 
 /// Steps that fit the control page.
-pub(super) const MAX_STEPS: usize = 32;
+pub(super) const MAX_STEPS: usize = 44;
 
 /// The control page.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -117,8 +118,8 @@ pub(super) struct Control {
     /// Address in the child of the step that failed.
     pub(super) failed_step: u64,
     pub(super) steps: [[u64; 8]; MAX_STEPS],
-    /// `struct user_desc` of the 16-bit code and data segments.
-    pub(super) segments16: [[u32; 4]; 2],
+    /// `struct user_desc` of the LDT's segments.
+    pub(super) ldt: [[u32; 4]; LDT.len()],
     /// `stack_t` for sigaltstack.
     pub(super) alt_stack: [u64; 3],
     /// Kernel `struct sigaction`: handler, flags, restorer, mask.
