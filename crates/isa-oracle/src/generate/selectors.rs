@@ -5,11 +5,15 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind};
 use super::rng::Rng;
 use crate::layout::DATA_BASE;
 use crate::segments::SELECTORS;
-use crate::state::{Case, flag};
+use crate::state::{Case, Mode, USER_CS, USER32_CS, flag};
 
 /// Gives the source of a segment load, or the target of a far transfer, a selector that may be worth loading.
 pub(super) fn place(rng: &mut Rng, case: &mut Case, instruction: &Instruction) {
-    let selector = rng.pick(&SELECTORS);
+    let mut selector = rng.pick(&SELECTORS);
+    if (case.mode, instruction.mnemonic(), selector | 3) == (Mode::Bits16, M::Call, USER_CS) {
+        // From a 16-bit stack into 64-bit code: bits 63:32 of RSP are the kernel's espfix address, and it does not return.
+        selector = USER32_CS;
+    }
     match instruction.mnemonic() {
         M::Mov | M::Lar | M::Lsl | M::Verr | M::Verw => {
             let source = instruction.op_count() - 1;
@@ -96,9 +100,9 @@ fn put_stack(case: &mut Case, at: u64, value: u16) {
 
 fn put_word(case: &mut Case, at: u64, bytes: u64, value: u64) {
     let pointer = match case.mode {
-        crate::state::Mode::Bits64 => case.state.gpr[4],
-        crate::state::Mode::Bits32 => case.state.gpr[4] & 0xffff_ffff,
-        crate::state::Mode::Bits16 => case.mode.data_base() + (case.state.gpr[4] & 0xffff),
+        Mode::Bits64 => case.state.gpr[4],
+        Mode::Bits32 => case.state.gpr[4] & 0xffff_ffff,
+        Mode::Bits16 => case.mode.data_base() + (case.state.gpr[4] & 0xffff),
     };
     put_bytes(case, pointer.wrapping_add(at), &value.to_le_bytes()[..bytes as usize]);
 }
