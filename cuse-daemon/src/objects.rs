@@ -1,34 +1,16 @@
 //! The KVM objects that the daemon serves.
 
-use std::sync::Arc;
-
-use kvm::client::{Client, File, FileKind, Reply};
-use mmu::Mapping;
-use nix::errno::Errno;
+use kvm::{Kvm, system_file};
 use serde_json::json;
 
 use crate::daemon::Objects;
 
-/// What the program serves.
+/// What the program serves: one KVM.
 pub fn kvm() -> Objects {
-    Objects { system: Box::new(|| Arc::new(VersionOnly)), status: Box::new(|| json!({ "vms": [], "ended": [] })) }
-}
-
-/// Answers `KVM_GET_API_VERSION` and nothing else.
-struct VersionOnly;
-
-impl File for VersionOnly {
-    fn ioctl(self: Arc<Self>, _client: &dyn Client, request: u32, _arg: u64, _input: &[u8]) -> Result<Reply, Errno> {
-        if request == 0xae00 { Ok(Reply::ret(12)) } else { Err(Errno::EINVAL) }
+    let kvm = Kvm::new();
+    let of_status = kvm.clone();
+    Objects {
+        system: Box::new(move || system_file(&kvm)),
+        status: Box::new(move || serde_json::to_value(of_status.status()).unwrap_or_else(|_| json!({}))),
     }
-
-    fn mapping(&self) -> Option<Arc<Mapping>> {
-        None
-    }
-
-    fn kind(&self) -> FileKind {
-        FileKind::System
-    }
-
-    fn released(&self) {}
 }

@@ -7,7 +7,7 @@
 //! Nothing is left behind if either side dies: a tracer's death detaches it (`PTRACE_O_EXITKILL` is not set), and a
 //! tracee's death shows as `ESRCH` here. Only the thread that seized may drive it, so a `Held` stays where it was made.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 
 use libc::user_regs_struct;
@@ -28,23 +28,74 @@ const USER64_CS: u64 = 0x33;
 const EVENT_STOP: i32 = libc::PTRACE_EVENT_STOP;
 const PAGE: u64 = 4096;
 
-/// A thread that will stop when its system call returns.
+thread_local! {
+    /// Threads that died while this one traced them, and whose status it has yet to collect. Until then they, and with
+    /// them their process, do not go away.
+    static DYING: RefCell<Vec<Pid>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Is there anything for [`collect_dead`]?
+pub fn has_dead() -> bool {
+    DYING.with_borrow(|dying| !dying.is_empty())
+}
+
+/// Collects what died. Blocks until it has: a process's first thread is not dead before all others are, and some of them
+/// may be inside requests to us. So the caller holds no lock that a request could want.
+pub fn collect_dead() {
+    for tid in DYING.take() {
+        while let Ok(Some(status)) = sys::wait_for(tid, true) {
+            if !libc::WIFSTOPPED(status) || ptrace::detach(tid, None).is_ok() {
+                break;
+            }
+        }
+    }
+}
+
+/// A thread that this one traces, until dropped.
 #[derive(Debug)]
-pub struct Seized {
+struct Traced {
     tid: Pid,
+    /// Its end has been seen.
+    ended: Cell<bool>,
     not_send: PhantomData<*const ()>,
 }
 
-/// A thread that stands behind its `syscall` instruction.
+impl Traced {
+    /// The next stop's status; `ESRCH` if it ends instead.
+    fn next_stop(&self) -> Result<i32, Errno> {
+        let status = sys::wait_for(self.tid, true)?.ok_or(Errno::ESRCH)?;
+        if libc::WIFSTOPPED(status) {
+            return Ok(status);
+        }
+        self.ended.set(true);
+        Err(Errno::ESRCH)
+    }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        // Only a standing thread can be let go. One that does not stand was killed.
+        if !self.ended.get() && ptrace::detach(self.tid, None).is_err() {
+            DYING.with_borrow_mut(|dying| dying.push(self.tid));
+        }
+    }
+}
+
+/// A thread that will stop when its system call returns.
+#[derive(Debug)]
+pub struct Seized(Traced);
+
+/// A thread that stands behind its `syscall` instruction. Dropped without a result, it gets `EIO`.
 #[derive(Debug)]
 pub struct Held {
-    tid: Pid,
+    traced: Traced,
     /// As they were when the ioctl returned.
     registers: user_regs_struct,
     blocked: u64,
+    /// What it goes on with.
+    next: Cell<user_regs_struct>,
     /// The address of a page in the client for arguments; 0 before the first use.
     scratch: Cell<u64>,
-    not_send: PhantomData<*const ()>,
 }
 
 impl Seized {
@@ -53,33 +104,29 @@ impl Seized {
         let options = Options::PTRACE_O_TRACESYSGOOD;
         ptrace::seize(tid, options | Options::from_bits_retain(SUSPEND_SECCOMP))
             .or_else(|_| ptrace::seize(tid, options))?;
-        let seized = Self { tid, not_send: PhantomData };
+        let seized = Self(Traced { tid, ended: Cell::new(false), not_send: PhantomData });
         ptrace::interrupt(tid)?;
         Ok(seized)
     }
 
     /// Waits until it stands. The ioctl must have been answered.
     pub fn stopped(self) -> Result<Held, Errno> {
-        let tid = self.tid;
+        let traced = self.0;
         loop {
-            let status = sys::wait_for(tid, true)?.ok_or(Errno::ESRCH)?;
-            if !libc::WIFSTOPPED(status) {
-                return Err(Errno::ESRCH);
-            }
+            let status = traced.next_stop()?;
             if status >> 16 == EVENT_STOP {
                 break;
             }
             // A signal that came before the answer did.
-            sys::resume_to_syscall(tid, libc::WSTOPSIG(status))?;
+            sys::resume_to_syscall(traced.tid, libc::WSTOPSIG(status))?;
         }
-        let registers = ptrace::getregs(tid)?;
-        let blocked = sys::blocked_signals(tid)?;
-        let held = Held { tid, registers, blocked, scratch: Cell::new(0), not_send: PhantomData };
-        if let Err(errno) = held.check() {
-            held.finish(-(errno as i64));
-            return Err(errno);
-        }
-        sys::set_blocked_signals(tid, !0)?;
+        let registers = ptrace::getregs(traced.tid)?;
+        let blocked = sys::blocked_signals(traced.tid)?;
+        let (next, scratch) = (Cell::new(registers), Cell::new(0));
+        let held = Held { traced, registers, blocked, next, scratch };
+        held.set_result(-(Errno::EIO as i64));
+        held.check().inspect_err(|errno| held.set_result(-(*errno as i64)))?;
+        sys::set_blocked_signals(held.traced.tid, !0)?;
         Ok(held)
     }
 }
@@ -89,7 +136,7 @@ impl Held {
     fn check(&self) -> Result<(), Errno> {
         let at = self.registers.rip.wrapping_sub(2);
         let address = std::ptr::without_provenance_mut::<libc::c_void>(at as usize);
-        let code = ptrace::read(self.tid, address)? as u16;
+        let code = ptrace::read(self.traced.tid, address)? as u16;
         if self.registers.cs != USER64_CS || code != SYSCALL_INSTRUCTION {
             return Err(Errno::ENOEXEC);
         }
@@ -108,10 +155,10 @@ impl Held {
         let rip = self.registers.rip.wrapping_sub(2);
         // orig_rax −1: in no system call, so the kernel has nothing to restart.
         let call = user_regs_struct { rax, rdi, rsi, rdx, r10, r8, r9, rip, orig_rax: !0, ..self.registers };
-        ptrace::setregs(self.tid, call)?;
+        ptrace::setregs(self.traced.tid, call)?;
         self.next_syscall_stop()?;
         self.next_syscall_stop()?;
-        let result = ptrace::getregs(self.tid)?.rax.cast_signed();
+        let result = ptrace::getregs(self.traced.tid)?.rax.cast_signed();
         match result {
             -4095..0 => Err(Errno::from_raw(-result as i32)),
             result => Ok(result.cast_unsigned()),
@@ -121,11 +168,8 @@ impl Held {
     fn next_syscall_stop(&self) -> Result<(), Errno> {
         let mut signal = 0;
         loop {
-            sys::resume_to_syscall(self.tid, signal)?;
-            let status = sys::wait_for(self.tid, true)?.ok_or(Errno::ESRCH)?;
-            if !libc::WIFSTOPPED(status) {
-                return Err(Errno::ESRCH);
-            }
+            sys::resume_to_syscall(self.traced.tid, signal)?;
+            let status = self.traced.next_stop()?;
             signal = match (libc::WSTOPSIG(status), status >> 16) {
                 (stop, 0) if stop == libc::SIGTRAP | 0x80 => return Ok(()),
                 // Only SIGSTOP passes the mask. Delivered, it stops the whole process, and holds once we detach.
@@ -148,42 +192,44 @@ impl Held {
 
     /// The thread whose memory [`scratch`](Self::scratch) lies in.
     pub fn tid(&self) -> Pid {
-        self.tid
+        self.traced.tid
     }
 
     /// Writes arguments to the scratch page.
     pub fn poke(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
-        vm::write(self.tid, address, bytes)
+        vm::write(self.traced.tid, address, bytes)
     }
 
     /// Lets the thread go on with `result` from its ioctl.
     pub fn finish(self, result: i64) {
-        let registers = user_regs_struct { rax: result.cast_unsigned(), orig_rax: !0, ..self.registers };
-        self.release(registers);
+        self.set_result(result);
     }
 
     /// Lets the thread make its ioctl once more, and nobody knows of the first.
     pub fn repeat(self) {
         let (rax, rip) = (libc::SYS_ioctl.cast_unsigned(), self.registers.rip.wrapping_sub(2));
-        let registers = user_regs_struct { rax, rip, orig_rax: !0, ..self.registers };
-        self.release(registers);
+        self.next.set(user_regs_struct { rax, rip, orig_rax: !0, ..self.registers });
     }
 
-    fn release(self, registers: user_regs_struct) {
-        let result = self.drop_scratch().and_then(|()| ptrace::setregs(self.tid, registers));
-        let result = result.and_then(|()| sys::set_blocked_signals(self.tid, self.blocked));
-        let result = result.and_then(|()| ptrace::detach(self.tid, None));
-        if let Err(errno) = result {
-            // It was killed meanwhile; collecting its status frees what is left of it.
-            tracing::debug!(tid = self.tid.as_raw(), %errno, "client thread is gone");
-            let _ = sys::wait_for(self.tid, false);
-        }
+    fn set_result(&self, result: i64) {
+        self.next.set(user_regs_struct { rax: result.cast_unsigned(), orig_rax: !0, ..self.registers });
     }
 
     fn drop_scratch(&self) -> Result<(), Errno> {
         match self.scratch.replace(0) {
             0 => Ok(()),
             page => self.syscall(libc::SYS_munmap, [page, PAGE, 0, 0, 0, 0]).map(drop),
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let tid = self.traced.tid;
+        let result = self.drop_scratch().and_then(|()| ptrace::setregs(tid, self.next.get()));
+        let result = result.and_then(|()| sys::set_blocked_signals(tid, self.blocked));
+        if let Err(errno) = result {
+            tracing::debug!(tid = tid.as_raw(), %errno, "client thread is gone");
         }
     }
 }

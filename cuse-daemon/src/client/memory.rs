@@ -121,10 +121,9 @@ fn replace<S>(
     let areas: Vec<&Area> = parts.iter().map(|part| part.area).collect();
     let advice = maps::advice(tid, &areas).map_err(|err| errno_of(&err))?;
 
-    // Until the new mappings are in place nobody may write to the old ones. Pages that nobody ever touched hold nothing
-    // to lose, and a VMM that fills its memory does so before or after it gives it to the guest, not meanwhile.
+    // From the copy until the new mappings are in place nobody may write to the old ones.
+    let stopped = stop_others();
     let pagemap = Pagemap::of(tid).map_err(|err| errno_of(&err))?;
-    let stopped = (!contents(&pagemap, parts)?.is_empty()).then(stop_others);
     copy(tid, &contents(&pagemap, parts)?, &mapping)?;
     let fd = install::give(held, space.tgid, mapping.file(), true)?;
     let mut offset = 0;

@@ -108,6 +108,11 @@ impl Front {
         self.files.open.read().len()
     }
 
+    /// Threads that answer requests.
+    pub fn workers(&self) -> usize {
+        self.session().into_iter().chain(self.device.get()).map(|session| session.workers()).sum()
+    }
+
     /// Is this thread of a client inside a request to us?
     pub fn is_waiting(&self, tid: u32) -> bool {
         self.session().into_iter().chain(self.device.get()).any(|session| session.is_waiting(tid))
