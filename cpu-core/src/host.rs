@@ -57,6 +57,46 @@ host_word! {
     u64, reg, "", "mov", "rax";
 }
 
+/// REP MOVS upwards: `count` elements of `W` one after the other, so that overlap repeats as it does for the guest.
+#[inline(always)]
+pub(crate) unsafe fn copy_up<W: Word>(to: u64, from: u64, count: u64) {
+    macro_rules! rep {
+        ($movs:literal) => {
+            // SAFETY: the caller's: both ranges are mapped guest RAM, `to` writable. The ABI keeps DF clear.
+            unsafe {
+                asm!($movs, inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _,
+                     options(nostack, preserves_flags));
+            }
+        };
+    }
+    match W::BYTES {
+        1 => rep!("rep movsb"),
+        2 => rep!("rep movsw"),
+        4 => rep!("rep movsd"),
+        _ => rep!("rep movsq"),
+    }
+}
+
+/// REP STOS upwards: `count` elements.
+#[inline(always)]
+pub(crate) unsafe fn fill_up<W: Word>(to: u64, value: W, count: u64) {
+    macro_rules! rep {
+        ($stos:literal) => {
+            // SAFETY: the caller's: the range is mapped, writable guest RAM. The ABI keeps DF clear.
+            unsafe {
+                asm!($stos, inout("rcx") count => _, inout("rdi") to => _, in("rax") value.zext(),
+                     options(nostack, preserves_flags));
+            }
+        };
+    }
+    match W::BYTES {
+        1 => rep!("rep stosb"),
+        2 => rep!("rep stosw"),
+        4 => rep!("rep stosd"),
+        _ => rep!("rep stosq"),
+    }
+}
+
 /// LOCK CMPXCHG16B. `host` is 16-byte aligned (the guest's #GP otherwise).
 #[inline(always)]
 pub(crate) unsafe fn compare_exchange_16(host: u64, old: u128, new: u128) -> Result<u128, u128> {

@@ -7,6 +7,7 @@ mod muldiv;
 mod shift;
 mod simd;
 mod stack;
+mod string;
 mod x87;
 
 use std::sync::LazyLock;
@@ -58,6 +59,7 @@ const FAMILIES: &[&[Row]] = &[
     simd::shuffle::ROWS,
     simd::state::ROWS,
     x87::control::ROWS,
+    string::ROWS,
 ];
 
 /// The selector of each of iced's codes.
