@@ -50,7 +50,6 @@ impl Vcpu {
             return Err(Errno::EINTR);
         }
         let _guard = client.on_interrupt(self.on_signal.clone(), self.signal_mask);
-        self.has_run = true;
         self.counters.running.store(true, Relaxed);
         let result = match self.era {
             Era::Modern => self.run_modern(client),
@@ -125,6 +124,7 @@ impl Vcpu {
     }
 
     fn count(&mut self, start: Instant) {
+        self.has_run = true;
         self.counters.run_ns.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
         self.counters.instructions.store(self.cpu.instructions(), Relaxed);
     }

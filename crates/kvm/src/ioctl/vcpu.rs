@@ -140,7 +140,8 @@ fn legacy_segments(sregs: &mut cpu_core::Sregs) {
 /// Walks the guest's tables as a supervisor's read. api.rst `KVM_TRANSLATE`. `physical_address` is ~0 where nothing is
 /// mapped; `writeable` and `usermode` are constants, as in Linux.
 pub(super) fn translate(vcpu: &mut Vcpu, translation: &mut kvm_translation) -> Result<(), Errno> {
-    let gpa = vcpu.cpu.debug_translate(translation.linear_address);
+    // Without paging any address is its own translation; ~0 still says that there is none.
+    let gpa = vcpu.cpu.debug_translate(translation.linear_address).filter(|&gpa| gpa != u64::MAX);
     translation.physical_address = gpa.unwrap_or(u64::MAX);
     translation.valid = gpa.is_some().into();
     translation.writeable = 1;

@@ -25,7 +25,9 @@ pub(super) fn create_vcpu(vm: &Caller<'_, Vm>, client: &dyn Client, id: u64) -> 
     }
     let era = vm.settle_era();
     let vcpu = VcpuFile::new(vm.file.clone(), id, era)?;
-    client.install(vcpu, era.vcpu_cloexec())
+    client.install(vcpu, era.vcpu_cloexec()).inspect_err(|_| {
+        vm.vcpus.lock().remove(&id);
+    })
 }
 
 /// Shows client memory to the guest, moves, re-flags or deletes a slot. api.rst `KVM_SET_USER_MEMORY_REGION`.

@@ -115,6 +115,14 @@ impl FakeClient {
         self.ioctl_with(fd, request, &mut { *value })
     }
 
+    pub fn read_u32(&self, addr: u64) -> u32 {
+        self.memory.load_u32(addr - BASE).unwrap()
+    }
+
+    pub fn write_u32(&self, addr: u64, value: u32) {
+        self.memory.store_u32(addr - BASE, value).unwrap();
+    }
+
     /// The `kvm_run` pages of a vCPU.
     pub fn map(&self, fd: i32) -> Arc<Mapping> {
         self.file(fd).mapping().unwrap()
