@@ -54,6 +54,8 @@ pub enum Then {
     Next,
     /// The next instruction in memory order, looked up anew: mode, rights, interrupts or code may have changed.
     Leave,
+    /// The instruction loaded RIP itself, and changed nothing that decoding, translation or interrupts hang on.
+    Branch,
     /// The instruction loaded RIP itself.
     Jump,
     /// The instruction is not finished (REP): RIP stays at it, state so far is committed.

@@ -332,7 +332,8 @@ unsafe fn jump_slow(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64)
     // SAFETY: `cpu` is the running CPU.
     let ip = unsafe { (*cpu).miss.0 };
     // SAFETY: as above; the borrow ends with the statement.
-    if !unsafe { &*cpu }.is_canonical(ip) {
+    let canonical = unsafe { &*cpu }.is_canonical(ip);
+    if !canonical {
         // SAFETY: as above.
         unsafe { &mut *cpu }.fault(crate::fault::Fault::gp(0));
         // SAFETY: `op` is the current op.
@@ -341,6 +342,8 @@ unsafe fn jump_slow(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64)
     // SAFETY: as above.
     let target = unsafe { &mut *cpu }.find_target(ip);
     if !target.is_null() {
+        // SAFETY: `op` is the current op.
+        let m = Machine { budget: budget + unsafe { i64::from((*op).left) } - 1, ..m };
         dispatch!(cpu, target, m)
     }
     // SAFETY: `op` is the current op, which is complete.
@@ -494,13 +497,40 @@ pub(crate) unsafe fn plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
     budget: i64,
 ) {
     // SAFETY: `cpu` is the running CPU, `op` one of its ops.
-    let then = unsafe { call_plain::<F>(cpu, op, fa, fb, budget) };
-    if then {
-        // SAFETY: `call_plain` left the registers' state in the CPU.
-        let m = unsafe { Machine { cpu, op, fa: (*cpu).fa, fb: (*cpu).fb, budget } };
+    let on = unsafe { call_plain::<F>(cpu, op, fa, fb, budget) };
+    // SAFETY: `call_plain` left the registers' state in the CPU.
+    let m = unsafe { Machine { cpu, op, fa: (*cpu).fa, fb: (*cpu).fb, budget } };
+    match on {
         // SAFETY: a trace ends in an op that leaves it.
-        dispatch!(cpu, unsafe { op.add(1) }, m)
+        On::Next => dispatch!(cpu, unsafe { op.add(1) }, m),
+        On::Branch => {
+            // SAFETY: `cpu` is the running CPU.
+            let ip = unsafe { (*cpu).rip };
+            // SAFETY: `op` is the current op.
+            let m = Machine { budget: budget + unsafe { i64::from((*op).left) } - 1, ..m };
+            // SAFETY: as above.
+            let target = unsafe { jump_cached(cpu, ip) };
+            if !target.is_null() {
+                dispatch!(cpu, target, m)
+            }
+            // SAFETY: as above. It takes back what was given back here.
+            unsafe { (*cpu).miss.0 = ip };
+            // SAFETY: as above.
+            return unsafe { jump_slow(cpu, op, m.fa, m.fb, budget) };
+        }
+        On::Loop => {}
     }
+}
+
+/// Where a plain function's handler goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum On {
+    /// The next op.
+    Next,
+    /// The trace at `Cpu::rip`.
+    Branch,
+    /// Back to the loop; the CPU is ready for it.
+    Loop,
 }
 
 #[inline(never)]
@@ -510,7 +540,7 @@ unsafe fn call_plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
     fa: u64,
     fb: u64,
     budget: i64,
-) -> bool {
+) -> On {
     const { assert!(size_of::<F>() == 0) };
     // SAFETY: a zero-sized function item has one value, which needs no storage.
     let f = unsafe { std::ptr::NonNull::<F>::dangling().as_ref() };
@@ -523,9 +553,10 @@ unsafe fn call_plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
     cpu.budget = budget;
     let done = f(cpu, op);
     match done {
-        Ok(Then::Next) if !cpu.leave => return true,
+        Ok(Then::Next) if !cpu.leave => return On::Next,
+        Ok(Then::Branch) if !cpu.leave => return On::Branch,
         Ok(Then::Next | Then::Leave) => cpu.rip = cpu.next_ip(op),
-        Ok(Then::Jump) => {}
+        Ok(Then::Jump | Then::Branch) => {}
         // Each iteration of a REP that is left counts.
         Ok(Then::Again) => cpu.rip = cpu.ip_of(op),
         Err(Stop) => {
@@ -534,7 +565,7 @@ unsafe fn call_plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
         }
     }
     cpu.budget += i64::from(op.left) - 1;
-    false
+    On::Loop
 }
 
 // Operands of the hot semantics

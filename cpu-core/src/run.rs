@@ -118,6 +118,7 @@ impl Cpu {
 
     /// Runs traces until the quantum ends, an instruction stops, or somebody asks for attention.
     fn run_traces(&mut self) -> Option<Exit> {
+        self.make_room_for_traces();
         let head = self.find_trace(self.rip);
         if head.is_null() {
             return if self.kick.asked() { None } else { self.run_one() };

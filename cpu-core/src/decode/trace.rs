@@ -25,8 +25,8 @@ use crate::state::Seg;
 const PAGE: u64 = 0x1000;
 /// Ops that the arena holds: 32 MiB of address space, touched as it fills.
 const ARENA_OPS: usize = 1 << 20;
-/// Slots kept free for one trace: its ops, data, links.
-const RESERVE: usize = 256;
+/// Slots kept free for one trace (head, ops with data and wide displacements, links: 227 at most) and a single instruction.
+const RESERVE: usize = 512;
 /// Most instructions of a trace.
 const MAX_INSTRUCTIONS: usize = 32;
 /// Most bytes of an instruction (SDM Vol. 2 "Instruction Format").
@@ -132,6 +132,11 @@ impl Traces {
             flushes: 0,
             decoded: 0,
         }
+    }
+
+    /// No room for another trace.
+    fn is_full(&self) -> bool {
+        self.used + RESERVE > ARENA_OPS
     }
 
     /// Empties the arena. No trace may be running, and the caller drops what points into it.
@@ -277,6 +282,14 @@ impl Cpu {
         true
     }
 
+    /// Empties the arena if it is full. Called between traces.
+    pub(crate) fn make_room_for_traces(&mut self) {
+        if self.traces.is_full() {
+            self.traces.clear();
+            self.forget_jumps();
+        }
+    }
+
     fn drop_trace(&mut self, index: u32) {
         self.traces.kill(index);
         self.forget_jumps();
@@ -297,7 +310,7 @@ impl Cpu {
             if !self.is_canonical(ip) {
                 return NONE;
             }
-        } else if ip + 2 * PAGE > u64::from(cs.limit) && ip + 16 > u64::from(cs.limit) {
+        } else if ip > u64::from(cs.limit) {
             return NONE;
         }
         let la = self.wrap_linear(self.seg_base[Seg::Cs as usize].wrapping_add(ip));
@@ -337,18 +350,20 @@ impl Cpu {
     fn build(&mut self, gpa: u64, ip: u64, mode: Mode) -> *const Op {
         const NONE: *const Op = std::ptr::null();
         let page = gpa & !(PAGE - 1);
+        if self.traces.is_full() {
+            // Ops of the running trace are still in use: the loop empties the arena.
+            return NONE;
+        }
         let Lookup::Ram { ptr, .. } = self.view.page(GuestPhysAddr(page), false) else { return NONE };
         let host = ptr.as_ptr().addr() as u64 + (gpa & (PAGE - 1));
         let mut bytes = [0; MAX_INSTRUCTIONS * MAX_INSTRUCTION_BYTES];
-        let available = ((PAGE - (gpa & (PAGE - 1))) as usize).min(bytes.len());
+        let mut available = ((PAGE - (gpa & (PAGE - 1))) as usize).min(bytes.len());
+        if !mode.is_64bit() {
+            let limit = u64::from(self.seg[Seg::Cs as usize].limit);
+            available = available.min((limit + 1).saturating_sub(ip) as usize);
+        }
         // SAFETY: `available` bytes from `gpa` on lie in one page of a slot that `view` keeps alive.
         unsafe { host::copy_out(host, &mut bytes[..available]) };
-        if self.traces.used + RESERVE > ARENA_OPS {
-            self.traces.clear();
-            self.forget_jumps();
-            self.ras = [crate::op::RasEntry::EMPTY; 32];
-        }
-
         let (lowered, len) = lower_all(&bytes[..available], ip, mode, MAX_INSTRUCTIONS);
         if lowered.is_empty() {
             return NONE;

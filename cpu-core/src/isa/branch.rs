@@ -126,7 +126,7 @@ fn quiet(d: &Digest<'_>, h: Handler) -> Lowered {
 /// JMP rel where the limit counts.
 fn jmp_checked(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.near_jump(op.imm)?;
-    Ok(Then::Jump)
+    Ok(Then::Branch)
 }
 
 /// A conditional branch on flags of a known kind, or of any.
@@ -188,7 +188,7 @@ fn jcc_checked<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Done {
         return Ok(Then::Next);
     }
     cpu.near_jump(op.imm)?;
-    Ok(Then::Jump)
+    Ok(Then::Branch)
 }
 
 struct Call<F>(PhantomData<F>);
@@ -239,7 +239,7 @@ fn call_to<W: HostWord>(cpu: &mut Cpu, op: &Op, target: u64) -> Done {
     let back = cpu.next_ip(op);
     cpu.push(W::of(back))?;
     cpu.rip = target;
-    Ok(Then::Jump)
+    Ok(Then::Branch)
 }
 
 struct JumpReg;
@@ -288,7 +288,7 @@ fn indirect_target<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Result<u64, Stop> {
 fn jmp_any<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     let target = indirect_target::<W>(cpu, op)?;
     cpu.near_jump(target)?;
-    Ok(Then::Jump)
+    Ok(Then::Branch)
 }
 
 #[inline(always)]
@@ -392,7 +392,7 @@ fn ret_any<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     let target = cpu.peek::<W>(0)?.zext();
     cpu.near_jump(target)?;
     cpu.set_reg(Gpr::Rsp, cpu.stack_pointer(i64::from(W::BYTES) + op.imm as i64));
-    Ok(Then::Jump)
+    Ok(Then::Branch)
 }
 
 /// JCXZ (0), LOOP (1), LOOPE (2), LOOPNE (3): `aux` is the counter's width in bytes.
@@ -436,5 +436,5 @@ fn count<W: HostWord, const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Done {
         return Ok(Then::Next);
     }
     cpu.rip = op.imm;
-    Ok(Then::Jump)
+    Ok(Then::Branch)
 }
