@@ -4,7 +4,10 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
-use mmu::{Access, AccessKind, Backing, Lookup, Mapping, Memory, Paging, SlotFlags, SlotSpec, View, walk};
+use mmu::{
+    Access, AccessKind, Backing, Lookup, Mapping, Memory, Paging, SlotFlags, SlotSpec, Structures, View, walk,
+    walk_cached,
+};
 use x86_defs::{Cr0, Cr4, Efer, GuestPhysAddr, LinearAddr, pte};
 
 const RAM: u64 = 512 << 20;
@@ -78,8 +81,20 @@ fn paging(cr4: Cr4, efer: Efer) -> Paging {
     }
 }
 
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// The walk alone.
+    Plain,
+    /// The walk and the slot of the page.
+    Look,
+    /// The walk with remembered upper levels.
+    Cached,
+}
+
 /// Nanoseconds of a walk, best of all rounds, over `pages` pages, in an order that no prefetcher follows.
-fn measure(name: &str, view: &View, paging: &Paging, pages: u64, kind: AccessKind, look: bool) {
+fn measure(name: &str, view: &View, paging: &Paging, pages: u64, kind: AccessKind, how: How) {
+    let mut structures = Structures::new();
     let access = Access { kind, user: false, implicit: false };
     let mut times: Vec<f64> = (0..ROUNDS)
         .map(|_| {
@@ -88,8 +103,13 @@ fn measure(name: &str, view: &View, paging: &Paging, pages: u64, kind: AccessKin
             for _ in 0..WALKS {
                 page = page.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5679) ^ page >> 29;
                 let la = LinearAddr((((page >> 20) % pages) << 12) | 0x10);
-                let found = walk(black_box(view), black_box(paging), la, access).expect("mapped");
-                if look {
+                let (view, paging) = (black_box(view), black_box(paging));
+                let found = match how {
+                    How::Cached => walk_cached(view, paging, la, access, &mut structures),
+                    How::Plain | How::Look => walk(view, paging, la, access),
+                };
+                let found = found.expect("mapped");
+                if how == How::Look {
                     assert!(matches!(view.page(found.gpa, kind == AccessKind::Write), Lookup::Ram { .. }));
                 }
                 black_box(found);
@@ -109,14 +129,17 @@ fn main() {
     let (few, all) = (64, RAM >> 12);
 
     identity(&view, false);
-    measure("4-level, 4 KiB pages, 64 of them, read", &view, &long, few, AccessKind::Read, false);
-    measure("4-level, 4 KiB pages, 64 of them, write", &view, &long, few, AccessKind::Write, false);
-    measure("4-level, 4 KiB pages, 64, read and slot lookup", &view, &long, few, AccessKind::Read, true);
-    measure("4-level, 4 KiB pages, all over 512 MiB, read", &view, &long, all, AccessKind::Read, false);
-    measure("PAE, 4 KiB pages, 64 of them, read", &view, &pae, few, AccessKind::Read, false);
+    measure("4-level, 4 KiB pages, 64 of them, read", &view, &long, few, AccessKind::Read, How::Plain);
+    measure("4-level, 4 KiB pages, 64 of them, write", &view, &long, few, AccessKind::Write, How::Plain);
+    measure("4-level, 4 KiB pages, 64, read and slot lookup", &view, &long, few, AccessKind::Read, How::Look);
+    measure("4-level, 4 KiB pages, all over 512 MiB, read", &view, &long, all, AccessKind::Read, How::Plain);
+    measure("4-level, 4 KiB pages, 64 of them, remembered", &view, &long, few, AccessKind::Read, How::Cached);
+    measure("4-level, 4 KiB pages, all over, remembered", &view, &long, all, AccessKind::Read, How::Cached);
+    measure("PAE, 4 KiB pages, 64 of them, read", &view, &pae, few, AccessKind::Read, How::Plain);
     identity(&view, true);
-    measure("4-level, 2 MiB pages, all over 512 MiB, read", &view, &long, all, AccessKind::Read, false);
+    measure("4-level, 2 MiB pages, all over 512 MiB, read", &view, &long, all, AccessKind::Read, How::Plain);
+    measure("4-level, 2 MiB pages, all over, remembered", &view, &long, all, AccessKind::Read, How::Cached);
     identity_32(&view);
-    measure("32-bit, 4 KiB pages, 64 of them, read", &view, &bits32, few, AccessKind::Read, false);
-    measure("32-bit, 4 KiB pages, all over 512 MiB, read", &view, &bits32, all, AccessKind::Read, false);
+    measure("32-bit, 4 KiB pages, 64 of them, read", &view, &bits32, few, AccessKind::Read, How::Plain);
+    measure("32-bit, 4 KiB pages, all over 512 MiB, read", &view, &bits32, all, AccessKind::Read, How::Plain);
 }

@@ -6,6 +6,7 @@ use x86_defs::{Cr0, Cr4, Efer, GuestPhysAddr, LinearAddr, PAGE_BYTES, PfError, p
 
 use crate::entry::{self, Reserved};
 use crate::rights::{Access, AccessKind, Rights, access_bits};
+use crate::structures::{Step, Structures};
 use crate::view::View;
 
 /// Everything outside of memory that a translation depends on.
@@ -96,20 +97,36 @@ pub struct PageFault {
 /// (`walk_addr_generic` in arch/x86/kvm/mmu/paging_tmpl.h).
 #[inline]
 pub fn walk(view: &View, paging: &Paging, la: LinearAddr, access: Access) -> Result<Translation, PageFault> {
-    dispatch::<true>(view, paging, la, access)
+    full::<true>(view, paging, la, access, None)
 }
 
-/// As [`walk`], but leaves A and D alone.
-pub fn translate_only(view: &View, paging: &Paging, la: LinearAddr, access: Access) -> Result<Translation, PageFault> {
-    dispatch::<false>(view, paging, la, access)
-}
-
-#[inline(always)]
-fn dispatch<const SET: bool>(
+/// As [`walk`], remembering upper levels in `structures`. The answer is that of `walk` if whoever changes paging
+/// structures or control registers flushes as the SDM demands, and flushes when the view takes a newer picture.
+#[inline]
+pub fn walk_cached(
     view: &View,
     paging: &Paging,
     la: LinearAddr,
     access: Access,
+    structures: &mut Structures,
+) -> Result<Translation, PageFault> {
+    match structures.find(la).and_then(|step| resume(view, paging, la, access, step)) {
+        Some(translation) => Ok(translation),
+        None => full::<true>(view, paging, la, access, Some(structures)),
+    }
+}
+
+/// As [`walk`], but leaves A and D alone.
+pub fn translate_only(view: &View, paging: &Paging, la: LinearAddr, access: Access) -> Result<Translation, PageFault> {
+    full::<false>(view, paging, la, access, None)
+}
+
+fn full<const SET: bool>(
+    view: &View,
+    paging: &Paging,
+    la: LinearAddr,
+    access: Access,
+    structures: Option<&mut Structures>,
 ) -> Result<Translation, PageFault> {
     let root = paging.cr3 & pte::ADDRESS;
     match paging.mode() {
@@ -128,11 +145,33 @@ fn dispatch<const SET: bool>(
             if pdpte & pte::P == 0 {
                 return Err(fault(paging, access, PfError::empty()));
             }
-            walk_64::<SET, 2>(view, paging, la, access, pdpte & pte::ADDRESS)
+            walk_64::<SET, 2>(view, paging, la, access, pdpte & pte::ADDRESS, structures)
         }
-        Mode::FourLevel => walk_64::<SET, 4>(view, paging, la, access, root),
-        Mode::FiveLevel => walk_64::<SET, 5>(view, paging, la, access, root),
+        Mode::FourLevel => walk_64::<SET, 4>(view, paging, la, access, root, structures),
+        Mode::FiveLevel => walk_64::<SET, 5>(view, paging, la, access, root, structures),
     }
+}
+
+/// Finishes a walk from what is remembered of its upper levels. `None` if that takes more than a look: no page, an access
+/// that is not allowed, a flag to set.
+#[inline]
+fn resume(view: &View, paging: &Paging, la: LinearAddr, access: Access, step: Step) -> Option<Translation> {
+    let leaf = if step.level == 1 {
+        let leaf = view.load_u64(GuestPhysAddr(step.entry + (la.0 >> 12 & 0x1ff) * 8))?;
+        if leaf & pte::P == 0 || Reserved::new(paging).violated(1, leaf) != 0 {
+            return None;
+        }
+        leaf
+    } else {
+        step.entry
+    };
+    let rights = Rights::new(step.path & leaf, step.path | leaf, leaf);
+    let dirty = leaf & pte::D != 0;
+    if leaf & pte::A == 0 || access.kind == AccessKind::Write && !dirty {
+        return None;
+    }
+    check(paging, access, rights).ok()?;
+    Some(finish(paging, access, rights, leaf, dirty, la, step.level))
 }
 
 /// The four PDPTEs of PAE paging that CR3 points to, as MOV to CR0, CR3 or CR4 loads them. `None`: a reserved bit is set
@@ -149,7 +188,7 @@ pub fn load_pdptes(view: &View, cr3: u64, phys_bits: u8) -> Option<[u64; 4]> {
 }
 
 /// One entry on the way: where it is and what was in it.
-type Step = (GuestPhysAddr, u64);
+type Visit = (GuestPhysAddr, u64);
 
 /// Tables of 512 entries of 8 bytes; `TOP` levels of them from `root` on.
 fn walk_64<const SET: bool, const TOP: u32>(
@@ -158,12 +197,14 @@ fn walk_64<const SET: bool, const TOP: u32>(
     la: LinearAddr,
     access: Access,
     root: u64,
+    structures: Option<&mut Structures>,
 ) -> Result<Translation, PageFault> {
     let reserved = Reserved::new(paging);
     let mut tables = view.tables();
     loop {
-        let mut steps: [Step; 5] = [(GuestPhysAddr(0), 0); 5];
+        let mut visits: [Visit; 5] = [(GuestPhysAddr(0), 0); 5];
         let (mut table, mut all, mut any) = (root, u64::MAX, 0);
+        let (mut all_above, mut any_above);
         let mut level = TOP;
         let leaf = loop {
             let index = la.0 >> (3 + 9 * level) & 0x1ff;
@@ -175,9 +216,10 @@ fn walk_64<const SET: bool, const TOP: u32>(
             if reserved.violated(level, entry) != 0 {
                 return Err(fault(paging, access, PfError::P | PfError::RSVD));
             }
+            (all_above, any_above) = (all, any);
             all &= entry;
             any |= entry;
-            steps[(TOP - level) as usize] = (at, entry);
+            visits[(TOP - level) as usize] = (at, entry);
             if entry::is_leaf(level, entry) {
                 break entry;
             }
@@ -188,15 +230,22 @@ fn walk_64<const SET: bool, const TOP: u32>(
         check(paging, access, rights)?;
         let mut dirty = leaf & pte::D != 0;
         if SET && (all & pte::A == 0 || access.kind == AccessKind::Write && !dirty) {
-            let steps = &steps[..=(TOP - level) as usize];
-            match set_flags(steps, access, |at, old, new| view.compare_exchange_u64(at, old, new)) {
+            let visits = &visits[..=(TOP - level) as usize];
+            match set_flags(visits, access, |at, old, new| view.compare_exchange_u64(at, old, new)) {
                 Some(set) => dirty |= set,
                 None => continue,
             }
         }
-        let page_bytes = 1_u64 << (3 + 9 * level);
-        let base = leaf & pte::ADDRESS & !(page_bytes - 1);
-        return Ok(finish(paging, access, rights, leaf, dirty, base | la.0 & (page_bytes - 1), page_bytes));
+        if let Some(structures) = structures {
+            structures.keep(
+                la,
+                match level {
+                    1 => Step::new(table, 1, all_above, any_above),
+                    _ => Step::new(leaf | if dirty { pte::D } else { 0 }, level, all, any),
+                },
+            );
+        }
+        return Ok(finish(paging, access, rights, leaf, dirty, la, level));
     }
 }
 
@@ -216,7 +265,7 @@ fn walk_32<const SET: bool>(
     loop {
         let pde_at = GuestPhysAddr((paging.cr3 & pte::ADDRESS_32) + (la >> 22) * 4);
         let pde = load(pde_at)?;
-        let mut steps: [Step; 2] = [(pde_at, pde.into()); 2];
+        let mut visits: [Visit; 2] = [(pde_at, pde.into()); 2];
         let (used, leaf, base, page_bytes) = if entry::maps_4mb(paging.cr4, pde) {
             if entry::violated_4mb(paging.phys_bits, pde) != 0 {
                 return Err(fault(paging, access, PfError::P | PfError::RSVD));
@@ -225,7 +274,7 @@ fn walk_32<const SET: bool>(
         } else {
             let pte_at = GuestPhysAddr((u64::from(pde) & pte::ADDRESS_32) + (la >> 12 & 0x3ff) * 4);
             let leaf = u64::from(load(pte_at)?);
-            steps[1] = (pte_at, leaf);
+            visits[1] = (pte_at, leaf);
             (2, leaf, leaf & pte::ADDRESS_32, PAGE_BYTES)
         };
         let all = u64::from(pde) & leaf;
@@ -234,12 +283,13 @@ fn walk_32<const SET: bool>(
         let mut dirty = leaf & pte::D != 0;
         if SET && (all & pte::A == 0 || access.kind == AccessKind::Write && !dirty) {
             let set = |at, old: u64, new: u64| view.compare_exchange_u32(at, old as u32, new as u32);
-            match set_flags(&steps[..used], access, set) {
+            match set_flags(&visits[..used], access, set) {
                 Some(set) => dirty |= set,
                 None => continue,
             }
         }
-        return Ok(finish(paging, access, rights, leaf, dirty, base | la & (page_bytes - 1), page_bytes));
+        let gpa = base | la & (page_bytes - 1);
+        return Ok(translation(paging, access, rights, leaf, dirty, gpa, page_bytes));
     }
 }
 
@@ -253,17 +303,17 @@ fn check(paging: &Paging, access: Access, rights: Rights) -> Result<(), PageFaul
     Err(fault(paging, access, if forbidden { PfError::P | PfError::PK } else { PfError::P }))
 }
 
-/// Sets A in `steps`, and D in the last of them for a write. `None` if an entry is no longer what the walk read: then it
+/// Sets A in `visits`, and D in the last of them for a write. `None` if an entry is no longer what the walk read: then it
 /// must be made again. Otherwise whether D is now set by this.
 #[cold]
 fn set_flags(
-    steps: &[Step],
+    visits: &[Visit],
     access: Access,
     exchange: impl Fn(GuestPhysAddr, u64, u64) -> Option<bool>,
 ) -> Option<bool> {
     let mut dirty = false;
-    for (index, &(at, old)) in steps.iter().enumerate() {
-        let sets_d = index + 1 == steps.len() && access.kind == AccessKind::Write;
+    for (index, &(at, old)) in visits.iter().enumerate() {
+        let sets_d = index + 1 == visits.len() && access.kind == AccessKind::Write;
         let new = old | pte::A | if sets_d { pte::D } else { 0 };
         if new != old {
             match exchange(at, old, new) {
@@ -276,8 +326,24 @@ fn set_flags(
     Some(dirty)
 }
 
+/// The translation by a 64-bit entry of `level`.
 #[inline(always)]
 fn finish(
+    paging: &Paging,
+    access: Access,
+    rights: Rights,
+    leaf: u64,
+    dirty: bool,
+    la: LinearAddr,
+    level: u32,
+) -> Translation {
+    let page_bytes = 1_u64 << (3 + 9 * level);
+    let gpa = leaf & pte::ADDRESS & !(page_bytes - 1) | la.0 & (page_bytes - 1);
+    translation(paging, access, rights, leaf, dirty, gpa, page_bytes)
+}
+
+#[inline(always)]
+fn translation(
     paging: &Paging,
     access: Access,
     rights: Rights,

@@ -3,7 +3,7 @@
 //! in their wording; it knows nothing of the walker.
 
 use crate::common;
-use mmu::{Access, AccessKind, Mode, Paging, View, translate_only, walk};
+use mmu::{Access, AccessKind, Mode, Paging, Structures, View, translate_only, walk, walk_cached};
 use x86_defs::{Cr0, Cr4, Efer, GuestPhysAddr, LinearAddr, PfError, pte};
 
 /// The machine state that the SDM's rules speak of.
@@ -235,6 +235,47 @@ fn rights_and_error_codes_are_the_sdms() {
                 }
                 store(&view, shape, level, encode(shape, level, FREE));
                 path[index] = FREE;
+            }
+        }
+    }
+}
+
+/// The same answers when the upper levels are remembered: a page table with every kind of entry behind one region.
+#[test]
+fn rights_are_the_sdms_when_upper_levels_are_remembered() {
+    let (_memory, view) = common::ram(0x10000);
+    let shape = Shape { mode: Mode::FourLevel, levels: 4, leaf: 1 };
+    let table = GuestPhysAddr(0x4000);
+    let mut structures = Structures::new();
+    for upper in entries(shape, 2).filter(|upper| upper.p && !upper.reserved) {
+        for level in 2..=4 {
+            let entry = encode(shape, level, if level == 3 { upper } else { FREE });
+            store(&view, shape, level, entry | pte::A);
+        }
+        let leaves: Vec<Entry> = entries(shape, 1).collect();
+        for (index, leaf) in leaves.iter().enumerate() {
+            let entry = encode(shape, 1, *leaf) | pte::A | pte::D;
+            view.write(table.wrapping_add(8 * index as u64), &entry.to_le_bytes()).unwrap();
+        }
+        for bits in 0..32_u32 {
+            let bit = |n: u32| bits >> n & 1 != 0;
+            let control = Control { mode: shape.mode, wp: bit(0), smep: bit(1), smap: bit(2), nxe: bit(3), ac: bit(4) };
+            let paging = paging(control);
+            structures.flush();
+            for (index, leaf) in leaves.iter().enumerate() {
+                let la = LinearAddr(linear(shape).0 & !0x1f_f000 | (index as u64) << 12);
+                let path = [FREE, upper, FREE, *leaf];
+                for (user, kind) in [false, true].into_iter().flat_map(|user| KINDS.map(|kind| (user, kind))) {
+                    let access = Access { kind, user, implicit: false };
+                    let answer = walk_cached(&view, &paging, la, access, &mut structures);
+                    let who = if user { Who::User } else { Who::Supervisor };
+                    let code = answer.err().map(|fault| fault.error_code.bits());
+                    assert_eq!(
+                        code,
+                        sdm_error_code(control, &path, who, kind),
+                        "{control:?} {path:?} {who:?} {kind:?}"
+                    );
+                }
             }
         }
     }
