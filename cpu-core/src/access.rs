@@ -136,7 +136,9 @@ impl Cpu {
             user: by == By::Code && self.cpl == 3,
             implicit: by == By::System,
         };
-        let found = match mmu::walk(&self.view, &self.paging(), LinearAddr(la), access) {
+        let paging = self.paging();
+        let walked = mmu::walk_cached(&self.view, &paging, LinearAddr(la), access, &mut self.tlb.structures);
+        let found = match walked {
             Ok(found) => found,
             Err(fault) => return Err(self.fault(Fault::pf(fault.error_code.bits(), la))),
         };

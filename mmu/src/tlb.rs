@@ -5,6 +5,8 @@
 //! access may do with no further thought: a write entry exists when rights allow it, D is set, the dirty log knows,
 //! and no decoded code lies in the page.
 
+use crate::structures::Structures;
+
 /// Entries of each of the two data arrays; measured flat between 256 and 4096.
 pub const DATA_ENTRIES: usize = 1024;
 /// Entries of the fetch array, asked once a trace lookup.
@@ -36,6 +38,8 @@ pub struct Tlb {
     read: [Entry; DATA_ENTRIES],
     write: [Entry; DATA_ENTRIES],
     fetch: [Entry; FETCH_ENTRIES],
+    /// What walks remember; flushed with the rest.
+    pub structures: Structures,
 }
 
 /// Index of `la` in a data array.
@@ -59,6 +63,7 @@ impl Tlb {
             read: [Entry::default(); DATA_ENTRIES],
             write: [Entry::default(); DATA_ENTRIES],
             fetch: [Entry::default(); FETCH_ENTRIES],
+            structures: Structures::new(),
         }
     }
 
@@ -137,6 +142,7 @@ impl Tlb {
     /// Drops everything: MOV CR3, changes of CR0, CR4, EFER, of memory slots.
     pub fn flush(&mut self) {
         self.large = None;
+        self.structures.flush();
         self.context += GENERATION_STEP;
         if self.context > !PAGE_MASK {
             *self = Self { context: self.context & (CONTEXT_USER | CONTEXT_AC) | GENERATION_STEP, ..Self::new() };
@@ -148,6 +154,7 @@ impl Tlb {
         if self.large.is_some_and(|(base, mask)| la & mask == base) {
             return self.flush();
         }
+        self.structures.flush();
         self.read[slot(la)].tag = 0;
         self.write[slot(la)].tag = 0;
         self.fetch[(la >> 12) as usize & (FETCH_ENTRIES - 1)].tag = 0;

@@ -341,7 +341,8 @@ impl Cpu {
     /// Walks for a fetch of one byte at `la`.
     pub(crate) fn translate_fetch(&mut self, la: u64) -> Result<u64, mmu::PageFault> {
         let access = Access { kind: AccessKind::Fetch, user: self.cpl == 3, implicit: false };
-        let found = mmu::walk(&self.view, &self.paging(), LinearAddr(la), access)?;
+        let paging = self.paging();
+        let found = mmu::walk_cached(&self.view, &paging, LinearAddr(la), access, &mut self.tlb.structures)?;
         self.tlb.fill_fetch(la, found.gpa.0, found.page_bytes);
         Ok(found.gpa.0)
     }
