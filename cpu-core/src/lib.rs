@@ -14,6 +14,7 @@ mod host_simd;
 mod isa;
 mod op;
 mod platform;
+mod protect;
 mod run;
 mod state;
 #[cfg(test)]

@@ -47,7 +47,7 @@ impl Cpu {
                 return exit;
             }
             let alone = std::mem::take(&mut self.alone)
-                || self.rflags & Rflags::TF.bits() != 0
+                || self.rflags & (Rflags::TF | Rflags::RF).bits() != 0
                 || self.in_shadow()
                 || self.has_breakpoints()
                 || !self.mmio.answered.is_empty()
@@ -83,7 +83,12 @@ impl Cpu {
 
     /// Delivers what is due before the next instruction, in the order of SDM Vol. 3 "Priority Among Concurrent Events".
     fn take_events(&mut self) -> Option<Exit> {
-        if self.debug_pending != 0 && self.events.exception.is_none() {
+        if self.io_input.is_some() || !self.mmio.answered.is_empty() {
+            // The device has been asked already: the instruction that asked goes on first.
+            return None;
+        }
+        let held = self.in_shadow() && self.shadow_mov_ss;
+        if self.debug_pending != 0 && self.events.exception.is_none() && !held {
             let dr6 = std::mem::take(&mut self.debug_pending);
             return self.raise(Fault::db(dr6, Origin::Trap));
         }
@@ -133,6 +138,8 @@ impl Cpu {
         self.budget = quantum;
         self.leave = false;
         self.stop = None;
+        self.keep_rf = false;
+        self.suppress_step = false;
     }
 
     /// Settles the instruction count, and deals with what the last instruction stopped for.
@@ -188,8 +195,9 @@ impl Cpu {
         let stopped = self.stop.is_some();
         if finished {
             self.forget_answers();
-            self.rflags &= !Rflags::RF.bits() | u64::from(self.keep_rf) * Rflags::RF.bits();
-            self.keep_rf = false;
+            if !self.keep_rf {
+                self.rflags &= !Rflags::RF.bits();
+            }
         }
         let exit = self.end();
         if traced && finished && !stopped && !std::mem::take(&mut self.suppress_step) {
@@ -200,7 +208,8 @@ impl Cpu {
 
     /// #DB for an instruction breakpoint at RIP (SDM Vol. 3 "Instruction-Breakpoint Exception Condition").
     fn instruction_breakpoint(&mut self) -> Option<Exit> {
-        if !self.has_breakpoints() || self.rflags & Rflags::RF.bits() != 0 {
+        let held = self.in_shadow() && self.shadow_mov_ss;
+        if !self.has_breakpoints() || self.rflags & Rflags::RF.bits() != 0 || held {
             return None;
         }
         let la = self.wrap_linear(self.seg_base[Seg::Cs as usize].wrapping_add(self.rip));
@@ -346,6 +355,7 @@ impl Cpu {
     fn skip_io(&mut self) {
         self.rip = self.rip.wrapping_add(u64::from(self.io_len)) & self.ip_mask();
         self.instructions += 1;
+        self.rflags &= !Rflags::RF.bits();
         if self.rflags & Rflags::TF.bits() != 0 {
             self.debug_pending |= Dr6::BS.bits();
         }

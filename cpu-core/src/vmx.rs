@@ -18,7 +18,7 @@ pub enum Exit {
     InterruptWindow,
     /// Reason 12. RIP is behind the HLT.
     Hlt,
-    /// Reason 18.
+    /// Reason 18. RIP is behind the VMCALL or VMMCALL.
     Vmcall,
     /// Reason 30. IN and INS wait for [`crate::Cpu::complete_io_in`], OUT and OUTS for [`crate::Cpu::complete_io_out`].
     Io(Io),
@@ -26,6 +26,11 @@ pub enum Exit {
     EntryFailure,
     /// Reason 48 on memory that no slot holds, or a write to a read-only slot.
     Mmio(Mmio),
+    /// Reason 48 while an event was being delivered: its descriptor tables or TSS lie where there is no RAM.
+    Undeliverable {
+        /// Vector of the event.
+        vector: u8,
+    },
     /// No VMX reason: an instruction the core lacks, or one fetched from where there is no memory.
     Unimplemented {
         /// Its bytes, as far as they could be fetched.

@@ -2,13 +2,23 @@
 
 mod alu;
 mod branch;
+mod call;
+mod control;
+mod far;
+mod flag;
+mod io;
 mod mov;
 mod muldiv;
+mod segment;
 mod shift;
 mod simd;
 mod stack;
 mod string;
+mod system;
+mod table;
 mod x87;
+
+pub(crate) use far::has_room;
 
 use std::sync::LazyLock;
 
@@ -50,10 +60,18 @@ pub(crate) const fn codes(codes: &'static [Code], select: Select) -> Row {
 const FAMILIES: &[&[Row]] = &[
     alu::ROWS,
     branch::ROWS,
+    call::ROWS,
+    control::ROWS,
+    far::ROWS,
+    flag::ROWS,
+    io::ROWS,
     mov::ROWS,
     muldiv::ROWS,
+    segment::ROWS,
     shift::ROWS,
     stack::ROWS,
+    system::ROWS,
+    table::ROWS,
     simd::integer::ROWS,
     simd::moves::ROWS,
     simd::shuffle::ROWS,

@@ -1,0 +1,253 @@
+//! HLT, CPUID, RDTSC RDTSCP RDPMC RDPID, RDMSR WRMSR, MONITOR MWAIT, VMCALL, RSM and the opcodes that are #UD on purpose. SDM Vol. 2,
+//! the page of each mnemonic.
+
+use iced_x86::Mnemonic as M;
+use x86_defs::{Cr0, Cr4, Rflags, cpuid};
+
+use super::{Row, row};
+use crate::cpu::{Cpu, Done, Stop, Then};
+use crate::decode::digest::{function, function_ends};
+use crate::fault::Fault;
+use crate::op::Op;
+use crate::state::Gpr;
+use crate::vmx::Exit;
+
+pub(super) const ROWS: &[Row] = &[
+    row(M::Hlt, function_ends(hlt)),
+    row(M::Cpuid, function_ends(cpuid)),
+    row(M::Rdtsc, function(rdtsc)),
+    row(M::Rdtscp, function(rdtscp)),
+    row(M::Rdpid, function(rdpid)),
+    row(M::Rdpmc, function(rdpmc)),
+    row(M::Rdmsr, function_ends(rdmsr)),
+    row(M::Wrmsr, function_ends(wrmsr)),
+    row(M::Monitor, function(monitor)),
+    row(M::Mwait, function_ends(mwait)),
+    row(M::Serialize, function_ends(serialize)),
+    row(M::Vmcall, function_ends(vmcall)),
+    row(M::Vmmcall, function_ends(vmcall)),
+    row(M::Rsm, function_ends(undefined)),
+    row(M::Ud0, function_ends(undefined)),
+    row(M::Ud1, function_ends(undefined)),
+    row(M::Ud2, function_ends(undefined)),
+];
+
+/// UD0, UD1, UD2, and RSM outside of SMM.
+fn undefined(cpu: &mut Cpu, _: &Op) -> Done {
+    Err(cpu.undefined())
+}
+
+/// SDM Vol. 2 "HLT". Under TF the single-step trap ends the halt at once.
+fn hlt(cpu: &mut Cpu, _: &Op) -> Done {
+    cpu.require_cpl0()?;
+    if cpu.rflags & Rflags::TF.bits() == 0 {
+        // The exit comes with the instruction complete: RIP is behind it.
+        let Stop = cpu.exit(Exit::Hlt);
+    }
+    Ok(Then::Leave)
+}
+
+/// MONITOR and MWAIT exist where CPUID says so.
+fn require_monitor(cpu: &mut Cpu) -> Result<(), Stop> {
+    if cpu.cpl != 0 || cpu.cpuid.is_empty() || !cpu.offers(&cpuid::MONITOR) {
+        return Err(cpu.undefined());
+    }
+    Ok(())
+}
+
+/// Does nothing, as KVM's does: the address is never watched.
+fn monitor(cpu: &mut Cpu, op: &Op) -> Done {
+    require_monitor(cpu)?;
+    if cpu.reg(Gpr::Rcx) as u32 != 0 {
+        return Err(cpu.fault(Fault::gp(0)));
+    }
+    let offset = cpu.reg(Gpr::Rax) & op.address_mask();
+    cpu.read::<u8>(op.segment(), offset)?;
+    Ok(Then::Next)
+}
+
+/// May return at once (SDM Vol. 2 "MWAIT"): it does.
+fn mwait(cpu: &mut Cpu, _: &Op) -> Done {
+    require_monitor(cpu)?;
+    Ok(Then::Leave)
+}
+
+fn serialize(cpu: &mut Cpu, _: &Op) -> Done {
+    if !cpu.offers(&cpuid::SERIALIZE) {
+        return Err(cpu.undefined());
+    }
+    cpu.serialize();
+    Ok(Then::Leave)
+}
+
+/// The KVM layer answers; RIP is behind it.
+fn vmcall(cpu: &mut Cpu, _: &Op) -> Done {
+    let Stop = cpu.exit(Exit::Vmcall);
+    Ok(Then::Leave)
+}
+
+/// SDM Vol. 2 "CPUID".
+fn cpuid(cpu: &mut Cpu, _: &Op) -> Done {
+    let (leaf, index) = (cpu.reg(Gpr::Rax) as u32, cpu.reg(Gpr::Rcx) as u32);
+    let [eax, ebx, ecx, edx] = cpu.cpuid_answer(leaf, index);
+    cpu.put_gpr(Gpr::Rax, eax);
+    cpu.put_gpr(Gpr::Rbx, ebx);
+    cpu.put_gpr(Gpr::Rcx, ecx);
+    cpu.put_gpr(Gpr::Rdx, edx);
+    cpu.serialize();
+    Ok(Then::Leave)
+}
+
+impl Cpu {
+    fn cpuid_row(&self, leaf: u32, index: u32) -> Option<[u32; 4]> {
+        self.cpuid
+            .iter()
+            .find(|entry| entry.function == leaf && entry.index.is_none_or(|known| known == index))
+            .map(|entry| entry.regs)
+    }
+
+    /// The guest's processor is AMD's or Hygon's.
+    pub(crate) fn is_amd(&self) -> bool {
+        let name = |text: &[u8; 12]| {
+            let word = |at: usize| u32::from_le_bytes([text[at], text[at + 1], text[at + 2], text[at + 3]]);
+            // EBX, EDX, ECX spell the vendor.
+            [word(0), word(8), word(4)]
+        };
+        self.cpuid_row(0, 0).is_some_and(|[_, ebx, ecx, edx]| {
+            [ebx, ecx, edx] == name(b"AuthenticAMD") || [ebx, ecx, edx] == name(b"HygonGenuine")
+        })
+    }
+
+    /// What CPUID answers, the bits that follow other state included. SDM Vol. 2 "CPUID": a leaf above the highest basic one
+    /// shows that one; AMD's shows zeros. As KVM's `kvm_cpuid`.
+    pub fn cpuid_answer(&mut self, leaf: u32, index: u32) -> [u32; 4] {
+        let mut leaf = leaf;
+        let mut found = self.cpuid_row(leaf, index);
+        if found.is_none()
+            && let Some(highest) = self.redirected_leaf(leaf)
+        {
+            leaf = highest;
+            found = self.cpuid_row(leaf, index);
+        }
+        let Some(mut regs) = found else {
+            // Sub-leaves past the end of the topology leaves keep CL and the x2APIC ID.
+            if matches!(leaf, 0xb | 0x1f)
+                && let Some(first) = self.cpuid_row(leaf, 1)
+            {
+                return [0, 0, index & 0xff, first[3]];
+            }
+            return [0; 4];
+        };
+        let set = |register: &mut u32, bit: u32, on: bool| {
+            *register = *register & !(1 << bit) | u32::from(on) << bit;
+        };
+        match (leaf, index) {
+            (1, _) => set(&mut regs[2], cpuid::OSXSAVE.bit, self.cr4.contains(Cr4::OSXSAVE)),
+            (7, 0) => set(&mut regs[2], cpuid::OSPKE.bit, self.cr4.contains(Cr4::PKE)),
+            (0xd, 0) => regs[1] = self.xsave_bytes(self.fpu.xcr0, false),
+            (0xd, 1) if regs[0] & (cpuid::XSAVEC.mask() | cpuid::XSAVES.mask()) != 0 => {
+                regs[1] = self.xsave_bytes(self.fpu.xcr0, true);
+            }
+            _ => {}
+        }
+        if leaf == 1
+            && let Some(base) = self.platform.read_msr(x86_defs::msr::IA32_APIC_BASE)
+        {
+            set(&mut regs[3], cpuid::APIC.bit, base & x86_defs::msr::apic_base::EN != 0);
+        }
+        regs
+    }
+
+    /// The highest basic leaf, for a leaf that lies above all of its range.
+    fn redirected_leaf(&self, leaf: u32) -> Option<u32> {
+        let highest = self.cpuid_row(0, 0)?[0];
+        if self.is_amd() {
+            return None;
+        }
+        let range = match leaf {
+            0x4000_0000..=0x4fff_ffff => leaf & 0xffff_ff00,
+            0x8000_0000.. if leaf < 0xc000_0000 => 0x8000_0000,
+            0xc000_0000.. => 0xc000_0000,
+            _ => 0,
+        };
+        let inside = self.cpuid_row(range, 0).is_some_and(|regs| leaf <= regs[0]);
+        (!inside).then_some(highest)
+    }
+
+    /// Size of an XSAVE area with the components of `features`. SDM Vol. 1 "XSAVE Area".
+    fn xsave_bytes(&self, features: u64, compacted: bool) -> u32 {
+        let mut bytes = 512 + 64;
+        for component in (2..63).filter(|component| features >> component & 1 != 0) {
+            let Some([size, offset, flags, _]) = self.cpuid_row(0xd, component) else { continue };
+            let at = match (compacted, flags & 2 != 0) {
+                (false, _) => offset,
+                (true, true) => (bytes + 63) & !63,
+                (true, false) => bytes,
+            };
+            bytes = bytes.max(at.saturating_add(size));
+        }
+        bytes
+    }
+
+    /// #GP(0) where CR4 keeps an instruction from all levels but 0.
+    fn check_disabled(&mut self, bit: Cr4, when: bool) -> Result<(), Stop> {
+        let denied = self.cr4.contains(bit) == when && self.cr0.contains(Cr0::PE) && self.cpl != 0;
+        if denied { Err(self.fault(Fault::gp(0))) } else { Ok(()) }
+    }
+}
+
+/// SDM Vol. 2 "RDTSC".
+fn rdtsc(cpu: &mut Cpu, _: &Op) -> Done {
+    cpu.check_disabled(Cr4::TSD, true)?;
+    let tsc = cpu.platform.tsc();
+    cpu.put_pair(tsc);
+    Ok(Then::Next)
+}
+
+/// SDM Vol. 2 "RDTSCP".
+fn rdtscp(cpu: &mut Cpu, op: &Op) -> Done {
+    if !cpu.offers(&cpuid::RDTSCP) {
+        return Err(cpu.undefined());
+    }
+    rdtsc(cpu, op)?;
+    cpu.put_gpr(Gpr::Rcx, cpu.msrs.tsc_aux as u32);
+    Ok(Then::Next)
+}
+
+/// SDM Vol. 2 "RDPID".
+fn rdpid(cpu: &mut Cpu, op: &Op) -> Done {
+    if !cpu.offers(&cpuid::RDPID) {
+        return Err(cpu.undefined());
+    }
+    cpu.put(op.dst, u64::from(cpu.msrs.tsc_aux as u32));
+    Ok(Then::Next)
+}
+
+/// SDM Vol. 2 "RDPMC". There are no counters: every index is out of range.
+fn rdpmc(cpu: &mut Cpu, _: &Op) -> Done {
+    cpu.check_disabled(Cr4::PCE, false)?;
+    Err(cpu.fault(Fault::gp(0)))
+}
+
+/// SDM Vol. 2 "RDMSR".
+fn rdmsr(cpu: &mut Cpu, _: &Op) -> Done {
+    cpu.require_cpl0()?;
+    let index = cpu.reg(Gpr::Rcx) as u32;
+    match cpu.read_msr(index) {
+        Some(value) => cpu.put_pair(value),
+        None => return Err(cpu.fault(Fault::gp(0))),
+    }
+    Ok(Then::Leave)
+}
+
+/// SDM Vol. 2 "WRMSR".
+fn wrmsr(cpu: &mut Cpu, _: &Op) -> Done {
+    cpu.require_cpl0()?;
+    let index = cpu.reg(Gpr::Rcx) as u32;
+    let value = cpu.pair();
+    if cpu.write_msr(index, value).is_none() {
+        return Err(cpu.fault(Fault::gp(0)));
+    }
+    cpu.serialize();
+    Ok(Then::Leave)
+}
