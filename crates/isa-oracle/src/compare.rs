@@ -72,6 +72,9 @@ fn from_iced(bits: u32) -> u64 {
 pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Difference> {
     let instruction = decode(case);
     let mut found = Vec::new();
+    if vendor::is_open(&instruction, expected.end) {
+        return found;
+    }
     let mut report = |what: &str, expected: String, actual: String| {
         if expected != actual {
             found.push(Difference { what: what.to_owned(), expected, actual });

@@ -90,6 +90,8 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
         M::Movsxd => instruction.code() == Code::Movsxd_r16_rm16,
         // Far pointers with 64-bit offsets are Intel's alone.
         _ if instruction.memory_size() == MemorySize::SegPtr64 => true,
+        // With RFLAGS.AC, #AC for 16 bytes and more is up to the CPU (SDM Vol. 3 "Alignment Check Exception").
+        _ if case.state.rflags & flag::AC != 0 && instruction.memory_size().size() >= 16 => true,
         // Whether the final stack pointer is probed, and how wide, is up to the CPU.
         M::Enter => case.state.rflags & flag::AC != 0,
         _ => false,
@@ -102,9 +104,22 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
     match instruction.mnemonic() {
         // A bad target and a bad stack at once: Intel's CPUs look at the target first (SDM Vol. 2 "CALL"), AMD's last.
         M::Call => matches!(expected.vector, 12 | 14 | 17) && actual.vector == 13,
+        // Misaligned and outside the stack segment at once.
+        _ if instruction.memory_size().size() >= 16 => {
+            matches!((expected.vector, actual.vector), (12, 13) | (13, 12))
+        }
         _ => false,
     }
 }
+
+/// Whether nothing can be said: where a masked store faults, and on bytes that it does not store, is up to the CPU
+/// (SDM Vol. 2 "MASKMOVDQU").
+pub(crate) fn is_open(instruction: &Instruction, expected: End) -> bool {
+    matches!(instruction.mnemonic(), M::Maskmovq | M::Maskmovdqu) && expected != End::Done
+}
+
+/// MXCSR bits that AMD's CPUs have and Intel's reserve: MM.
+pub(crate) const MXCSR_AMD: u32 = 1 << 17;
 
 /// Adds to `mask` what `instruction` leaves open; `done`: it ran to its end.
 pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction, done: bool) {
@@ -154,7 +169,11 @@ fn address(case: &Case, instruction: &Instruction) -> Option<u64> {
 fn environment(mask: &mut Mask, case: &Case, instruction: &Instruction) {
     let Some(start) = address(case, instruction) else { return };
     let bytes = match instruction.mnemonic() {
-        M::Fxsave | M::Fxsave64 => 6..24,
+        // With MXCSR_MASK, where AMD's CPUs have bit 17.
+        M::Fxsave | M::Fxsave64 => {
+            mask.memory.push((start + 28, start + 32));
+            6..24
+        }
         _ if instruction.memory_size().size() == 14 || instruction.memory_size().size() == 94 => 6..14,
         _ => 12..28,
     };

@@ -37,6 +37,19 @@ pub(super) fn place(
         adjusted.extend([base.full_register(), index.full_register()]);
         if let Some(address) = effective(case, operand) {
             fill(rng, case, address, size, everything);
+            let mxcsr = match instruction.mnemonic() {
+                Mnemonic::Ldmxcsr => address,
+                Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => address.wrapping_add(24),
+                _ => continue,
+            };
+            // Half of the time without reserved bits, and never with the one that only AMD's CPUs have.
+            let allowed = if rng.one_in(2) { 0xffff } else { !crate::vendor::MXCSR_AMD };
+            for (i, keep) in allowed.to_le_bytes().into_iter().enumerate() {
+                let place = mxcsr.wrapping_add(i as u64).wrapping_sub(DATA_BASE) as usize;
+                if let Some(byte) = case.state.memory.get_mut(place) {
+                    *byte &= keep;
+                }
+            }
         }
     }
     if memory.is_empty() && everything && rng.one_in(8) {

@@ -89,7 +89,8 @@ impl Generator {
         // Only LOCK where it may not be: everything else depends on which opcodes a vendor knows.
         let unlocked: Vec<u8> = case.bytes.iter().copied().filter(|byte| *byte != 0xf0).collect();
         let plain = decode(&Case { bytes: unlocked.clone(), ..case.clone() });
-        if unlocked.len() == case.bytes.len() || plain.is_invalid() || !is_tested(plain.code(), case.mode) {
+        let group_6 = matches!(plain.mnemonic(), Mnemonic::Verr | Mnemonic::Verw); // AMD's CPUs take LOCK there
+        if unlocked.len() == case.bytes.len() || plain.is_invalid() || group_6 || !is_tested(plain.code(), case.mode) {
             return None;
         }
         case.bytes.truncate(plain.len() + case.bytes.len() - unlocked.len());
