@@ -189,9 +189,10 @@ fn stmxcsr(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Next)
 }
 
-/// Empties the x87 stack; TOP and contents stay.
+/// Empties the x87 stack; the contents stay. TOP becomes 0 (SDM Vol. 3 "Action Taken by MMX Instructions on x87 FPU State").
 fn emms(cpu: &mut Cpu, _: &Op) -> Done {
     cpu.require_mmx()?;
+    cpu.enter_mmx();
     cpu.fpu.ftw = 0;
     Ok(Then::Next)
 }
