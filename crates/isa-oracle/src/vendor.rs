@@ -15,6 +15,8 @@ enum Open {
     Flags(u64),
     /// The bytes of a stored x87 environment that hold FOP, FIP, FCS, FDP and FDS.
     Environment,
+    /// The arithmetic flags, where the instruction faults.
+    FlagsAtFault,
     /// All general-purpose registers, where the instruction faults.
     Registers,
     /// Something that the note's own arm in `widen` decides by operand values.
@@ -29,6 +31,11 @@ struct Note {
 }
 
 const NOTES: &[Note] = &[
+    Note {
+        mnemonics: &[M::Cmpsb, M::Cmpsw, M::Cmpsd, M::Cmpsq, M::Scasb, M::Scasw, M::Scasd, M::Scasq],
+        open: Open::FlagsAtFault,
+        note: "repeated, at a fault: Intel's CPUs restore the flags (SDM Vol. 2 \"REP\"), AMD's keep the last iteration's",
+    },
     Note {
         mnemonics: &[M::Popa, M::Popad],
         open: Open::Registers,
@@ -124,13 +131,14 @@ pub(crate) const MXCSR_AMD: u32 = 1 << 17;
 /// Adds to `mask` what `instruction` leaves open; `done`: it ran to its end.
 pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction, done: bool) {
     for note in NOTES.iter().filter(|note| note.mnemonics.contains(&instruction.mnemonic())) {
-        if matches!(note.open, Open::Registers) == done {
+        if matches!(note.open, Open::Registers | Open::FlagsAtFault) == done {
             continue;
         }
         match note.open {
             Open::Flags(flags) => mask.rflags |= flags,
             Open::Environment => environment(mask, case, instruction),
             Open::ByValue => by_value(mask, case, instruction),
+            Open::FlagsAtFault => mask.rflags |= flag::STATUS,
             Open::Registers => mask.gpr.extend(0..16),
         }
     }

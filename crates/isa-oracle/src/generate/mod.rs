@@ -73,7 +73,8 @@ impl Generator {
         if everything && self.rng.one_in(16) {
             // Across the two code pages, or up to the very end of the second.
             let (start, length) = (mode.start(), instruction.len() as u64);
-            let end = start + CODE_BYTES as u64 - length;
+            // A repeated instruction at the very end has no room for the INT3 that ends it.
+            let end = start + if instruction.is_string_instruction() { 0x1000 } else { CODE_BYTES as u64 } - length;
             case.state.rip = self.rng.pick(&[end, start + 0xffd, start + 0x1000 - length]);
         }
         self.fill(&mut case);
