@@ -8,3 +8,4 @@ mod paging_rights;
 mod quiesce;
 mod sigbus;
 mod slots;
+mod tlb;
