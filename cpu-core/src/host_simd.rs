@@ -93,14 +93,215 @@ macro_rules! mm2_impl {
 }
 pub(crate) use {mm2_impl, xmm2_impl};
 
-/// Control bits that the host's MXCSR has while no guest instruction runs: round to nearest, everything masked.
+// MXCSR
+
+/// MXCSR bits 5:0: IE DE ZE OE UE PE.
+pub(crate) const FLAGS: u32 = 0x3f;
+/// MXCSR bits that say how to compute: masks, rounding, FZ, DAZ.
+pub(crate) const CONTROL: u32 = 0xffc0;
+/// Control bits under which Rust code runs: everything masked, round to nearest.
 pub(crate) const DEFAULT: u32 = 0x1f80;
 
-/// Clears the host's sticky exception flags. They are a subset of the guest's at all times: see `simd::float`.
+/// While guest code runs and the guest's control bits are [`DEFAULT`], the host's MXCSR is the guest's: a handler then
+/// need not load it, and stores it behind the instruction. Under other control bits the host's is [`DEFAULT`].
 #[inline(always)]
-pub(crate) fn forget_flags() {
-    // SAFETY: the operand is readable; MXCSR gets the value that Rust code runs under, flags clear.
+pub(crate) fn follow(guest: u32) {
+    let value = if guest & CONTROL == DEFAULT { guest } else { DEFAULT };
+    // SAFETY: the operand is readable, and the control bits are those that Rust code runs under.
     unsafe {
-        asm!("ldmxcsr [{0}]", in(reg) &DEFAULT, options(nostack, readonly));
+        asm!("ldmxcsr [{0}]", in(reg) &value, options(nostack, readonly));
     }
 }
+
+/// What [`Float::eval_under`] loads, where it leaves MXCSR, and what it loads in the end.
+#[repr(C)]
+pub(crate) struct Under {
+    pub(crate) run: u32,
+    pub(crate) found: u32,
+    pub(crate) back: u32,
+}
+
+/// One host instruction that computes with floats: `op a, b` with the immediate `imm`, where it has one.
+pub(crate) trait Float: 'static {
+    /// Second operand.
+    type In: Copy;
+    /// Result.
+    type Out: Copy;
+
+    /// Computes under the host's MXCSR and stores that to `mxcsr`, which is writable.
+    unsafe fn eval(a: V, b: Self::In, imm: u8, mxcsr: *mut u32) -> Self::Out;
+
+    /// Computes under `under.run`.
+    fn eval_under(a: V, b: Self::In, imm: u8, under: &mut Under) -> Self::Out;
+
+    /// Part of the result is denormal: tiny, and exact if UE is clear.
+    fn is_tiny(_: Self::Out) -> bool {
+        false
+    }
+}
+
+/// Denormal lanes of results, by shape.
+pub(crate) mod tiny {
+    use super::{V, to_u128};
+
+    fn single(bits: u32) -> bool {
+        bits & 0x7f80_0000 == 0 && bits & 0x007f_ffff != 0
+    }
+
+    fn double(bits: u64) -> bool {
+        bits & 0x7ff0_0000_0000_0000 == 0 && bits & 0x000f_ffff_ffff_ffff != 0
+    }
+
+    pub(crate) fn ss(value: V) -> bool {
+        single(to_u128(value) as u32)
+    }
+    pub(crate) fn sd(value: V) -> bool {
+        double(to_u128(value) as u64)
+    }
+    pub(crate) fn ps(value: V) -> bool {
+        (0..4).any(|i| single((to_u128(value) >> (32 * i)) as u32))
+    }
+    pub(crate) fn pd(value: V) -> bool {
+        (0..2).any(|i| double((to_u128(value) >> (64 * i)) as u64))
+    }
+    /// Integers, masks and operands passed on are never tiny.
+    pub(crate) fn never(_: V) -> bool {
+        false
+    }
+}
+
+/// `impl Float`, XMM and XMM to XMM: the instruction's text up to its operands, and behind them.
+macro_rules! float_xmm_impl {
+    ([$($generics:tt)*] $I:ty, $tiny:ident, $name:literal, $tail:literal $(, $imm:ident)?) => {
+        impl $($generics)* $crate::host_simd::Float for $I {
+            type In = $crate::host_simd::V;
+            type Out = $crate::host_simd::V;
+            #[inline(always)]
+            unsafe fn eval(mut a: Self::Out, b: Self::In, _: u8, mxcsr: *mut u32) -> Self::Out {
+                // SAFETY: registers, and the caller's `mxcsr`; control bits stay. Above SSE2: the selector looked.
+                unsafe {
+                    std::arch::asm!(concat!($name, " {a}, {b}", $tail), "stmxcsr [{p}]", a = inout(xmm_reg) a,
+                        b = in(xmm_reg) b, p = in(reg) mxcsr, $($imm = const $imm,)? options(nostack));
+                }
+                a
+            }
+            fn eval_under(mut a: Self::Out, b: Self::In, _: u8, under: &mut $crate::host_simd::Under) -> Self::Out {
+                // SAFETY: as above; MXCSR ends as `back`, whose control bits are those that Rust code runs under.
+                unsafe {
+                    std::arch::asm!("ldmxcsr [{p}]", concat!($name, " {a}, {b}", $tail), "stmxcsr [{p} + 4]",
+                        "ldmxcsr [{p} + 8]", a = inout(xmm_reg) a, b = in(xmm_reg) b,
+                        p = in(reg) std::ptr::from_mut(under), $($imm = const $imm,)? options(nostack));
+                }
+                a
+            }
+            fn is_tiny(out: Self::Out) -> bool {
+                $crate::host_simd::tiny::$tiny(out)
+            }
+        }
+    };
+}
+
+/// `impl Float`, general register to XMM.
+macro_rules! float_from_general_impl {
+    ($I:ident, $W:ty, $name:literal, $b:literal) => {
+        impl $crate::host_simd::Float for $I {
+            type In = $W;
+            type Out = $crate::host_simd::V;
+            #[inline(always)]
+            unsafe fn eval(mut a: Self::Out, b: Self::In, _: u8, mxcsr: *mut u32) -> Self::Out {
+                // SAFETY: registers, and the caller's `mxcsr`; control bits stay.
+                unsafe {
+                    std::arch::asm!(concat!($name, " {a}, ", $b), "stmxcsr [{p}]", a = inout(xmm_reg) a,
+                        b = in(reg) b, p = in(reg) mxcsr, options(nostack));
+                }
+                a
+            }
+            fn eval_under(mut a: Self::Out, b: Self::In, _: u8, under: &mut $crate::host_simd::Under) -> Self::Out {
+                // SAFETY: as above; MXCSR ends as `back`, whose control bits are those that Rust code runs under.
+                unsafe {
+                    std::arch::asm!("ldmxcsr [{p}]", concat!($name, " {a}, ", $b), "stmxcsr [{p} + 4]",
+                        "ldmxcsr [{p} + 8]", a = inout(xmm_reg) a, b = in(reg) b,
+                        p = in(reg) std::ptr::from_mut(under), options(nostack));
+                }
+                a
+            }
+        }
+    };
+}
+
+/// `impl Float`, XMM to general register.
+macro_rules! float_to_general_impl {
+    ($I:ident, $W:ty, $name:literal, $o:literal) => {
+        impl $crate::host_simd::Float for $I {
+            type In = $crate::host_simd::V;
+            type Out = $W;
+            #[inline(always)]
+            unsafe fn eval(_: $crate::host_simd::V, b: Self::In, _: u8, mxcsr: *mut u32) -> Self::Out {
+                let out;
+                // SAFETY: registers, and the caller's `mxcsr`; control bits stay.
+                unsafe {
+                    std::arch::asm!(concat!($name, " ", $o, ", {b}"), "stmxcsr [{p}]", o = lateout(reg) out,
+                        b = in(xmm_reg) b, p = in(reg) mxcsr, options(nostack));
+                }
+                out
+            }
+            fn eval_under(
+                _: $crate::host_simd::V,
+                b: Self::In,
+                _: u8,
+                under: &mut $crate::host_simd::Under,
+            ) -> Self::Out {
+                let out;
+                // SAFETY: as above; MXCSR ends as `back`, whose control bits are those that Rust code runs under.
+                unsafe {
+                    std::arch::asm!("ldmxcsr [{p}]", concat!($name, " ", $o, ", {b}"), "stmxcsr [{p} + 4]",
+                        "ldmxcsr [{p} + 8]", o = out(reg) out, b = in(xmm_reg) b,
+                        p = in(reg) std::ptr::from_mut(under), options(nostack));
+                }
+                out
+            }
+        }
+    };
+}
+
+/// ZF, PF and CF of a comparison in their RFLAGS places.
+#[derive(Clone, Copy)]
+pub(crate) struct Compared(pub(crate) u64);
+
+/// `impl Float`, XMM and XMM to ZF, PF, CF.
+macro_rules! float_compare_impl {
+    ($I:ident, $name:literal) => {
+        impl $crate::host_simd::Float for $I {
+            type In = $crate::host_simd::V;
+            type Out = $crate::host_simd::Compared;
+            #[inline(always)]
+            unsafe fn eval(a: $crate::host_simd::V, b: Self::In, _: u8, mxcsr: *mut u32) -> Self::Out {
+                let (z, p, c): (u8, u8, u8);
+                // SAFETY: registers, and the caller's `mxcsr`; control bits stay.
+                unsafe {
+                    std::arch::asm!(concat!($name, " {a}, {b}"), "setz {z}", "setp {f}", "setb {c}",
+                        "stmxcsr [{p}]", a = in(xmm_reg) a, b = in(xmm_reg) b, z = out(reg_byte) z,
+                        f = out(reg_byte) p, c = out(reg_byte) c, p = in(reg) mxcsr, options(nostack));
+                }
+                $crate::host_simd::Compared(u64::from(z) << 6 | u64::from(p) << 2 | u64::from(c))
+            }
+            fn eval_under(
+                a: $crate::host_simd::V,
+                b: Self::In,
+                _: u8,
+                under: &mut $crate::host_simd::Under,
+            ) -> Self::Out {
+                let (z, p, c): (u8, u8, u8);
+                // SAFETY: as above; MXCSR ends as `back`, whose control bits are those that Rust code runs under.
+                unsafe {
+                    std::arch::asm!("ldmxcsr [{p}]", concat!($name, " {a}, {b}"), "setz {z}", "setp {f}", "setb {c}",
+                        "stmxcsr [{p} + 4]", "ldmxcsr [{p} + 8]", a = in(xmm_reg) a, b = in(xmm_reg) b,
+                        z = out(reg_byte) z, f = out(reg_byte) p, c = out(reg_byte) c,
+                        p = in(reg) std::ptr::from_mut(under), options(nostack));
+                }
+                $crate::host_simd::Compared(u64::from(z) << 6 | u64::from(p) << 2 | u64::from(c))
+            }
+        }
+    };
+}
+pub(crate) use {float_compare_impl, float_from_general_impl, float_to_general_impl, float_xmm_impl};

@@ -72,6 +72,8 @@ const FAMILIES: &[&[Row]] = &[
     stack::ROWS,
     system::ROWS,
     table::ROWS,
+    simd::convert::ROWS,
+    simd::float::ROWS,
     simd::integer::ROWS,
     simd::moves::ROWS,
     simd::shuffle::ROWS,

@@ -3,6 +3,8 @@
 //! Shapes (which operand is where, how wide, how aligned) are generic code here; a row names its instruction and a shape.
 #![expect(unsafe_code, reason = "hot semantics run on the dispatch's raw CPU pointer")]
 
+pub(super) mod convert;
+pub(super) mod float;
 pub(super) mod integer;
 pub(super) mod moves;
 pub(super) mod shuffle;
@@ -17,6 +19,7 @@ use crate::fault::Fault;
 use crate::host::HostWord;
 use crate::host_simd::{self, Mm2, V, Xmm2};
 use crate::op::{Form, Handler, Machine, Op, Semantics, Stored, To, attempt, handler};
+use crate::state::Seg;
 
 /// The op of an instruction that keeps RFLAGS' status flags and may fault.
 pub(super) fn keeps(d: &Digest<'_>, h: Handler) -> Option<Lowered> {
@@ -180,6 +183,8 @@ pub(crate) trait Source: 'static {
     const BYTES: u32;
     /// Loads them into the low end of a vector, zeros above.
     fn load<F: Form>(m: &mut Machine, la: u64) -> Result<V, To>;
+    /// As [`Self::load`], wherever it leads.
+    fn load_exact(cpu: &mut Cpu, la: u64, seg: Seg) -> Result<V, Stop>;
 }
 
 /// 16 bytes, aligned.
@@ -196,6 +201,10 @@ impl Source for M128 {
         aligned(la)?;
         m.load_16::<F>(la)
     }
+    fn load_exact(cpu: &mut Cpu, la: u64, seg: Seg) -> Result<V, Stop> {
+        cpu.require_aligned(la, 16)?;
+        cpu.load_16(la, seg)
+    }
 }
 impl Source for M128Unaligned {
     const BYTES: u32 = 16;
@@ -203,12 +212,18 @@ impl Source for M128Unaligned {
     fn load<F: Form>(m: &mut Machine, la: u64) -> Result<V, To> {
         m.load_16::<F>(la)
     }
+    fn load_exact(cpu: &mut Cpu, la: u64, seg: Seg) -> Result<V, Stop> {
+        cpu.load_16(la, seg)
+    }
 }
 impl<W: HostWord> Source for Narrow<W> {
     const BYTES: u32 = W::BYTES;
     #[inline(always)]
     fn load<F: Form>(m: &mut Machine, la: u64) -> Result<V, To> {
         Ok(host_simd::from_u128(m.load::<F, W>(la)?.zext().into()))
+    }
+    fn load_exact(cpu: &mut Cpu, la: u64, seg: Seg) -> Result<V, Stop> {
+        Ok(host_simd::from_u128(cpu.load::<W>(la, seg)?.zext().into()))
     }
 }
 

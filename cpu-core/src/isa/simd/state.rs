@@ -127,7 +127,7 @@ impl Cpu {
     /// Loads MXCSR; the caller has checked the reserved bits.
     pub(crate) fn set_mxcsr(&mut self, value: u32) {
         self.fpu.mxcsr = value;
-        crate::host_simd::forget_flags();
+        crate::host_simd::follow(value);
     }
 }
 

@@ -1,0 +1,347 @@
+//! Floats: arithmetic, comparison, rounding, and the exceptions of MXCSR. SDM Vol. 1 "SIMD Floating-Point Exceptions"
+//! and "Guidelines for SIMD Floating-Point Exception Handling"; Vol. 2, the page of each mnemonic.
+//!
+//! The host computes with everything masked and says which exceptions there were. Where the guest has unmasked one of
+//! them, nothing is committed but the flags.
+#![expect(
+    unsafe_code,
+    reason = "hot semantics run on the dispatch's raw CPU pointer; rows expand to host instructions"
+)]
+
+use std::marker::PhantomData;
+
+use iced_x86::{Code as C, Mnemonic as M};
+
+use super::{M128, Source, by_heat, by_source, keeps, lacking, source, sse};
+use crate::cpu::{Cpu, Done, Stop, Then};
+use crate::decode::digest::{Digest, FlagsOut, Lowered};
+use crate::fault::Fault;
+use crate::flags::Flags;
+use crate::host::HostWord;
+use crate::host_simd::{self, CONTROL, Compared, DEFAULT, FLAGS, Float, Under, V, float_compare_impl, float_xmm_impl};
+use crate::isa::{Row, by_form, codes, plain_handler, row};
+use crate::op::{Form, Handler, Machine, Op, Semantics, To, attempt, handler};
+
+/// `op xmm, xmm/mem`; what lanes of the result may be tiny; a feature needed beyond SSE2.
+macro_rules! float {
+    ($name:literal, $tiny:ident) => {{
+        struct I;
+        float_xmm_impl!([] I, $tiny, $name, "");
+        $crate::isa::simd::float::xmm::<I>
+    }};
+    ($name:literal, $tiny:ident, $feature:tt) => {{
+        struct I;
+        float_xmm_impl!([] I, $tiny, $name, "");
+        |d: &Digest<'_>| if std::arch::is_x86_feature_detected!($feature) { $crate::isa::simd::float::xmm::<I>(d) } else { lacking(d) }
+    }};
+}
+pub(super) use float;
+
+/// `op xmm, xmm/mem, imm8`, one host instruction for each of the `N` immediates that differ; a feature.
+macro_rules! float_imm {
+    ($name:literal, $tiny:ident, $N:literal, $table:ident, $feature:tt) => {{
+        struct One<const IMM: u8>;
+        float_xmm_impl!([<const IMM: u8>] One<IMM>, $tiny, $name, ", {IMM}", IMM);
+        struct I;
+        impl Float for I {
+            type In = V;
+            type Out = V;
+            #[inline(always)]
+            unsafe fn eval(a: V, b: V, imm: u8, mxcsr: *mut u32) -> V {
+                static TABLE: [unsafe fn(V, V, u8, *mut u32) -> V; $N] = $table!(One, eval);
+                // SAFETY: the caller's.
+                unsafe { TABLE[usize::from(imm) & ($N - 1)](a, b, imm, mxcsr) }
+            }
+            fn eval_under(a: V, b: V, imm: u8, under: &mut Under) -> V {
+                static TABLE: [fn(V, V, u8, &mut Under) -> V; $N] = $table!(One, eval_under);
+                TABLE[usize::from(imm) & ($N - 1)](a, b, imm, under)
+            }
+            fn is_tiny(out: V) -> bool {
+                host_simd::tiny::$tiny(out)
+            }
+        }
+        |d: &Digest<'_>| if std::arch::is_x86_feature_detected!($feature) { $crate::isa::simd::float::xmm::<I>(d) } else { lacking(d) }
+    }};
+}
+
+macro_rules! table_8 {
+    ($One:ident, $f:ident) => {
+        [
+            $One::<0>::$f,
+            $One::<1>::$f,
+            $One::<2>::$f,
+            $One::<3>::$f,
+            $One::<4>::$f,
+            $One::<5>::$f,
+            $One::<6>::$f,
+            $One::<7>::$f,
+        ]
+    };
+}
+
+macro_rules! table_16 {
+    ($One:ident, $f:ident) => {
+        [
+            $One::<0>::$f,
+            $One::<1>::$f,
+            $One::<2>::$f,
+            $One::<3>::$f,
+            $One::<4>::$f,
+            $One::<5>::$f,
+            $One::<6>::$f,
+            $One::<7>::$f,
+            $One::<8>::$f,
+            $One::<9>::$f,
+            $One::<10>::$f,
+            $One::<11>::$f,
+            $One::<12>::$f,
+            $One::<13>::$f,
+            $One::<14>::$f,
+            $One::<15>::$f,
+        ]
+    };
+}
+
+/// `op xmm, xmm/mem`, result in ZF, PF and CF.
+macro_rules! compare {
+    ($name:literal) => {{
+        struct I;
+        float_compare_impl!(I, $name);
+        compare::<I>
+    }};
+}
+
+pub(in crate::isa) const ROWS: &[Row] = &[
+    row(M::Addps, float!("addps", ps)),
+    row(M::Addpd, float!("addpd", pd)),
+    row(M::Addss, float!("addss", ss)),
+    row(M::Addsd, float!("addsd", sd)),
+    row(M::Subps, float!("subps", ps)),
+    row(M::Subpd, float!("subpd", pd)),
+    row(M::Subss, float!("subss", ss)),
+    row(M::Subsd, float!("subsd", sd)),
+    row(M::Mulps, float!("mulps", ps)),
+    row(M::Mulpd, float!("mulpd", pd)),
+    row(M::Mulss, float!("mulss", ss)),
+    row(M::Mulsd, float!("mulsd", sd)),
+    row(M::Divps, float!("divps", ps)),
+    row(M::Divpd, float!("divpd", pd)),
+    row(M::Divss, float!("divss", ss)),
+    row(M::Divsd, float!("divsd", sd)),
+    row(M::Sqrtps, float!("sqrtps", never)),
+    row(M::Sqrtpd, float!("sqrtpd", never)),
+    row(M::Sqrtss, float!("sqrtss", never)),
+    row(M::Sqrtsd, float!("sqrtsd", never)),
+    row(M::Minps, float!("minps", never)),
+    row(M::Minpd, float!("minpd", never)),
+    row(M::Minss, float!("minss", never)),
+    row(M::Minsd, float!("minsd", never)),
+    row(M::Maxps, float!("maxps", never)),
+    row(M::Maxpd, float!("maxpd", never)),
+    row(M::Maxss, float!("maxss", never)),
+    row(M::Maxsd, float!("maxsd", never)),
+    row(M::Addsubps, float!("addsubps", ps, "sse3")),
+    row(M::Addsubpd, float!("addsubpd", pd, "sse3")),
+    row(M::Haddps, float!("haddps", ps, "sse3")),
+    row(M::Haddpd, float!("haddpd", pd, "sse3")),
+    row(M::Hsubps, float!("hsubps", ps, "sse3")),
+    row(M::Hsubpd, float!("hsubpd", pd, "sse3")),
+    row(M::Cmpps, float_imm!("cmpps", never, 8, table_8, "sse2")),
+    row(M::Cmppd, float_imm!("cmppd", never, 8, table_8, "sse2")),
+    row(M::Cmpss, float_imm!("cmpss", never, 8, table_8, "sse2")),
+    // The mnemonic is the string instruction's too.
+    codes(&[C::Cmpsd_xmm_xmmm64_imm8], float_imm!("cmpsd", never, 8, table_8, "sse2")),
+    row(M::Roundps, float_imm!("roundps", never, 16, table_16, "sse4.1")),
+    row(M::Roundpd, float_imm!("roundpd", never, 16, table_16, "sse4.1")),
+    row(M::Roundss, float_imm!("roundss", never, 16, table_16, "sse4.1")),
+    row(M::Roundsd, float_imm!("roundsd", never, 16, table_16, "sse4.1")),
+    row(M::Comiss, compare!("comiss")),
+    row(M::Comisd, compare!("comisd")),
+    row(M::Ucomiss, compare!("ucomiss")),
+    row(M::Ucomisd, compare!("ucomisd")),
+];
+
+/// MXCSR: FZ.
+const FZ: u32 = 1 << 15;
+/// MXCSR: all six masks.
+const MASKS: u32 = 0x1f80;
+/// Flags that are known before anything is computed: IE DE ZE.
+const BEFORE: u32 = 7;
+const UE: u32 = 1 << 4;
+
+/// A float result under any MXCSR; the fault, and the flags, where an exception is unmasked.
+pub(super) fn careful<I: Float>(cpu: &mut Cpu, a: V, b: I::In, imm: u8) -> Result<I::Out, Stop> {
+    let guest = cpu.fpu.mxcsr;
+    let unmasked = !(guest >> 7) & FLAGS;
+    // FZ holds only while underflow is masked (SDM Vol. 1 "Flush-To-Zero").
+    let run = (guest & CONTROL | MASKS) & if unmasked & UE != 0 { !FZ } else { !0 };
+    // Every bit below CONTROL is a flag, and starts clear.
+    let mut under = Under { run, found: 0, back: DEFAULT };
+    let out = I::eval_under(a, b, imm, &mut under);
+    let mut raised = under.found & FLAGS;
+    if unmasked & UE != 0 && I::is_tiny(out) {
+        // Unmasked underflow does not ask whether the result is exact.
+        raised |= UE;
+    }
+    let before = raised & unmasked & BEFORE;
+    if before != 0 {
+        // Exceptions found before computing stop it, so no others are known.
+        raised &= BEFORE;
+    }
+    cpu.set_mxcsr(guest | raised);
+    if raised & unmasked == 0 {
+        return Ok(out);
+    }
+    let reported = cpu.cr4.contains(x86_defs::Cr4::OSXMMEXCPT);
+    Err(cpu.fault(if reported { Fault::XM } else { Fault::UD }))
+}
+
+/// Where the second operand comes from.
+pub(super) trait Operand<T: Copy>: 'static {
+    fn hot(m: &mut Machine) -> Result<T, To>;
+    fn exact(cpu: &mut Cpu, op: &Op) -> Result<T, Stop>;
+}
+
+/// Where the result goes.
+pub(super) trait Sink: Copy + 'static {
+    fn hot(m: &mut Machine, out: Self);
+    fn exact(cpu: &mut Cpu, op: &Op, out: Self);
+}
+
+/// An XMM register, or a general one.
+pub(super) struct Reg;
+/// A memory operand.
+pub(super) struct Mem<S, F>(PhantomData<(S, F)>);
+
+impl Operand<V> for Reg {
+    #[inline(always)]
+    fn hot(m: &mut Machine) -> Result<V, To> {
+        Ok(m.xmm(m.op().src))
+    }
+    fn exact(cpu: &mut Cpu, op: &Op) -> Result<V, Stop> {
+        Ok(host_simd::from_u128(cpu.xmm(op.src)))
+    }
+}
+
+impl<S: Source, F: Form> Operand<V> for Mem<S, F> {
+    #[inline(always)]
+    fn hot(m: &mut Machine) -> Result<V, To> {
+        source::<S, F>(m)
+    }
+    fn exact(cpu: &mut Cpu, op: &Op) -> Result<V, Stop> {
+        let la = cpu.operand_address(op, S::BYTES, false)?;
+        S::load_exact(cpu, la, op.segment())
+    }
+}
+
+impl<W: HostWord> Operand<W> for Reg {
+    #[inline(always)]
+    fn hot(m: &mut Machine) -> Result<W, To> {
+        Ok(m.get(m.op().src))
+    }
+    fn exact(cpu: &mut Cpu, op: &Op) -> Result<W, Stop> {
+        Ok(cpu.get(op.src))
+    }
+}
+
+/// A general operand in memory.
+pub(super) struct MemGeneral<F>(PhantomData<F>);
+impl<W: HostWord, F: Form> Operand<W> for MemGeneral<F> {
+    #[inline(always)]
+    fn hot(m: &mut Machine) -> Result<W, To> {
+        // SAFETY: `m` is the dispatch's.
+        let la = unsafe { F::linear(m, W::BYTES, false) }?;
+        m.load::<F, W>(la)
+    }
+    fn exact(cpu: &mut Cpu, op: &Op) -> Result<W, Stop> {
+        cpu.read_operand(op)
+    }
+}
+
+impl Sink for V {
+    #[inline(always)]
+    fn hot(m: &mut Machine, out: Self) {
+        m.set_xmm(m.op().dst, out);
+    }
+    fn exact(cpu: &mut Cpu, op: &Op, out: Self) {
+        cpu.set_xmm(op.dst, host_simd::to_u128(out));
+    }
+}
+
+impl Sink for u32 {
+    #[inline(always)]
+    fn hot(m: &mut Machine, out: Self) {
+        m.put(m.op().dst, out);
+    }
+    fn exact(cpu: &mut Cpu, op: &Op, out: Self) {
+        cpu.put(op.dst, out);
+    }
+}
+
+impl Sink for u64 {
+    #[inline(always)]
+    fn hot(m: &mut Machine, out: Self) {
+        m.put(m.op().dst, out);
+    }
+    fn exact(cpu: &mut Cpu, op: &Op, out: Self) {
+        cpu.put(op.dst, out);
+    }
+}
+
+impl Sink for Compared {
+    #[inline(always)]
+    fn hot(m: &mut Machine, out: Self) {
+        m.set_flags(Flags::explicit(out.0));
+    }
+    fn exact(cpu: &mut Cpu, _: &Op, out: Self) {
+        cpu.set_flags(Flags::explicit(out.0));
+    }
+}
+
+/// `I` on the destination register and operand `O`.
+pub(super) struct Compute<I, O>(PhantomData<(I, O)>);
+
+impl<I: Float<Out: Sink>, O: Operand<I::In>> Semantics for Compute<I, O> {
+    #[inline(always)]
+    unsafe fn run(m: &mut Machine) -> To {
+        attempt!(sse(m));
+        // SAFETY: `cpu` is the running CPU.
+        let mxcsr = unsafe { &raw mut (*m.cpu).fpu.mxcsr };
+        // SAFETY: as above.
+        if unsafe { mxcsr.read() } & CONTROL != DEFAULT {
+            return To::Other(plain_handler(compute_careful::<I, O>));
+        }
+        let b = attempt!(O::hot(m));
+        let (a, imm) = (m.xmm(m.op().dst), m.op().imm as u8);
+        // SAFETY: `mxcsr` is the guest's, which under these control bits the host's follows.
+        let out = unsafe { I::eval(a, b, imm, mxcsr) };
+        I::Out::hot(m, out);
+        To::Next
+    }
+}
+
+fn compute_careful<I: Float<Out: Sink>, O: Operand<I::In>>(cpu: &mut Cpu, op: &Op) -> Done {
+    cpu.require_sse()?;
+    let b = O::exact(cpu, op)?;
+    let a = host_simd::from_u128(cpu.xmm(op.dst));
+    let out = careful::<I>(cpu, a, b, op.imm as u8)?;
+    I::Out::exact(cpu, op, out);
+    Ok(Then::Next)
+}
+
+/// Selector for an XMM or memory operand.
+pub(super) fn xmm<I: Float<In = V, Out: Sink>>(d: &Digest<'_>) -> Option<Lowered> {
+    let h: Handler = if !d.is_mem(1) {
+        handler::<Compute<I, Reg>>
+    } else if matches!(d.ins.memory_size().size(), 4 | 8) {
+        // Scalars in memory are what compilers make most of.
+        by_source!(d, M128, S => by_form!(d, F => handler::<Compute<I, Mem<S, F>>>))
+    } else {
+        by_source!(d, M128, S => by_heat!(d, F => handler::<Compute<I, Mem<S, F>>>))
+    };
+    keeps(d, h)
+}
+
+fn compare<I: Float<In = V, Out = Compared>>(d: &Digest<'_>) -> Option<Lowered> {
+    Some(Lowered { flags: FlagsOut::Unknown, ..xmm::<I>(d)? })
+}
