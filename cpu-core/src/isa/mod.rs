@@ -1,9 +1,12 @@
 //! The instruction set: one file a family, rows on top, semantics below. SDM Vol. 2, the page of each mnemonic.
 
 mod alu;
+mod bit;
 mod branch;
 mod call;
 mod control;
+mod decimal;
+mod exchange;
 mod far;
 mod flag;
 mod io;
@@ -59,12 +62,15 @@ pub(crate) const fn codes(codes: &'static [Code], select: Select) -> Row {
 /// Every family's rows.
 const FAMILIES: &[&[Row]] = &[
     alu::ROWS,
+    bit::ROWS,
     branch::ROWS,
     call::ROWS,
     control::ROWS,
     far::ROWS,
     flag::ROWS,
     io::ROWS,
+    decimal::ROWS,
+    exchange::ROWS,
     mov::ROWS,
     muldiv::ROWS,
     segment::ROWS,
