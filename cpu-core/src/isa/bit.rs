@@ -395,13 +395,13 @@ fn three<T: Three>(d: &Digest<'_>) -> Option<Lowered> {
 
 impl Cpu {
     /// VEX does not exist in real-address and virtual-8086 mode: #UD (SDM Vol. 2 "VEX Instruction Exceptions").
-    fn require_protected(&mut self) -> Result<(), Stop> {
+    fn require_vex(&mut self) -> Result<(), Stop> {
         if self.is_protected() { Ok(()) } else { Err(self.undefined()) }
     }
 }
 
 fn three_any<T: Three, W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
-    cpu.require_protected()?;
+    cpu.require_vex()?;
     let (a, b) = match op.imm {
         FIRST_IS_MEMORY => (cpu.read_operand::<W>(op)?, cpu.get(op.src)),
         SECOND_IS_MEMORY => (cpu.get::<W>(op.src), cpu.read_operand(op)?),
@@ -497,7 +497,7 @@ fn two<T: Two>(d: &Digest<'_>) -> Option<Lowered> {
 /// `aux`: the source is memory.
 fn two_any<T: Two, W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     if T::VEX {
-        cpu.require_protected()?;
+        cpu.require_vex()?;
     }
     let src = if op.aux != 0 { cpu.read_operand::<W>(op)? } else { cpu.get(op.src) };
     let (result, flags) = T::eval(cpu.get(op.dst), src, op.imm, cpu.flags());
