@@ -219,7 +219,7 @@ impl Daemon {
     pub fn client(&self, case: &str) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "client::client", "--nocapture", "--test-threads=1"]);
-        command.env(client::CASE, case).env(client::DEVICE, &self.device).stdin(Stdio::null());
+        command.env(client::CASE, case).env(client::DEVICE, &self.device).stdin(Stdio::null()).stdout(Stdio::null());
         command
     }
 
