@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
@@ -32,11 +32,11 @@ const OWN_FAILURE: u8 = 125;
 pub fn run(args: &ServiceArgs, verbosity: &[OsString], command: &[OsString]) -> Result<u8> {
     private_namespace()?;
     let mut signals = Signals::block()?;
-    let mut daemon = start_daemon(args, verbosity)?;
+    let mut daemon = start_daemon(args, verbosity, signals.before)?;
     let (program, arguments) = command.split_first().context("no command")?;
     let mut line = Command::new(program);
     line.args(arguments);
-    sys::die_with_parent(&mut line, Signal::SIGTERM);
+    sys::prepare_child(&mut line, Signal::SIGTERM, signals.before);
     let started = line.spawn();
     let outcome = match started {
         Ok(mut child) => signals.attend(&mut child, &mut daemon),
@@ -58,13 +58,13 @@ fn private_namespace() -> Result<()> {
     mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&Path>).map_err(explain)
 }
 
-fn start_daemon(args: &ServiceArgs, verbosity: &[OsString]) -> Result<Child> {
+fn start_daemon(args: &ServiceArgs, verbosity: &[OsString], mask: SigSet) -> Result<Child> {
     let own = std::env::current_exe().context("cannot find my own program file")?;
     let mut line = Command::new(own);
     line.arg("daemon").args(args.to_args()).args(verbosity).stdin(Stdio::null()).stdout(Stdio::piped());
     // Ctrl-C is for the command; the daemon ends after it.
     line.process_group(0);
-    sys::die_with_parent(&mut line, Signal::SIGTERM);
+    sys::prepare_child(&mut line, Signal::SIGTERM, mask);
     let mut daemon = line.spawn().context("cannot start the daemon")?;
     let mut ready = String::new();
     if let Some(stdout) = daemon.stdout.take() {
@@ -79,7 +79,11 @@ fn start_daemon(args: &ServiceArgs, verbosity: &[OsString]) -> Result<Child> {
 }
 
 /// What this process is told while it waits.
-struct Signals(SignalFd);
+struct Signals {
+    fd: SignalFd,
+    /// What was blocked before.
+    before: SigSet,
+}
 
 impl Signals {
     fn block() -> Result<Self> {
@@ -94,8 +98,9 @@ impl Signals {
             Signal::SIGWINCH,
             Signal::SIGCHLD,
         ]);
-        set.thread_block().context("cannot block signals")?;
-        Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("cannot make a signalfd")?))
+        let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK).context("cannot block signals")?;
+        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("cannot make a signalfd")?;
+        Ok(Self { fd, before })
     }
 
     /// Passes signals on until the command has ended.
@@ -109,7 +114,7 @@ impl Signals {
                 end(child, PATIENCE);
                 return Ok(OWN_FAILURE);
             }
-            let Some(info) = self.0.read_signal().context("cannot read signals")? else { continue };
+            let Some(info) = self.fd.read_signal().context("cannot read signals")? else { continue };
             let signal = Signal::try_from(info.ssi_signo.cast_signed()).ok();
             // What the terminal sends has reached the command already: it is in the same process group.
             let from_a_process = info.ssi_code <= 0;

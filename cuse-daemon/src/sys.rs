@@ -7,7 +7,7 @@ use std::process::Command;
 use std::ptr;
 
 use nix::errno::Errno;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
 
 const PR_SET_MDWE: libc::c_int = 65;
@@ -27,15 +27,17 @@ pub fn deny_write_exec() -> Result<(), Errno> {
     .map(drop)
 }
 
-/// Has the command's process get `signal` when this one ends, however that happens.
-pub fn die_with_parent(command: &mut Command, signal: Signal) {
+/// Has the command's process get `signal` when this one ends, however that happens, and start with the blocked signals
+/// of `mask` (std has it inherit ours).
+pub fn prepare_child(command: &mut Command, signal: Signal, mask: SigSet) {
     let parent = nix::unistd::getpid();
     let body = move || {
         nix::sys::prctl::set_pdeathsig(signal)?;
+        mask.thread_set_mask()?;
         // It may have ended before that.
         if nix::unistd::getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }
     };
-    // SAFETY: runs in the child between fork and exec and makes two system calls, no more.
+    // SAFETY: runs in the child between fork and exec and makes three system calls, no more.
     unsafe { command.pre_exec(body) };
 }
 
