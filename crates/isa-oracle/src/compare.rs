@@ -3,6 +3,7 @@
 use iced_x86::{CpuidFeature, Instruction, Mnemonic};
 
 use crate::decode;
+use crate::generate::open_flags;
 use crate::layout::DATA_BASE;
 use crate::state::{Case, End, GPR_NAMES, Mode, Outcome, SEG_NAMES, flag};
 use crate::vendor;
@@ -34,6 +35,9 @@ pub struct Mask {
 impl Mask {
     /// What `case` leaves open when it completes, or (not `done`) when it faults.
     pub fn of(case: &Case, instruction: &Instruction, done: bool) -> Self {
+        if instruction.len() < case.bytes.len() && !instruction.is_invalid() {
+            return Self { rflags: open_flags(case).unwrap_or(flag::STATUS), ..Self::default() };
+        }
         let mut mask = Self::default();
         if done || is_partial(instruction) {
             mask.rflags = undefined_flags(instruction);
@@ -46,6 +50,11 @@ impl Mask {
 /// RFLAGS bits that the decoder's tables call undefined after `instruction`.
 pub fn undefined_flags(instruction: &Instruction) -> u64 {
     from_iced(instruction.rflags_undefined())
+}
+
+/// RFLAGS bits that `instruction` looks at.
+pub(crate) fn flags_read(instruction: &Instruction) -> u64 {
+    from_iced(instruction.rflags_read())
 }
 
 /// RFLAGS bits that `instruction` writes to a defined value.

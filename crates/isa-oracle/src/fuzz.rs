@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use iced_x86::Code;
+use iced_x86::{Code, FlowControl};
 
 use crate::compare::{Difference, differences};
-use crate::decode;
 use crate::generate::{self, Breadth, Generator};
 use crate::host::{Error, Oracle};
 use crate::record::file_stem;
 use crate::state::{Case, End, Mode, Outcome, State};
 use crate::vector::{self, Vector};
+use crate::{decode, stop};
 
 /// What is compared with the host CPU.
 pub trait Subject {
@@ -107,7 +107,12 @@ pub fn run(
         let mut cases = Vec::with_capacity(BATCH);
         while cases.len() < BATCH.min((plan.cases - report.cases) as usize) {
             let (code, mode) = generator.rng().pick(&forms);
-            cases.extend(generator.case(code, mode));
+            // One in four is a run of several instructions.
+            if generator.rng().one_in(4) {
+                cases.extend(generator.sequence(&forms));
+            } else {
+                cases.extend(generator.case(code, mode));
+            }
         }
         let outcomes = oracle.run(&cases)?;
         report.cases += cases.len() as u64;
@@ -116,7 +121,7 @@ pub fn run(
                 continue;
             }
             let actual = subject.run(&case);
-            let tally = report.tallies.entry(file_stem(decode(&case).mnemonic())).or_default();
+            let tally = report.tallies.entry(tally_name(&case)).or_default();
             tally.compared += 1;
             if actual.end == End::Lost("not implemented") {
                 tally.missing += 1;
@@ -141,26 +146,62 @@ pub fn run(
     Ok(report)
 }
 
-/// Takes out of the case's state whatever does not matter to the first difference.
+/// Under what name a case is counted.
+fn tally_name(case: &Case) -> String {
+    let instruction = decode(case);
+    let several = !instruction.is_invalid() && instruction.len() < case.bytes.len();
+    if several { "several".to_owned() } else { file_stem(instruction.mnemonic()) }
+}
+
+/// Takes out of the case whatever does not matter to the first difference.
 fn minimise(oracle: &mut Oracle, subject: &mut dyn Subject, vector: Vector) -> Result<Failure, Error> {
     let found = differences(&vector.case, &vector.expected, &subject.run(&vector.case));
     let mut best = Failure { vector, differences: found };
+    let mut left = stop::instructions(&best.vector.case).count();
+    while left > 1 {
+        left -= 1;
+        if let Some(case) = without(&best.vector.case, left) {
+            best = plainer(oracle, subject, case, best)?;
+        }
+    }
     let plain = Case::in_mode(best.vector.case.mode, &[]).state;
     for simplify in simplifications() {
         let mut case = best.vector.case.clone();
         simplify(&mut case.state, &plain);
-        if case.state == best.vector.case.state {
-            continue;
-        }
-        let expected = oracle.run_one(&case)?;
-        let found = differences(&case, &expected, &subject.run(&case));
-        let same = found.first().map(|d| &d.what) == best.differences.first().map(|d| &d.what);
-        let same_end = expected.end == best.vector.expected.end;
-        if same && same_end && !matches!(expected.end, End::Lost(_)) {
-            best = Failure { vector: Vector { case, expected }, differences: found };
+        if case.state != best.vector.case.state {
+            best = plainer(oracle, subject, case, best)?;
         }
     }
     Ok(best)
+}
+
+/// The case without instruction `number`; None where branches would miss their targets.
+fn without(case: &Case, number: usize) -> Option<Case> {
+    let mut bytes = Vec::new();
+    for (at, instruction) in stop::instructions(case).enumerate() {
+        if instruction.flow_control() != FlowControl::Next {
+            return None;
+        }
+        let start = (instruction.ip() - case.state.rip) as usize;
+        if at != number {
+            bytes.extend_from_slice(&case.bytes[start..start + instruction.len()]);
+        }
+    }
+    (!bytes.is_empty()).then(|| Case { bytes, ..case.clone() })
+}
+
+/// `case` if it fails as `best` does, else `best`.
+fn plainer(oracle: &mut Oracle, subject: &mut dyn Subject, case: Case, best: Failure) -> Result<Failure, Error> {
+    let expected = oracle.run_one(&case)?;
+    let found = differences(&case, &expected, &subject.run(&case));
+    let same = found.first().map(|d| &d.what) == best.differences.first().map(|d| &d.what);
+    let kind = |end: End| match end {
+        End::Exception(exception) => Some(exception.vector),
+        _ => None,
+    };
+    let same_end = kind(expected.end) == kind(best.vector.expected.end);
+    let better = same && same_end && !matches!(expected.end, End::Lost(_));
+    Ok(if better { Failure { vector: Vector { case, expected }, differences: found } } else { best })
 }
 
 type Simplify = Box<dyn Fn(&mut State, &State)>;

@@ -8,6 +8,8 @@ pub const PAGE: u64 = 4096;
 pub const CODE_BASE: u64 = 0x1000_0000;
 /// Bytes of the code pages.
 pub const CODE_BYTES: usize = 0x2000;
+/// Bytes of code that a case may have, INT3 behind it included.
+pub const CASE_BYTES: usize = 64;
 /// Two pages, readable and writable, of every case its own.
 pub const DATA_BASE: u64 = 0x2000_0000;
 /// Bytes of the writable data pages.

@@ -23,12 +23,25 @@ pub fn decode(case: &Case) -> Instruction {
     Decoder::with_ip(case.mode.bitness(), &case.bytes, case.state.rip, DecoderOptions::NONE).decode()
 }
 
+/// All of the case's instructions.
+pub(crate) fn instructions(case: &Case) -> impl Iterator<Item = Instruction> {
+    Decoder::with_ip(case.mode.bitness(), &case.bytes, case.state.rip, DecoderOptions::NONE).into_iter()
+}
+
 /// What ends `case`.
 pub(crate) fn of(case: &Case) -> Stop {
-    let instruction = decode(case);
-    let whole = !instruction.is_invalid() && instruction.len() == case.bytes.len();
-    let inside = instruction.next_ip() < case.mode.start() + CODE_BYTES as u64;
-    if whole && inside && instruction.flow_control() == FlowControl::Next { Stop::Landing } else { Stop::Step }
+    let end = case.state.rip.wrapping_add(case.bytes.len() as u64);
+    let inside = end < case.mode.start() + CODE_BYTES as u64;
+    let straight = |instruction: &Instruction| match instruction.flow_control() {
+        FlowControl::Next => !instruction.is_invalid(),
+        // In a run of several: forward, to an instruction of it or to its end.
+        FlowControl::ConditionalBranch => {
+            let target = instruction.near_branch_target();
+            instruction.len() < case.bytes.len() && instruction.ip() < target && target <= end
+        }
+        _ => false,
+    };
+    if inside && instructions(case).all(|instruction| straight(&instruction)) { Stop::Landing } else { Stop::Step }
 }
 
 /// Whether `rip` is right behind the case's instruction.

@@ -77,6 +77,11 @@ pub fn is_approximate(mnemonic: M) -> bool {
     APPROXIMATE.contains(&mnemonic)
 }
 
+/// Whether something about `mnemonic` is open beyond the flags that the decoder knows of.
+pub(crate) fn has_notes(mnemonic: M) -> bool {
+    NOTES.iter().any(|note| note.mnemonics.contains(&mnemonic)) || matches!(mnemonic, M::Maskmovq | M::Maskmovdqu)
+}
+
 /// The notes that `mnemonic` carries, for the head of its vectors.
 pub fn notes(mnemonic: M) -> impl Iterator<Item = &'static str> {
     NOTES.iter().filter(move |note| note.mnemonics.contains(&mnemonic)).map(|note| note.note)

@@ -4,6 +4,7 @@ mod address;
 mod forms;
 mod rng;
 mod selectors;
+mod sequence;
 mod values;
 
 use iced_x86::{
@@ -14,6 +15,7 @@ pub use rng::Rng;
 
 pub(crate) use address::operand_address;
 pub(crate) use forms::{all, is_tested};
+pub(crate) use sequence::open_flags;
 
 use crate::layout::CODE_BYTES;
 use crate::state::{Case, Mode, State, flag};

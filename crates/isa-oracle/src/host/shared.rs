@@ -7,7 +7,7 @@ use std::mem::{offset_of, size_of};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::layout::{CODE_BYTES, DATA_BYTES, PAGE};
+use crate::layout::{CASE_BYTES, CODE_BYTES, DATA_BYTES, PAGE};
 use crate::segments::LDT;
 
 /// Where the child maps the memfd: far from any address that tests use or compute.
@@ -20,7 +20,7 @@ pub(super) const BATCH: usize = 64;
 pub(super) const XSAVE_BYTES: usize = 512 + 64 + 256;
 
 /// Bytes of code that are put down at the case's RIP: the instruction, then INT3.
-pub(super) const CODE_WINDOW: usize = 32;
+pub(super) const CODE_WINDOW: usize = CASE_BYTES;
 
 /// Words of the kernel's `struct sigcontext_64` in front of its `fpstate` pointer (arch/x86 uapi `sigcontext.h`).
 pub(super) const SIGCONTEXT_WORDS: usize = 23;
