@@ -240,7 +240,7 @@ macro_rules! float_to_general_impl {
                 let out;
                 // SAFETY: registers, and the caller's `mxcsr`; control bits stay.
                 unsafe {
-                    std::arch::asm!(concat!($name, " ", $o, ", {b}"), "stmxcsr [{p}]", o = lateout(reg) out,
+                    std::arch::asm!(concat!($name, " ", $o, ", {b}"), "stmxcsr [{p}]", o = out(reg) out,
                         b = in(xmm_reg) b, p = in(reg) mxcsr, options(nostack));
                 }
                 out
