@@ -1,4 +1,3 @@
-//! Clients as the kernel's KVM has them: a foreign test suite, and processes that die at the wrong moment.
+//! Clients that were never written for softkvm.
 
-mod kill;
 mod kvm_ioctls;
