@@ -35,3 +35,10 @@ fn the_hosts_device_is_left_alone() {
     assert_eq!(before, after);
     assert_ne!(before.map(|(dev, ino)| format!("{dev} {ino}\n")), Some(inside));
 }
+
+/// softkvm blocks the signals that it waits for; a VMM that kicks its vCPUs by one of them must not inherit that.
+#[test]
+fn the_command_blocks_no_signals() {
+    let (code, status) = run(&["grep", "SigBlk", "/proc/self/status"]);
+    assert_eq!((code, status.as_str()), (Some(0), "SigBlk:\t0000000000000000\n"));
+}
