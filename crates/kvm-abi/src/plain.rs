@@ -70,6 +70,7 @@ plain! {
     kvm_debugregs { db, dr6, dr7, flags, reserved }
     kvm_xcr { xcr, reserved, value }
     kvm_xcrs { nr_xcrs, flags, xcrs, padding }
+    kvm_x86_mce { status, addr, misc, mcg_status, bank, pad1, pad2 }
     kvm_msr_entry { index, reserved, data }
     kvm_cpuid_entry { function, eax, ebx, ecx, edx, padding }
     kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding }

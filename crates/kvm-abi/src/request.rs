@@ -53,6 +53,7 @@ requests! {
     KVM_GET_SUPPORTED_CPUID = iowr 0x05 kvm_cpuid2;
     KVM_GET_EMULATED_CPUID = iowr 0x09 kvm_cpuid2;
     KVM_GET_MSR_FEATURE_INDEX_LIST = iowr 0x0a kvm_msr_list;
+    KVM_X86_GET_MCE_CAP_SUPPORTED = ior 0x9d u64;
     // VM
     KVM_SET_MEMORY_REGION = iow 0x40 kvm_memory_region;
     KVM_CREATE_VCPU = io 0x41;
@@ -89,6 +90,8 @@ requests! {
     KVM_SET_MP_STATE = iow 0x99 kvm_mp_state;
     KVM_NMI = io 0x9a;
     KVM_SET_GUEST_DEBUG = iow 0x9b kvm_guest_debug;
+    KVM_X86_SETUP_MCE = iow 0x9c u64;
+    KVM_X86_SET_MCE = iow 0x9e kvm_x86_mce;
     KVM_GET_VCPU_EVENTS = ior 0x9f kvm_vcpu_events;
     KVM_SET_VCPU_EVENTS = iow 0xa0 kvm_vcpu_events;
     KVM_GET_DEBUGREGS = ior 0xa1 kvm_debugregs;

@@ -5,6 +5,8 @@
 use kvm_abi::consts::*;
 use nix::unistd::{SysconfVar, sysconf};
 
+use crate::mce;
+
 /// `KVM_CAP_MAX_VCPUS`: vCPUs in one VM. Linux 6.1 has the same.
 pub(crate) const MAX_VCPUS: u32 = 1024;
 /// `KVM_CAP_MAX_VCPU_ID`: ids are below this, four times the number, as in Linux 6.1.
@@ -57,6 +59,7 @@ capabilities! {
     // QEMU refuses to start without it, also where it never routes anything.
     IrqRouting                   = KVM_CAP_IRQ_ROUTING                 => MAX_IRQ_ROUTES;
     JoinMemoryRegionsWorks       = KVM_CAP_JOIN_MEMORY_REGIONS_WORKS   => 1;
+    Mce                          = KVM_CAP_MCE                         => mce::MAX_BANKS;
     SetIdentityMapAddr           = KVM_CAP_SET_IDENTITY_MAP_ADDR       => 1;
     VcpuEvents                   = KVM_CAP_VCPU_EVENTS                 => 1;
     Debugregs                    = KVM_CAP_DEBUGREGS                   => 1;

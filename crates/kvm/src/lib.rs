@@ -12,6 +12,7 @@ pub mod exit;
 mod interrupt;
 pub mod ioctl;
 mod machine;
+mod mce;
 mod memory;
 mod msr;
 mod run;

@@ -9,6 +9,7 @@ use cpu_core::{HostPlatform, Platform};
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
 
+use crate::mce::Mce;
 use crate::msr::{Bank, is_apic_base};
 
 /// Fraction bits of the TSC ratio, as VMX's multiplier has.
@@ -72,6 +73,8 @@ pub(crate) struct Machine {
     pub(crate) apic_base: AtomicU64,
     /// MAXPHYADDR.
     pub(crate) phys_bits: AtomicU8,
+    /// Machine-check banks.
+    pub(crate) mce: Mutex<Mce>,
     /// MSRs without a meaning of their own here.
     pub(crate) msrs: Bank,
 }
@@ -86,6 +89,7 @@ impl Machine {
             tsc_khz: AtomicU64::new(host_tsc_khz().into()),
             apic_base: AtomicU64::new(apic_base::DEFAULT | apic_base::EN | if bsp { apic_base::BSP } else { 0 }),
             phys_bits: AtomicU8::new(crate::cpuid::phys_bits(&[])),
+            mce: Mutex::new(Mce::new()),
             msrs: Bank::new(),
         };
         machine.set_tsc(0);
@@ -156,6 +160,7 @@ impl Platform for VcpuPlatform {
     fn read_msr(&mut self, index: u32) -> Option<u64> {
         match index {
             msr::IA32_APIC_BASE => Some(self.0.apic_base.load(Relaxed)),
+            _ if Mce::has(index) => self.0.mce.lock().read(index, true),
             _ => self.0.msrs.read(index),
         }
     }
@@ -171,6 +176,7 @@ impl Platform for VcpuPlatform {
                 self.0.tsc_offset.fetch_add(change, Relaxed);
                 return self.0.msrs.write(index, value, true);
             }
+            _ if Mce::has(index) => return self.0.mce.lock().write(index, value, true),
             _ => return self.0.msrs.write(index, value, true),
         }
         Some(())

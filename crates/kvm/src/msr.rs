@@ -1,4 +1,4 @@
-//! MSRs beyond the core's own: memory types, machine checks, and what Linux answers because guests ask for it.
+//! MSRs beyond the core's own: memory types, and what Linux answers because guests ask for it.
 //!
 //! A row answers RDMSR, WRMSR, `KVM_GET_MSRS`, `KVM_SET_MSRS` and, if it is state, the index list. The core keeps those
 //! that its instructions use; the time-stamp counter and the APIC base are the machine's.
@@ -10,6 +10,7 @@ use x86_defs::Efer;
 use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
 
 use crate::cpuid;
+use crate::mce::Mce;
 use crate::vcpu::Vcpu;
 
 /// What a write may do.
@@ -72,6 +73,9 @@ const ROWS: &[Row] = &[
     //       index                            value     guest's write
     constant(0x0000_0000, /* P5_MC_ADDR */ 0, Never),
     constant(0x0000_0001, /* P5_MC_TYPE */ 0, Never),
+    // The paravirtual clock is not offered; VMMs load it all the same, switched off.
+    constant(0x0000_0011, /* KVM_WALL_CLOCK */ 0, Never),
+    constant(0x0000_0012, /* KVM_SYSTEM_TIME */ 0, Never),
     constant(0x0000_0017, /* PLATFORM_ID */ 0, Never),
     constant(0x0000_002a, /* EBL_CR_POWERON */ 0, Never),
     constant(0x0000_002c, /* EBC_FREQUENCY_ID */ 1 << 24, Never),
@@ -79,8 +83,6 @@ const ROWS: &[Row] = &[
     constant(msr::IA32_BIOS_UPDT_TRIG, 0, Ignored),
     constant(msr::IA32_BIOS_SIGN_ID, 1 << 32, Ignored),
     constant(msr::IA32_MTRRCAP, MTRR_CAP, Never),
-    constant(msr::IA32_MCG_CAP, 0, Never),
-    state(msr::IA32_MCG_STATUS, 0, Bits(7)),
     constant(msr::IA32_PERF_STATUS, 1000 | 4 << 40, Never),
     state(msr::IA32_MISC_ENABLE, misc_enable::BTS_UNAVAIL | misc_enable::PEBS_UNAVAIL, Bits(u64::MAX)),
     constant(msr::IA32_DEBUGCTL, 0, Bits(0)),
@@ -160,7 +162,11 @@ fn core_msr(vcpu: &mut Vcpu, index: u32) -> Option<&mut u64> {
 /// `KVM_GET_MSR_INDEX_LIST`
 pub(crate) fn index_list() -> Vec<u32> {
     let rows = ROWS.iter().filter(|row| row.listed).map(|row| row.index);
-    CORE.iter().map(|(index, _)| *index).chain([msr::IA32_TIME_STAMP_COUNTER]).chain(rows).collect()
+    CORE.iter()
+        .map(|(index, _)| *index)
+        .chain([msr::IA32_TIME_STAMP_COUNTER, msr::IA32_MCG_STATUS])
+        .chain(rows)
+        .collect()
 }
 
 fn has_type(types: u8, byte: u8) -> bool {
@@ -210,6 +216,7 @@ pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
         msr::IA32_EFER => vcpu.cpu.sregs().efer.bits(),
         msr::IA32_FS_BASE => vcpu.cpu.sregs().segments[Seg::Fs as usize].base,
         msr::IA32_GS_BASE => vcpu.cpu.sregs().segments[Seg::Gs as usize].base,
+        _ if Mce::has(index) => return vcpu.machine.mce.lock().read(index, false),
         _ => return core_msr(vcpu, index).copied().or_else(|| vcpu.machine.msrs.read(index)),
     })
 }
@@ -236,6 +243,7 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
             sregs.segments[segment as usize].base = value;
             vcpu.cpu.set_sregs(&sregs);
         }
+        _ if Mce::has(index) => return vcpu.machine.mce.lock().write(index, value, false),
         _ => match core_msr(vcpu, index) {
             Some(_) if is_address(index) && !is_canonical(value) => return None,
             // 32-bit guests leave rubbish above: Linux extends the sign.

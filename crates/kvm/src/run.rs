@@ -49,6 +49,10 @@ impl Vcpu {
         if immediate_exit {
             return Err(Errno::EINTR);
         }
+        if std::mem::take(&mut self.triple_fault) {
+            exit::handle(self, &Exit::TripleFault);
+            return Ok(());
+        }
         let _guard = client.on_interrupt(self.on_signal.clone(), self.signal_mask);
         self.counters.running.store(true, Relaxed);
         let result = match self.era {

@@ -47,6 +47,8 @@ pub(crate) struct Vcpu {
     pub(crate) interrupts: InterruptQueue,
     /// Signals blocked during `KVM_RUN`.
     pub(crate) signal_mask: Option<SignalMask>,
+    /// The next entry ends in a shutdown.
+    pub(crate) triple_fault: bool,
     /// `KVM_MP_STATE_…`
     pub(crate) mp_state: u32,
     /// As the client gave it.
@@ -91,6 +93,7 @@ impl VcpuFile {
             pending: None,
             interrupts: InterruptQueue::default(),
             signal_mask: None,
+            triple_fault: false,
             mp_state: KVM_MP_STATE_RUNNABLE,
             cpuid: Vec::new(),
             has_run: false,

@@ -7,7 +7,7 @@ use super::{Caller, Fam};
 use crate::client::Client;
 use crate::system::System;
 use crate::vm::Vm;
-use crate::{caps, cpuid, msr, run_page};
+use crate::{caps, cpuid, mce, msr, run_page};
 
 /// The version since 2.6.22. api.rst `KVM_GET_API_VERSION`. EINVAL: an argument.
 pub(super) fn get_api_version(_: &Caller<'_, System>, _: &dyn Client, arg: u64) -> Result<i32, Errno> {
@@ -66,4 +66,9 @@ fn store_cpuid(list: &Fam<'_, kvm_cpuid_entry2>, table: &[kvm_cpuid_entry2]) -> 
     }
     list.write(table)?;
     list.set_count(table.len() as u32)
+}
+
+/// What `KVM_X86_SETUP_MCE` takes beside counts. api.rst `KVM_X86_GET_MCE_CAP_SUPPORTED`.
+pub(super) fn get_mce_cap_supported(_: &Caller<'_, System>) -> Result<u64, Errno> {
+    Ok(mce::SUPPORTED_CAP)
 }

@@ -4,7 +4,7 @@ use kvm_abi::request;
 use kvm_abi::{
     DirtyLog, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_fpu, kvm_guest_debug,
     kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs,
-    kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
+    kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
     legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
 };
 use nix::errno::Errno;
@@ -80,6 +80,7 @@ ioctls! {
     KVM_GET_VCPU_MMAP_SIZE     0x04 System Value,                                  Basic,          Full => system::get_vcpu_mmap_size;
     KVM_GET_SUPPORTED_CPUID    0x05 System InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtCpuid,       Full => system::get_supported_cpuid;
     KVM_GET_EMULATED_CPUID     0x09 System InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtEmulCpuid,   Full => system::get_emulated_cpuid;
+    KVM_X86_GET_MCE_CAP_SUPPORTED 0x9d System Out<u64>,                            Mce,            Full => system::get_mce_cap_supported;
 
     KVM_CHECK_EXTENSION        0x03 Vm     Value,                                  CheckExtensionVm, Full => vm::check_extension;
     KVM_SET_MEMORY_REGION      0x40 Vm     In<kvm_memory_region>,                  Basic,          Full => vm::set_memory_region;
@@ -111,6 +112,8 @@ ioctls! {
     KVM_SET_MP_STATE           0x99 Vcpu   In<kvm_mp_state>,                       MpState,        Full => vcpu::set_mp_state;
     KVM_NMI                    0x9a Vcpu   Value,                                  UserNmi,        Full => vcpu::nmi;
     KVM_SET_GUEST_DEBUG        0x9b Vcpu   In<kvm_guest_debug>,                    SetGuestDebug,  Full => vcpu::set_guest_debug;
+    KVM_X86_SETUP_MCE          0x9c Vcpu   In<u64>,                                Mce,            Full => vcpu::setup_mce;
+    KVM_X86_SET_MCE            0x9e Vcpu   In<kvm_x86_mce>,                        Mce,            Full => vcpu::set_mce;
     KVM_GET_VCPU_EVENTS        0x9f Vcpu   Out<kvm_vcpu_events>,                   VcpuEvents,     Full => vcpu::get_vcpu_events;
     KVM_SET_VCPU_EVENTS        0xa0 Vcpu   In<kvm_vcpu_events>,                    VcpuEvents,     Full => vcpu::set_vcpu_events;
     KVM_GET_DEBUGREGS          0xa1 Vcpu   Out<kvm_debugregs>,                     Debugregs,      Full => vcpu::get_debugregs;

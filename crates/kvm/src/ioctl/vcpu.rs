@@ -6,7 +6,8 @@ use kvm_abi::consts::*;
 use kvm_abi::legacy::kvm_debug_guest;
 use kvm_abi::{
     KVM_NR_INTERRUPTS, Plain, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug,
-    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_xcrs,
+    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_x86_mce,
+    kvm_xcrs,
 };
 use nix::errno::Errno;
 use x86_defs::cpuid as bit;
@@ -16,6 +17,7 @@ use super::Fam;
 use crate::client::{Client, SignalMask};
 use crate::era::Era;
 use crate::interrupt::InterruptQueue;
+use crate::mce::Injected;
 use crate::vcpu::Vcpu;
 use crate::{cpuid, debug, msr, state, xsave};
 
@@ -337,6 +339,24 @@ pub(super) fn set_debugregs(vcpu: &mut Vcpu, regs: &kvm_debugregs) -> Result<(),
         return Err(Errno::EINVAL);
     }
     debug::set_guest_registers(vcpu, cpu_core::DebugRegs { db: regs.db, dr6: regs.dr6, dr7: regs.dr7 });
+    Ok(())
+}
+
+/// Sets IA32_MCG_CAP and resets the banks. api.rst `KVM_X86_SETUP_MCE`. EINVAL: no bank, too many, unknown capability.
+pub(super) fn setup_mce(vcpu: &mut Vcpu, cap: &u64) -> Result<(), Errno> {
+    vcpu.machine.mce.lock().setup(*cap)
+}
+
+/// Logs a machine-check error and raises #MC if it was not corrected. api.rst `KVM_X86_SET_MCE`. EINVAL: no such bank, or
+/// the status is not valid.
+pub(super) fn set_mce(vcpu: &mut Vcpu, error: &kvm_x86_mce) -> Result<(), Errno> {
+    let enabled = vcpu.cpu.sregs().cr4.contains(Cr4::MCE);
+    let injected = vcpu.machine.mce.lock().inject(error, enabled)?;
+    match injected {
+        Injected::Nothing => {}
+        Injected::Exception => vcpu.cpu.queue_exception(vector::MC, None),
+        Injected::TripleFault => vcpu.triple_fault = true,
+    }
     Ok(())
 }
 

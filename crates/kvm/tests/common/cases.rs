@@ -102,6 +102,7 @@ impl Cases<'_> {
             KVM_GET_SUPPORTED_CPUID,
             &counted(300, 8, &[0; 40 * 300]),
         );
+        self.bytes("system: mce capabilities", system, KVM_X86_GET_MCE_CAP_SUPPORTED, &[0; 8]);
         self.bytes("system: emulated cpuid", system, KVM_GET_EMULATED_CPUID, &counted(100, 8, &[0; 4000]));
     }
 
@@ -275,6 +276,19 @@ impl Cases<'_> {
         save("reserved header bytes", &|x| x[133] = 1);
         save("MXCSR with reserved bits", &|x| (x[6], x[128]) = (0xffff_0000, 3));
 
+        for (name, cap) in [
+            ("of no bank", 0),
+            ("of 33 banks", 33),
+            ("of unknown kind", 10 | 1 << 40),
+            ("of 10 banks", 0x0100_010a_u64),
+        ] {
+            self.bytes(&format!("mce: setup {name}"), vcpu, KVM_X86_SETUP_MCE, &cap.to_le_bytes());
+        }
+        let mce = |bank, status| kvm_x86_mce { bank, status, ..Plain::zeroed() }.as_bytes().to_vec();
+        self.bytes("mce: error in bank 10", vcpu, KVM_X86_SET_MCE, &mce(10, 1 << 63));
+        self.bytes("mce: error not valid", vcpu, KVM_X86_SET_MCE, &mce(0, 0));
+        self.bytes("mce: corrected error", vcpu, KVM_X86_SET_MCE, &mce(0, 1 << 63));
+
         self.value("tsc: set to the host's", vcpu, KVM_SET_TSC_KHZ, 0);
     }
 
@@ -311,6 +325,11 @@ impl Cases<'_> {
             ("KERNEL_GS_BASE", 0xc000_0102, 0x1000),
             ("MCG_STATUS", 0x17a, 0),
             ("BIOS_SIGN_ID", 0x8b, 0),
+            ("MCG_CTL without one", 0x17b, u64::MAX),
+            ("MC0_CTL", 0x400, u64::MAX),
+            ("MC0_CTL of some bits", 0x400, 2),
+            ("MC0_STATUS", 0x401, 5),
+            ("MC33_CTL", 0x484, 0),
         ] {
             self.bytes(&format!("msrs: set {name}"), vcpu, KVM_SET_MSRS, &counted(1, 8, &entry(index, value)));
             self.bytes(&format!("msrs: get {name}"), vcpu, KVM_GET_MSRS, &counted(1, 8, &entry(index, 0)));
