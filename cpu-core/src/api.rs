@@ -1,7 +1,7 @@
 //! Single pieces of state that the KVM layer reads or loads often.
 
 use crate::cpu::Cpu;
-use crate::state::{Msrs, Seg};
+use crate::state::Seg;
 
 impl Cpu {
     /// Linear address of the next instruction.
@@ -25,15 +25,5 @@ impl Cpu {
             self.phys_bits = bits;
             self.flush_tlb();
         }
-    }
-
-    /// The MSRs that the core stores.
-    pub fn msrs(&self) -> &Msrs {
-        &self.msrs
-    }
-
-    /// The MSRs that the core stores, to be loaded.
-    pub fn msrs_mut(&mut self) -> &mut Msrs {
-        &mut self.msrs
     }
 }

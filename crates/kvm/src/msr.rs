@@ -5,8 +5,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use cpu_core::{Msrs, Seg};
-use x86_defs::Efer;
+use cpu_core::Cpu;
 use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
 
 use crate::cpuid;
@@ -138,35 +137,14 @@ const _: () = {
     }
 };
 
-/// Where the core has an MSR.
-type Field = fn(&mut Msrs) -> &mut u64;
-
-/// MSRs that the core stores; all are part of a guest's state.
-const CORE: &[(u32, Field)] = &[
-    (msr::IA32_SYSENTER_CS, |msrs| &mut msrs.sysenter_cs),
-    (msr::IA32_SYSENTER_ESP, |msrs| &mut msrs.sysenter_esp),
-    (msr::IA32_SYSENTER_EIP, |msrs| &mut msrs.sysenter_eip),
-    (msr::IA32_STAR, |msrs| &mut msrs.star),
-    (msr::IA32_LSTAR, |msrs| &mut msrs.lstar),
-    (msr::IA32_CSTAR, |msrs| &mut msrs.cstar),
-    (msr::IA32_FMASK, |msrs| &mut msrs.fmask),
-    (msr::IA32_KERNEL_GS_BASE, |msrs| &mut msrs.kernel_gs_base),
-    (msr::IA32_TSC_AUX, |msrs| &mut msrs.tsc_aux),
-];
-
-fn core_msr(vcpu: &mut Vcpu, index: u32) -> Option<&mut u64> {
-    let (_, field) = CORE.iter().find(|(number, _)| *number == index)?;
-    Some(field(vcpu.cpu.msrs_mut()))
-}
+/// MSRs that `KVM_GET_SREGS` carries.
+const IN_SREGS: [u32; 3] = [msr::IA32_EFER, msr::IA32_FS_BASE, msr::IA32_GS_BASE];
 
 /// `KVM_GET_MSR_INDEX_LIST`
 pub(crate) fn index_list() -> Vec<u32> {
+    let core = Cpu::msr_indices().filter(|index| !IN_SREGS.contains(index));
     let rows = ROWS.iter().filter(|row| row.listed).map(|row| row.index);
-    CORE.iter()
-        .map(|(index, _)| *index)
-        .chain([msr::IA32_TIME_STAMP_COUNTER, msr::IA32_MCG_STATUS])
-        .chain(rows)
-        .collect()
+    core.chain([msr::IA32_MCG_STATUS]).chain(rows).collect()
 }
 
 fn has_type(types: u8, byte: u8) -> bool {
@@ -210,18 +188,13 @@ impl Bank {
 
 /// `KVM_GET_MSRS`, one entry.
 pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
-    Some(match index {
-        msr::IA32_TIME_STAMP_COUNTER => vcpu.machine.tsc(),
-        msr::IA32_APIC_BASE => vcpu.machine.apic_base.load(Relaxed),
-        msr::IA32_EFER => vcpu.cpu.sregs().efer.bits(),
-        msr::IA32_FS_BASE => vcpu.cpu.sregs().segments[Seg::Fs as usize].base,
-        msr::IA32_GS_BASE => vcpu.cpu.sregs().segments[Seg::Gs as usize].base,
-        _ if Mce::has(index) => return vcpu.machine.mce.lock().read(index, false),
-        _ => return core_msr(vcpu, index).copied().or_else(|| vcpu.machine.msrs.read(index)),
-    })
+    if Mce::has(index) {
+        return vcpu.machine.mce.lock().read(index, false);
+    }
+    vcpu.cpu.msr(index)
 }
 
-/// `KVM_SET_MSRS`, one entry. As host-initiated writes in x86.c: EFER may not switch LMA, addresses are canonical.
+/// `KVM_SET_MSRS`, one entry: what differs from a guest's WRMSR is here, the rest is the core's.
 pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
     match index {
         msr::IA32_TIME_STAMP_COUNTER => vcpu.machine.set_tsc(value),
@@ -230,27 +203,9 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
             vcpu.machine.apic_base.store(value, Relaxed);
             vcpu.load_cpuid();
         }
-        msr::IA32_EFER => {
-            let mut sregs = vcpu.cpu.sregs();
-            let efer = Efer::from_bits(value)?;
-            sregs.efer = (efer - Efer::LMA) | (sregs.efer & Efer::LMA);
-            vcpu.cpu.set_sregs(&sregs);
-        }
-        msr::IA32_FS_BASE | msr::IA32_GS_BASE if !is_canonical(value) => return None,
-        msr::IA32_FS_BASE | msr::IA32_GS_BASE => {
-            let segment = if index == msr::IA32_FS_BASE { Seg::Fs } else { Seg::Gs };
-            let mut sregs = vcpu.cpu.sregs();
-            sregs.segments[segment as usize].base = value;
-            vcpu.cpu.set_sregs(&sregs);
-        }
         _ if Mce::has(index) => return vcpu.machine.mce.lock().write(index, value, false),
-        _ => match core_msr(vcpu, index) {
-            Some(_) if is_address(index) && !is_canonical(value) => return None,
-            // 32-bit guests leave rubbish above: Linux extends the sign.
-            Some(field) if is_sysenter_address(index) => *field = ((value as i64) << 16 >> 16) as u64,
-            Some(field) => *field = value,
-            None => return vcpu.machine.msrs.write(index, value, false),
-        },
+        _ if vcpu.machine.msrs.read(index).is_some() => return vcpu.machine.msrs.write(index, value, false),
+        _ => return vcpu.cpu.set_msr(index, value),
     }
     Some(())
 }
@@ -258,19 +213,6 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
 /// `kvm_set_apic_base` without a local APIC in the kernel: no reserved bit, no x2APIC mode.
 pub(crate) fn is_apic_base(value: u64, phys_bits: u8) -> bool {
     value & (0x2ff | apic_base::EXTD | u64::MAX << phys_bits) == 0
-}
-
-/// MSRs that hold a linear address, which must be canonical.
-fn is_address(index: u32) -> bool {
-    matches!(index, msr::IA32_LSTAR | msr::IA32_CSTAR | msr::IA32_KERNEL_GS_BASE)
-}
-
-fn is_sysenter_address(index: u32) -> bool {
-    matches!(index, msr::IA32_SYSENTER_ESP | msr::IA32_SYSENTER_EIP)
-}
-
-fn is_canonical(la: u64) -> bool {
-    (la as i64) << 16 >> 16 == la as i64
 }
 
 #[cfg(test)]
