@@ -571,6 +571,8 @@ impl Cpu {
     /// Loads the PDPTE registers where PAE paging uses them, without the checks of MOV CR3.
     fn load_pdptes_quietly(&mut self) {
         if self.cr0.contains(Cr0::PG) && self.cr4.contains(Cr4::PAE) && !self.is_long() {
+            // Slots may have changed since the guest last ran.
+            self.refresh_memory();
             self.pdpte = mmu::load_pdptes(&self.view, self.cr3, self.phys_bits).unwrap_or_default();
         }
     }

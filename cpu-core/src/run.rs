@@ -76,7 +76,7 @@ impl Cpu {
     }
 
     /// Slots changed, or a dirty log was harvested: everything that holds host addresses goes.
-    fn refresh_memory(&mut self) {
+    pub(crate) fn refresh_memory(&mut self) {
         if self.view.refresh() {
             self.flush_tlb();
         }
@@ -375,8 +375,9 @@ impl Cpu {
     }
 
     /// Reads guest memory at a linear address with supervisor rights and no side effects; `None` if it is not mapped.
-    pub fn debug_translate(&self, la: u64) -> Option<u64> {
-        let access = mmu::Access { kind: mmu::AccessKind::Read, user: false, implicit: true };
+    pub fn debug_translate(&mut self, la: u64) -> Option<u64> {
+        self.refresh_memory();
+        let access = mmu::Access { kind: mmu::AccessKind::Read, user: false, implicit: false };
         mmu::translate_only(&self.view, &self.paging(), x86_defs::LinearAddr(la), access).ok().map(|found| found.gpa.0)
     }
 
@@ -388,6 +389,7 @@ impl Cpu {
 #[cfg(test)]
 mod tests {
     use iced_x86::code_asm::*;
+    use x86_defs::GuestPhysAddr;
 
     use crate::state::Gpr;
     use crate::testing::{CODE, Machine, RAM};
@@ -529,5 +531,74 @@ mod tests {
         assert_eq!(machine.cpu.run(), Exit::ExternalInterrupt);
         thread.join().expect("no panic");
         assert!(machine.cpu.reg(Gpr::Rax) > 1000);
+    }
+
+    #[test]
+    fn clts_lets_sse_instructions_through() {
+        let mut machine = Machine::new_64bit(|a| {
+            a.clts().unwrap();
+            a.pxor(xmm0, xmm0).unwrap();
+            end(a);
+        });
+        machine.cpu.cr0 |= x86_defs::Cr0::TS;
+        machine.cpu.derive();
+        run_to_end(&mut machine);
+    }
+
+    /// A VMM may make the slot that holds the page tables after the vCPU, and load PAE state before the first run.
+    #[test]
+    fn control_registers_are_loaded_from_the_memory_of_now() {
+        let memory = std::sync::Arc::new(mmu::Memory::new());
+        let platform = Box::new(crate::platform::HostPlatform::default());
+        let mut cpu = crate::Cpu::new(memory.clone(), platform, 40);
+        let mapping = mmu::Mapping::create("test", 0x4000).unwrap();
+        mapping.store_u64(0x1000, 0x2001).unwrap();
+        mapping.store_u64(0x2000, 0x87).unwrap();
+        let spec = mmu::SlotSpec {
+            id: 0,
+            gpa: GuestPhysAddr(0),
+            len: 0x4000,
+            flags: mmu::SlotFlags::default(),
+            userspace_addr: 0,
+            backing: mmu::Backing::new(mapping, 0),
+        };
+        memory.set_slot(spec).unwrap();
+        let mut sregs = cpu.sregs();
+        sregs.cr0 = x86_defs::Cr0::PE | x86_defs::Cr0::PG;
+        sregs.cr4 = x86_defs::Cr4::PAE;
+        sregs.cr3 = 0x1000;
+        cpu.set_sregs(&sregs);
+        assert_eq!(cpu.debug_translate(0x1234), Some(0x1234));
+        memory.delete_slot(0).unwrap();
+        assert_eq!(cpu.debug_translate(0x1234), None);
+    }
+
+    /// SeaBIOS makes its ROM area RAM, and back, while it runs there: QEMU deletes the slot and adds it again.
+    #[test]
+    fn a_slot_that_is_replaced_under_running_code() {
+        let mut machine = Machine::new_64bit(|a| {
+            a.mov(eax, 1).unwrap();
+            a.out(0x80, al).unwrap();
+            a.mov(ebx, 2).unwrap();
+            end(a);
+        });
+        let exit = machine.cpu.run();
+        assert!(matches!(exit, Exit::Io(_)), "{exit:?}");
+        machine.cpu.complete_io_out();
+        let memory = machine.memory.clone();
+        let mapping = mmu::Mapping::create("other", RAM).unwrap();
+        let mut bytes = vec![0; RAM as usize];
+        machine.cpu.view.read(GuestPhysAddr(0), &mut bytes).unwrap();
+        mapping.write(0, &bytes).unwrap();
+        // The new RAM has another instruction where the guest goes on: mov ebx, 5.
+        mapping.store_u8(CODE + 8, 5).unwrap();
+        let backing = mmu::Backing::new(mapping, 0);
+        let flags = mmu::SlotFlags::default();
+        memory.delete_slot(0).unwrap();
+        let spec = mmu::SlotSpec { id: 7, gpa: GuestPhysAddr(0), len: RAM, flags, userspace_addr: 0, backing };
+        memory.set_slot(spec).unwrap();
+        memory.wait_until_seen(memory.generation());
+        run_to_end(&mut machine);
+        assert_eq!(machine.cpu.reg(Gpr::Rbx), 5);
     }
 }

@@ -266,6 +266,7 @@ fn mov_to_dr(cpu: &mut Cpu, op: &Op) -> Done {
 fn clts(cpu: &mut Cpu, _: &Op) -> Done {
     cpu.require_cpl0()?;
     cpu.cr0 &= !Cr0::TS;
+    cpu.derive();
     Ok(Then::Leave)
 }
 
