@@ -7,6 +7,7 @@ use kvm::client::{File, FileKind};
 use nix::errno::Errno;
 
 use crate::client::space::{Space, Spaces};
+use crate::place::Place;
 
 /// One KVM object, however many files of ours lead to it.
 pub struct Shared {
@@ -18,12 +19,20 @@ pub struct Shared {
     seen: AtomicU32,
     /// Somebody has its memory mapped already.
     mapped: AtomicBool,
+    /// Where a vCPU's thread and its workers run.
+    pub place: Place,
 }
 
 impl Shared {
     /// A new object of `owner`'s.
     pub fn new(file: Arc<dyn File>, owner: Option<&Arc<Space>>) -> Arc<Self> {
-        Arc::new(Self { file, owner: owner.cloned(), seen: AtomicU32::new(0), mapped: AtomicBool::new(false) })
+        Arc::new(Self {
+            file,
+            owner: owner.cloned(),
+            seen: AtomicU32::new(0),
+            mapped: AtomicBool::new(false),
+            place: Place::default(),
+        })
     }
 
     /// The address space of `tid`; quick for the thread that asked last.

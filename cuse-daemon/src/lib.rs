@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod file;
 pub mod front;
 pub mod objects;
+pub mod place;
 pub mod run;
 pub mod status;
 pub mod sys;

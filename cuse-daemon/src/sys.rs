@@ -104,8 +104,3 @@ pub fn resume_to_syscall(tid: Pid, signal: i32) -> Result<(), Errno> {
     // SAFETY: `PTRACE_SYSCALL` ignores `addr` and takes the signal number in `data`.
     Errno::result(unsafe { libc::ptrace(libc::PTRACE_SYSCALL, tid.as_raw(), none, signal as libc::c_long) }).map(drop)
 }
-
-/// Binds the calling thread to the CPUs in `cpus`.
-pub fn set_affinity(cpus: &nix::sched::CpuSet) -> Result<(), Errno> {
-    nix::sched::sched_setaffinity(Pid::from_raw(0), cpus)
-}

@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use cuse_rs::{Answer, Bytes, Call, Ioctl};
-use kvm::client::{AddressSpace, Client, File, InterruptAction, Reply, SharedPiece, SignalMask};
+use kvm::client::{AddressSpace, Client, File, FileKind, InterruptAction, Reply, SharedPiece, SignalMask};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
@@ -23,6 +23,8 @@ use self::signal::Pending;
 use self::space::Space;
 use crate::file::Open;
 use crate::front::Front;
+
+const KVM_RUN: u32 = 0xae80;
 
 /// A client's thread inside one ioctl.
 ///
@@ -69,7 +71,10 @@ impl<'a> Caller<'a> {
             return self.repeat();
         }
         let file = Arc::clone(&self.open.shared.file);
+        let is_run = self.ioctl.request == KVM_RUN && matches!(file.kind(), FileKind::Vcpu(_));
+        let run = is_run.then(|| self.open.shared.place.enter(self.call.header.pid));
         let result = file.ioctl(&self, self.ioctl.request, self.ioctl.arg, self.ioctl.input);
+        drop(run);
         if result.is_ok() && self.open.lacks_mapping() {
             self.replace_descriptor();
         }

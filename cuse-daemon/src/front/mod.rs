@@ -24,6 +24,7 @@ use crate::client::Caller;
 use crate::client::signal::Watcher;
 use crate::client::space::{Space, Spaces};
 use crate::file::{Open, Shared};
+use crate::place;
 
 /// The node behind `/dev/kvm`.
 const KVM_ID: u64 = 2;
@@ -285,6 +286,10 @@ impl Service for FileSystem {
     fn serve(&self, call: &Call<'_>, operation: Operation<'_>) -> Answer {
         self.0.serve(call, operation)
     }
+
+    fn worker_started(&self) {
+        place::worker_started();
+    }
 }
 
 /// The requests of the character device: all of them mean `/dev/kvm`.
@@ -296,5 +301,9 @@ impl Service for CharacterDevice {
             Operation::Open(_) => self.0.open(KVM_ID),
             operation => self.0.serve(call, operation),
         }
+    }
+
+    fn worker_started(&self) {
+        place::worker_started();
     }
 }

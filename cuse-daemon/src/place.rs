@@ -1,0 +1,285 @@
+//! Which CPU a vCPU's worker runs on.
+//!
+//! Of a client's thread and the worker that answers it only one ever runs. On one CPU they take turns in a few
+//! microseconds; left alone, the scheduler sees an idle CPU beside and wakes that each time, which costs tens to
+//! hundreds in a virtual machine. So while exits come thick, both belong on one CPU. While the guest computes, nothing
+//! is to be gained, and two workers that happen to share a CPU would each run at half speed: then both are free.
+
+use std::cell::OnceCell;
+use std::fs;
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::{Pid, gettid};
+use parking_lot::Mutex;
+
+/// A run that takes longer has no use for a place.
+const SHORT: Duration = Duration::from_micros(250);
+/// A run that has taken so long is let go from its place while it goes on.
+const LONG: Duration = Duration::from_millis(4);
+/// Short runs before anything is done.
+const STREAK: u32 = 64;
+/// After so many the place is given up, and chosen anew where the scheduler has brought the client by then.
+const TENURE: u32 = 4096;
+/// How long the watchdog stays with nothing to watch.
+const LINGER: Duration = Duration::from_secs(1);
+const NOWHERE: i32 = -1;
+
+/// Where a vCPU's thread is kept, if anywhere.
+#[derive(Debug)]
+pub struct Place {
+    /// Short runs since the last long one.
+    streak: AtomicU32,
+    cpu: AtomicI32,
+    /// The client's thread that is kept there.
+    client: AtomicU32,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self { streak: AtomicU32::new(0), cpu: AtomicI32::new(NOWHERE), client: AtomicU32::new(0) }
+    }
+}
+
+impl Place {
+    /// A run for thread `client` begins on the calling worker.
+    pub fn enter(&self, client: u32) -> Run<'_> {
+        if self.streak.load(Ordering::Relaxed) == STREAK {
+            self.settle(client);
+        }
+        if self.cpu.load(Ordering::Relaxed) != NOWHERE && self.client.load(Ordering::Relaxed) != client {
+            self.leave();
+        }
+        let cpu = self.cpu.load(Ordering::Relaxed);
+        WORKER.with(|worker| {
+            let worker = worker.get_or_init(Worker::register);
+            worker.move_to(cpu);
+            let begin = worker.clock();
+            worker.since.store(if cpu == NOWHERE { 0 } else { begin }, Ordering::Release);
+            Run { place: self, begin, worker: Arc::clone(worker) }
+        })
+    }
+
+    /// Exits come thick: keep the client's thread where it is now, if nobody else has a say in that.
+    fn settle(&self, client: u32) {
+        let everywhere = everywhere();
+        let thread = Pid::from_raw(client.cast_signed());
+        if sched_getaffinity(thread) != Ok(*everywhere) {
+            return;
+        }
+        let Some(cpu) = last_cpu(client) else { return };
+        if sched_setaffinity(thread, &only(cpu)).is_ok() {
+            self.client.store(client, Ordering::Relaxed);
+            self.cpu.store(cpu, Ordering::Relaxed);
+            tracing::trace!(client, cpu, "placed");
+        }
+    }
+
+    /// The thread may go where it likes again, unless somebody moved it meanwhile.
+    fn leave(&self) {
+        self.streak.store(0, Ordering::Relaxed);
+        let cpu = self.cpu.swap(NOWHERE, Ordering::Relaxed);
+        if cpu != NOWHERE {
+            let client = Pid::from_raw(self.client.load(Ordering::Relaxed).cast_signed());
+            if sched_getaffinity(client) == Ok(only(cpu)) {
+                let _ = sched_setaffinity(client, everywhere());
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// A run under way.
+pub struct Run<'a> {
+    place: &'a Place,
+    begin: u64,
+    worker: Arc<Worker>,
+}
+
+impl Drop for Run<'_> {
+    fn drop(&mut self) {
+        self.worker.since.store(0, Ordering::Release);
+        let took = self.worker.clock() - self.begin;
+        if took < SHORT.as_nanos() as u64 {
+            if self.place.streak.fetch_add(1, Ordering::Relaxed) > TENURE {
+                self.place.leave();
+            }
+        } else if took > LONG.as_nanos() as u64 {
+            self.place.leave();
+        }
+    }
+}
+
+/// One of our threads.
+#[derive(Debug)]
+struct Worker {
+    tid: Pid,
+    cpu: AtomicI32,
+    /// When the run that keeps it on `cpu` began; 0: none.
+    since: AtomicU64,
+    start: Instant,
+}
+
+thread_local! {
+    static WORKER: OnceCell<Arc<Worker>> = const { OnceCell::new() };
+}
+
+impl Worker {
+    fn register() -> Arc<Self> {
+        let (cpu, since) = (AtomicI32::new(NOWHERE), AtomicU64::new(0));
+        let worker = Arc::new(Self { tid: gettid(), cpu, since, start: start() });
+        WATCHDOG.watched.lock().workers.push(Arc::downgrade(&worker));
+        worker
+    }
+
+    /// Nanoseconds, never 0.
+    fn clock(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64 + 1
+    }
+
+    fn move_to(&self, cpu: i32) {
+        if self.cpu.swap(cpu, Ordering::Relaxed) == cpu {
+            return;
+        }
+        let set = if cpu == NOWHERE { *everywhere() } else { only(cpu) };
+        if let Err(errno) = sched_setaffinity(self.tid, &set) {
+            tracing::debug!(%errno, cpu, "the worker stays where it is");
+        }
+        if cpu != NOWHERE {
+            WATCHDOG.wake();
+        }
+    }
+}
+
+/// Lets go of workers whose run takes long.
+struct Watchdog {
+    watched: Mutex<Watched>,
+}
+
+struct Watched {
+    workers: Vec<Weak<Worker>>,
+    thread: bool,
+}
+
+static WATCHDOG: Watchdog = Watchdog { watched: Mutex::new(Watched { workers: Vec::new(), thread: false }) };
+
+impl Watchdog {
+    fn wake(&'static self) {
+        let mut watched = self.watched.lock();
+        if !watched.thread {
+            let spawned = thread::Builder::new().name("placement".into()).spawn(|| self.watch());
+            watched.thread = spawned.is_ok();
+        }
+    }
+
+    fn watch(&self) {
+        let mut used = Instant::now();
+        loop {
+            thread::sleep(LONG);
+            let mut watched = self.watched.lock();
+            watched.workers.retain(|worker| worker.strong_count() > 0);
+            let mut placed = false;
+            for worker in watched.workers.iter().filter_map(Weak::upgrade) {
+                placed |= worker.cpu.load(Ordering::Relaxed) != NOWHERE;
+                let since = worker.since.load(Ordering::Acquire);
+                if since != 0 && worker.clock() - since > LONG.as_nanos() as u64 {
+                    worker.since.store(0, Ordering::Release);
+                    worker.move_to(NOWHERE);
+                }
+            }
+            if placed {
+                used = Instant::now();
+            } else if used.elapsed() > LINGER {
+                watched.thread = false;
+                return;
+            }
+        }
+    }
+}
+
+/// A new worker is not bound to the CPU of the one that made it.
+pub fn worker_started() {
+    let _ = sched_setaffinity(gettid(), everywhere());
+}
+
+fn start() -> Instant {
+    static START: OnceLock<Instant> = OnceLock::new();
+    *START.get_or_init(Instant::now)
+}
+
+/// Where the daemon, and a client that nobody placed, may run.
+fn everywhere() -> &'static CpuSet {
+    static EVERYWHERE: OnceLock<CpuSet> = OnceLock::new();
+    EVERYWHERE.get_or_init(|| sched_getaffinity(Pid::from_raw(std::process::id().cast_signed())).unwrap_or_default())
+}
+
+fn only(cpu: i32) -> CpuSet {
+    let mut set = CpuSet::new();
+    // A number past the end of the set stays out; setting an empty affinity then fails, and nothing is placed.
+    let _ = set.set(cpu.unsigned_abs() as usize);
+    set
+}
+
+/// The CPU that thread `tid` ran on last: field 39 of `/proc/PID/stat`.
+fn last_cpu(tid: u32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
+    // The name, field 2, may hold anything but ends with the last parenthesis.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(36)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_cpu_is_one_of_ours() {
+        let tid = gettid().as_raw().cast_unsigned();
+        let cpu = last_cpu(tid).unwrap();
+        assert!(everywhere().is_set(cpu as usize).unwrap());
+    }
+
+    /// The whole way, on threads of this process: short runs bring client and worker together, a long one frees both.
+    #[test]
+    fn thick_exits_share_a_cpu_and_long_runs_do_not() {
+        let place = Place::default();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let (end, wait) = std::sync::mpsc::channel::<()>();
+        let client = thread::spawn(move || {
+            sender.send(gettid()).unwrap();
+            let _ = wait.recv();
+        });
+        let tid = receiver.recv().unwrap();
+        let client_id = tid.as_raw().cast_unsigned();
+        // A loaded machine may make a short run long; a few more then do it.
+        for _ in 0..100 * STREAK {
+            drop(place.enter(client_id));
+            if place.cpu.load(Ordering::Relaxed) != NOWHERE {
+                break;
+            }
+        }
+        let cpu = place.cpu.load(Ordering::Relaxed);
+        if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
+            assert_ne!(cpu, NOWHERE);
+            assert_eq!(sched_getaffinity(tid).unwrap(), only(cpu));
+            let run = place.enter(client_id);
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while sched_getaffinity(gettid()).unwrap() != *everywhere() {
+                assert!(Instant::now() < deadline, "a long run is let go while it lasts");
+                thread::sleep(Duration::from_millis(1));
+            }
+            drop(run);
+            assert_eq!(sched_getaffinity(tid).unwrap(), *everywhere(), "and its client afterwards");
+        }
+        drop(end);
+        client.join().unwrap();
+    }
+}
