@@ -503,10 +503,14 @@ impl Cpu {
             self.read_bound[i] = if long || real || segment.is_readable() { bound } else { 0 };
             self.write_bound[i] = if long || real || segment.is_writable() { bound } else { 0 };
         }
-        self.fp_gate = u8::from(self.cr0.contains(Cr0::TS)) * fp_gate::TS
-            | u8::from(self.cr0.contains(Cr0::EM)) * fp_gate::EM
-            | u8::from(!self.cr4.contains(Cr4::OSFXSR)) * fp_gate::NO_OSFXSR
-            | u8::from(self.cr0.contains(Cr0::MP)) * fp_gate::MP;
+        self.fp_gate = [
+            (self.cr0.contains(Cr0::TS), fp_gate::TS),
+            (self.cr0.contains(Cr0::EM), fp_gate::EM),
+            (!self.cr4.contains(Cr4::OSFXSR), fp_gate::NO_OSFXSR),
+            (self.cr0.contains(Cr0::MP), fp_gate::MP),
+        ]
+        .iter()
+        .fold(0, |gate, (holds, bit)| if *holds { gate | bit } else { gate });
         let user = self.cpl == 3;
         let ac = if user {
             self.alignment_checked()

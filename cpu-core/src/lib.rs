@@ -11,6 +11,7 @@ mod fault;
 mod flags;
 mod host;
 mod host_simd;
+mod host_x87;
 mod isa;
 mod op;
 mod platform;

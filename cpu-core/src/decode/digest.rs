@@ -11,6 +11,8 @@ use crate::state::Seg;
 pub(crate) struct Digest<'a> {
     /// As decoded.
     pub(crate) ins: &'a Instruction,
+    /// The bytes it was decoded from.
+    pub(crate) bytes: &'a [u8],
     /// Widths.
     pub(crate) mode: Mode,
     /// Offset in CS of the trace's first instruction.

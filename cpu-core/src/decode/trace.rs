@@ -536,7 +536,14 @@ fn lower_all(bytes: &[u8], ip: u64, mode: Mode, max: usize) -> (Vec<Lowered>, us
         if no_more && bytes.len() - at < MAX_INSTRUCTION_BYTES {
             break;
         }
-        let digest = Digest { ins: &ins, mode, trace_ip: ip, exact: max == 1, known_flags };
+        let digest = Digest {
+            ins: &ins,
+            bytes: &bytes[at..decoder.position()],
+            mode,
+            trace_ip: ip,
+            exact: max == 1,
+            known_flags,
+        };
         let mut lowered = isa::lower(&digest, no_more);
         if !ins.is_invalid() && !digest.displacement_fits() {
             lowered.wide = Some(ins.memory_displacement64());

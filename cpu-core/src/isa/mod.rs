@@ -84,7 +84,9 @@ const FAMILIES: &[&[Row]] = &[
     simd::moves::ROWS,
     simd::shuffle::ROWS,
     simd::state::ROWS,
+    x87::arith::ROWS,
     x87::control::ROWS,
+    x87::moves::ROWS,
     string::ROWS,
 ];
 

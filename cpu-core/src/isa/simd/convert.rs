@@ -85,9 +85,6 @@ where
 fn convert_mm<I: Float<In = V, Out = V>, const LOW: bool, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_sse()?;
     let source: u64 = if MEMORY {
-        if LOW {
-            cpu.require_mmx()?;
-        }
         cpu.read_operand(op)?
     } else {
         cpu.require_mmx()?;
@@ -95,8 +92,8 @@ fn convert_mm<I: Float<In = V, Out = V>, const LOW: bool, const MEMORY: bool>(cp
     };
     let old = cpu.xmm(op.dst);
     let out = to_u128(careful::<I>(cpu, from_u128(0), from_u128(source.into()), 0)?);
-    // CVTPI2PD from memory leaves the x87 state alone (SDM Vol. 2 "CVTPI2PD").
-    if LOW || !MEMORY {
+    // From memory the x87 state is left alone (SDM Vol. 2 "CVTPI2PD"; the host does so for CVTPI2PS too).
+    if !MEMORY {
         cpu.enter_mmx();
     }
     cpu.set_xmm(op.dst, if LOW { old >> 64 << 64 | u128::from(out as u64) } else { out });
@@ -128,8 +125,9 @@ fn convert_to_mm<I: Float<In = V, Out = V>, const WIDE: bool, const MEMORY: bool
         // Zeros raise nothing.
         (false, false) => u128::from(cpu.xmm(op.src) as u64),
     };
-    let out = careful::<I>(cpu, from_u128(0), from_u128(source), 0)?;
+    // The host is in MMX state even where the conversion faults.
     cpu.enter_mmx();
+    let out = careful::<I>(cpu, from_u128(0), from_u128(source), 0)?;
     cpu.set_mm(op.dst, to_u128(out) as u64);
     Ok(Then::Next)
 }

@@ -343,11 +343,6 @@ pub(super) fn both2<I: Xmm2 + Mm2>(d: &Digest<'_>) -> Option<Lowered> {
     keeps(d, mm2_handler::<I>(d)?)
 }
 
-/// Selector of `op mm, mm/mem`.
-pub(super) fn mm2<I: Mm2>(d: &Digest<'_>) -> Option<Lowered> {
-    keeps(d, mm2_handler::<I>(d)?)
-}
-
 fn mm2_handler<I: Mm2>(d: &Digest<'_>) -> Option<Handler> {
     Some(match (d.is_mem(1), d.is_imm(1)) {
         (true, _) if d.ins.memory_size().size() == 4 => plain_handler(mm_mem::<I, u32>),

@@ -150,7 +150,7 @@ impl<const BITS: u32> ByImm for Blend<BITS> {
     #[inline(always)]
     fn eval(dst: u128, src: u128, imm: u8) -> u128 {
         let ones = u128::MAX >> (128 - BITS);
-        let mask = (0..128 / BITS).fold(0, |mask, i| mask | u128::from(imm >> i & 1) * ones << (BITS * i));
+        let mask = (0..128 / BITS).fold(0, |mask, i| mask | (u128::from(imm >> i & 1) * ones) << (BITS * i));
         dst & !mask | src & mask
     }
 }
@@ -165,7 +165,7 @@ impl<const BITS: u32> ByImm for BlendByMask<BITS> {
     #[inline(always)]
     fn eval_by_mask(dst: u128, src: u128, mask: u128) -> u128 {
         let ones = u128::MAX >> (128 - BITS);
-        let mask = (0..128 / BITS).fold(0, |all, i| all | (mask >> (BITS * i + BITS - 1) & 1) * ones << (BITS * i));
+        let mask = (0..128 / BITS).fold(0, |all, i| all | ((mask >> (BITS * i + BITS - 1) & 1) * ones) << (BITS * i));
         dst & !mask | src & mask
     }
 }
@@ -179,7 +179,7 @@ impl ByImm for Insertps {
         let at = 32 * u32::from(imm >> 4 & 3);
         let ones = u128::from(u32::MAX);
         let inserted = dst & !(ones << at) | value << at;
-        let zeroed = (0..4).fold(0, |mask, i| mask | u128::from(imm >> i & 1) * ones << (32 * i));
+        let zeroed = (0..4).fold(0, |mask, i| mask | (u128::from(imm >> i & 1) * ones) << (32 * i));
         inserted & !zeroed
     }
 }

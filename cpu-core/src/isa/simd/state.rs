@@ -70,6 +70,7 @@ pub(super) fn load_x87(fpu: &mut Fpu, image: &[u8], wide: bool) {
     fpu.set_fcw(u16::from_le_bytes(get(image, 0)));
     fpu.fsw = u16::from_le_bytes(get(image, 2));
     fpu.settle_summary();
+    crate::host_x87::forget_flags();
     fpu.ftw = image[4];
     fpu.fop = u16::from_le_bytes(get(image, 6)) & 0x7ff;
     if wide {
@@ -147,6 +148,8 @@ fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     for n in 0..registers {
         put(&mut image, XMM_AT + 16 * usize::from(n), cpu.xmm(n).to_le_bytes());
     }
+    // The host looks at the last byte first.
+    cpu.probe_write(cpu.wrap_linear(la.wrapping_add(511)), 1, op.segment())?;
     cpu.probe_write(la, 512, op.segment())?;
     cpu.store_image(la, &image[..XMM_AT + 16 * usize::from(registers)], op.segment())?;
     Ok(Then::Next)
@@ -157,6 +160,7 @@ fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     let la = cpu.operand_address(op, 512, false)?;
     cpu.require_aligned(la, 16)?;
     let mut image = [0; 512];
+    cpu.load::<u8>(cpu.wrap_linear(la.wrapping_add(511)), op.segment())?;
     cpu.load_image(la, &mut image, op.segment())?;
     let sse = cpu.fp_gate & fp_gate::NO_OSFXSR == 0;
     let mxcsr = u32::from_le_bytes(get(&image, 24));

@@ -1,6 +1,9 @@
 //! The x87 FPU: D8 to DF and WAIT. SDM Vol. 1 chapter 8; Vol. 2, the page of each mnemonic.
 
+pub(super) mod arith;
 pub(super) mod control;
+pub(super) mod moves;
+mod run;
 
 use crate::cpu::{Cpu, Stop, fp_gate};
 use crate::fault::Fault;
@@ -8,6 +11,12 @@ use crate::state::Fpu;
 
 /// Exception flags of FSW and masks of FCW: IE DE ZE OE UE PE.
 pub(crate) const EXCEPTIONS: u16 = 0x3f;
+/// FSW: condition codes.
+pub(crate) const C1: u16 = 1 << 9;
+/// See [`C1`].
+pub(crate) const C2: u16 = 1 << 10;
+/// C0 to C3.
+pub(crate) const CC: u16 = 0x4700;
 /// FSW: an unmasked exception waits.
 pub(crate) const ES: u16 = 1 << 7;
 /// FSW: busy, a copy of ES.
@@ -22,7 +31,7 @@ impl Fpu {
     /// Makes ES and B what flags and masks say.
     pub(crate) fn settle_summary(&mut self) {
         let pending = self.fsw & !self.fcw & EXCEPTIONS != 0;
-        self.fsw = self.fsw & !(ES | BUSY) | u16::from(pending) * (ES | BUSY);
+        self.fsw = self.fsw & !(ES | BUSY) | (u16::from(pending) * (ES | BUSY));
     }
 
     /// State after FNINIT.
