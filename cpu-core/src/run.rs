@@ -36,8 +36,7 @@ impl Cpu {
         }
         // Whatever the VMM did to memory while we were away is visible to fetches from here on.
         self.serialize();
-        crate::host_simd::follow(self.fpu.mxcsr);
-        crate::host_x87::forget_flags();
+        self.fpu.settle();
     }
 
     fn run_entered(&mut self) -> Exit {

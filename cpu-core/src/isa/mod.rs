@@ -23,6 +23,8 @@ mod x87;
 
 pub(crate) use far::has_room;
 
+pub(crate) use simd::state::MXCSR_MASK;
+
 use std::sync::LazyLock;
 
 use iced_x86::{Code, Mnemonic};
@@ -83,7 +85,9 @@ const FAMILIES: &[&[Row]] = &[
     simd::integer::ROWS,
     simd::moves::ROWS,
     simd::shuffle::ROWS,
+    simd::sse4::ROWS,
     simd::state::ROWS,
+    simd::xsave::ROWS,
     x87::arith::ROWS,
     x87::control::ROWS,
     x87::moves::ROWS,

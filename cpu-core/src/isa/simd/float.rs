@@ -102,6 +102,19 @@ macro_rules! table_16 {
     };
 }
 
+/// All 256 immediates.
+macro_rules! table_256 {
+    (@16 $One:ident, $f:ident, $($h:literal)*) => {
+        [$($One::<{ $h }>::$f, $One::<{ $h + 1 }>::$f, $One::<{ $h + 2 }>::$f, $One::<{ $h + 3 }>::$f,
+           $One::<{ $h + 4 }>::$f, $One::<{ $h + 5 }>::$f, $One::<{ $h + 6 }>::$f, $One::<{ $h + 7 }>::$f,
+           $One::<{ $h + 8 }>::$f, $One::<{ $h + 9 }>::$f, $One::<{ $h + 10 }>::$f, $One::<{ $h + 11 }>::$f,
+           $One::<{ $h + 12 }>::$f, $One::<{ $h + 13 }>::$f, $One::<{ $h + 14 }>::$f, $One::<{ $h + 15 }>::$f),*]
+    };
+    ($One:ident, $f:ident) => {
+        table_256!(@16 $One, $f, 0 16 32 48 64 80 96 112 128 144 160 176 192 208 224 240)
+    };
+}
+
 /// `op xmm, xmm/mem`, result in ZF, PF and CF.
 macro_rules! compare {
     ($name:literal) => {{
@@ -155,6 +168,10 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     row(M::Roundpd, float_imm!("roundpd", never, 16, table_16, "sse4.1")),
     row(M::Roundss, float_imm!("roundss", never, 16, table_16, "sse4.1")),
     row(M::Roundsd, float_imm!("roundsd", never, 16, table_16, "sse4.1")),
+    row(M::Dpps, float_imm!("dpps", ps, 256, table_256, "sse4.1")),
+    row(M::Dppd, float_imm!("dppd", pd, 256, table_256, "sse4.1")),
+    // Integers, and MXCSR is not looked at: here for its immediate.
+    row(M::Mpsadbw, float_imm!("mpsadbw", never, 8, table_8, "sse4.1")),
     row(M::Comiss, compare!("comiss")),
     row(M::Comisd, compare!("comisd")),
     row(M::Ucomiss, compare!("ucomiss")),

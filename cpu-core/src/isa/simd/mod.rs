@@ -8,7 +8,9 @@ pub(super) mod float;
 pub(super) mod integer;
 pub(super) mod moves;
 pub(super) mod shuffle;
+pub(super) mod sse4;
 pub(super) mod state;
+pub(super) mod xsave;
 
 use std::marker::PhantomData;
 

@@ -8,6 +8,7 @@ mod run;
 use crate::cpu::{Cpu, Stop, fp_gate};
 use crate::fault::Fault;
 use crate::state::Fpu;
+use crate::{host_simd, host_x87};
 
 /// Exception flags of FSW and masks of FCW: IE DE ZE OE UE PE.
 pub(crate) const EXCEPTIONS: u16 = 0x3f;
@@ -32,6 +33,15 @@ impl Fpu {
     pub(crate) fn settle_summary(&mut self) {
         let pending = self.fsw & !self.fcw & EXCEPTIONS != 0;
         self.fsw = self.fsw & !(ES | BUSY) | (u16::from(pending) * (ES | BUSY));
+    }
+
+    /// Whatever was loaded from outside becomes a state that a processor can be in, and the host's flags follow it.
+    pub(crate) fn settle(&mut self) {
+        self.set_fcw(self.fcw);
+        self.settle_summary();
+        self.mxcsr &= crate::isa::MXCSR_MASK;
+        host_simd::follow(self.mxcsr);
+        host_x87::forget_flags();
     }
 
     /// State after FNINIT.
