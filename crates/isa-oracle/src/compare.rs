@@ -26,6 +26,10 @@ pub struct Mask {
     pub rflags: u64,
     /// x87 status word bits.
     pub fsw: u16,
+    /// MXCSR bits.
+    pub mxcsr: u32,
+    /// TOP, tags and registers of the x87.
+    pub x87: bool,
     /// General-purpose registers (by number) of which nothing is known.
     pub gpr: Vec<usize>,
     /// Byte ranges of memory, by address.
@@ -36,7 +40,7 @@ impl Mask {
     /// What `case` leaves open when it completes, or (not `done`) when it faults.
     pub fn of(case: &Case, instruction: &Instruction, done: bool) -> Self {
         if instruction.len() < case.bytes.len() && !instruction.is_invalid() {
-            return Self { rflags: open_flags(case).unwrap_or(flag::STATUS), ..Self::default() };
+            return Self { rflags: open_flags(case, done).unwrap_or(flag::STATUS), ..Self::default() };
         }
         let mut mask = Self::default();
         if done || is_partial(instruction) {
@@ -81,7 +85,7 @@ fn from_iced(bits: u32) -> u64 {
 pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Difference> {
     let instruction = decode(case);
     let mut found = Vec::new();
-    if vendor::is_open(&instruction, expected.end) {
+    if vendor::is_open(&instruction, expected.end, actual.end) {
         return found;
     }
     let mut report = |what: &str, expected: String, actual: String| {
@@ -94,7 +98,8 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
     }
     let (e, a) = (&expected.state, &actual.state);
     let done = expected.end == End::Done && actual.end == End::Done;
-    let mask = Mask::of(case, &instruction, done);
+    let mut mask = Mask::of(case, &instruction, done);
+    mask.mxcsr = vendor::open_mxcsr(expected);
     // Outside 64-bit mode the upper halves are undefined (SDM Vol. 1 "General-Purpose Registers in 64-Bit Mode").
     let width = if case.mode == Mode::Bits64 { u64::MAX } else { u64::from(u32::MAX) };
     for (at, name) in GPR_NAMES.iter().enumerate().filter(|(at, _)| !mask.gpr.contains(at)) {
@@ -105,18 +110,22 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
     for (name, bit) in flag::NAMES.iter().filter(|(_, bit)| open & bit == 0) {
         report(name, u64::from(e.rflags & bit != 0).to_string(), u64::from(a.rflags & bit != 0).to_string());
     }
+    // The kernel's IRET into the handler makes 0 of a null selector's RPL (SDM Vol. 2 "IRET", return to outer level).
+    let selector = |selector: u16| hex(if selector < 4 { 0 } else { selector.into() });
     for (at, name) in SEG_NAMES.iter().enumerate() {
-        report(name, hex(e.seg[at].into()), hex(a.seg[at].into()));
+        report(name, selector(e.seg[at]), selector(a.seg[at]));
     }
     report("fsbase", hex(e.fs_base), hex(a.fs_base));
     report("gsbase", hex(e.gs_base), hex(a.gs_base));
     report("fcw", hex(e.x87.fcw.into()), hex(a.x87.fcw.into()));
-    report("fsw", hex((e.x87.fsw & !mask.fsw).into()), hex((a.x87.fsw & !mask.fsw).into()));
-    report("ftw", hex(e.x87.ftw.into()), hex(a.x87.ftw.into()));
-    for at in 0..8 {
-        report(&format!("st{at}"), format!("{:020x}", e.x87.st[at]), format!("{:020x}", a.x87.st[at]));
+    if !mask.x87 {
+        report("fsw", hex((e.x87.fsw & !mask.fsw).into()), hex((a.x87.fsw & !mask.fsw).into()));
+        report("ftw", hex(e.x87.ftw.into()), hex(a.x87.ftw.into()));
+        for at in 0..8 {
+            report(&format!("st{at}"), format!("{:020x}", e.x87.st[at]), format!("{:020x}", a.x87.st[at]));
+        }
     }
-    report("mxcsr", hex(e.mxcsr.into()), hex(a.mxcsr.into()));
+    report("mxcsr", hex((e.mxcsr & !mask.mxcsr).into()), hex((a.mxcsr & !mask.mxcsr).into()));
     for (at, (e, a)) in e.ymm.iter().zip(&a.ymm).enumerate() {
         report(&format!("xmm{at}"), format!("{:032x}", e[0]), format!("{:032x}", a[0]));
         report(&format!("ymmh{at}"), format!("{:032x}", e[1]), format!("{:032x}", a[1]));
@@ -153,6 +162,9 @@ pub fn end_text(end: End) -> String {
     }
 }
 
+/// End of user addresses with 4-level paging (arch/x86 `TASK_SIZE_MAX`).
+const TASK_END: u64 = 0x7fff_ffff_f000;
+
 const EXCEPTION_NAMES: [&str; 22] = [
     "#DE", "#DB", "#NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "#9", "#TS", "#NP", "#SS", "#GP", "#PF", "#15",
     "#MF", "#AC", "#MC", "#XM", "#VE", "#CP",
@@ -163,7 +175,7 @@ fn exception_text(exception: &crate::state::Exception) -> String {
     let name = EXCEPTION_NAMES.get(usize::from(exception.vector)).copied().unwrap_or("#?");
     match exception.vector {
         // For an address of its own half Linux tells the user only "present" (fault.c, `sanitize_error_code`).
-        14 if exception.cr2 >> 47 != 0 => format!("{name}({:x})@{:x}", exception.error | 1, exception.cr2),
+        14 if exception.cr2 >= TASK_END => format!("{name}({:x})@{:x}", exception.error | 1, exception.cr2),
         14 => format!("{name}({:x})@{:x}", exception.error, exception.cr2),
         8 | 10..=13 | 17 | 21 => format!("{name}({:x})", exception.error),
         _ => name.to_owned(),

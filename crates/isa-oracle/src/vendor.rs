@@ -6,7 +6,7 @@
 use iced_x86::{Code, FlowControl as Flow, Instruction, MemorySize, Mnemonic as M, OpKind};
 
 use crate::compare::Mask;
-use crate::state::{Case, End, Mode, flag};
+use crate::state::{Case, End, Exception, Mode, Outcome, flag};
 
 /// What a row leaves open.
 #[derive(Clone, Copy)]
@@ -17,6 +17,10 @@ enum Open {
     Environment,
     /// The arithmetic flags, where the instruction faults.
     FlagsAtFault,
+    /// TOP, tags and registers of the x87, where the instruction faults.
+    X87AtFault,
+    /// The same, where the source is in memory.
+    X87FromMemory,
     /// All general-purpose registers, where the instruction faults.
     Registers,
     /// Something that the note's own arm in `widen` decides by operand values.
@@ -31,6 +35,16 @@ struct Note {
 }
 
 const NOTES: &[Note] = &[
+    Note {
+        mnemonics: &[M::Cvtpd2pi, M::Cvttpd2pi, M::Cvtps2pi, M::Cvttps2pi, M::Cvtpi2ps],
+        open: Open::X87AtFault,
+        note: "AMD's CPUs enter MMX state even where #XM is raised",
+    },
+    Note {
+        mnemonics: &[M::Cvtpi2ps],
+        open: Open::X87FromMemory,
+        note: "a source in memory enters MMX state on Intel's CPUs (SDM Vol. 2), not on AMD's",
+    },
     Note {
         mnemonics: &[M::Cmpsb, M::Cmpsw, M::Cmpsd, M::Cmpsq, M::Scasb, M::Scasw, M::Scasd, M::Scasq],
         open: Open::FlagsAtFault,
@@ -115,19 +129,39 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
     let (End::Exception(expected), End::Exception(actual)) = (expected, actual) else { return false };
     match instruction.mnemonic() {
         // A bad target and a bad stack at once: Intel's CPUs look at the target first (SDM Vol. 2 "CALL"), AMD's last.
+        // How much of the frame is looked at before what it holds, and in what order, is up to the CPU.
+        M::Iret | M::Iretd | M::Iretq | M::Retf => {
+            matches!(expected.vector, 12..=14) && matches!(actual.vector, 12..=14)
+        }
+        // Which end of a long operand, or which of two accesses, is looked at first.
+        M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Arpl => (expected.vector, actual.vector) == (14, 14),
         M::Call => matches!(expected.vector, 12 | 14 | 17) && actual.vector == 13,
         // Misaligned and outside the stack segment at once.
         _ if instruction.memory_size().size() >= 16 => {
             matches!((expected.vector, actual.vector), (12, 13) | (13, 12))
         }
+        _ => matches!((expected.vector, actual.vector), (14, 17) | (17, 14)),
+    }
+}
+
+/// Whether nothing can be said.
+pub(crate) fn is_open(instruction: &Instruction, expected: End, actual: End) -> bool {
+    match instruction.mnemonic() {
+        // Where a masked store faults, and on bytes that it does not store, is up to the CPU (SDM Vol. 2 "MASKMOVDQU").
+        M::Maskmovq | M::Maskmovdqu => expected != End::Done,
+        // Whether a destination that stays as it is must be writable.
+        M::Arpl => expected == End::Done && actual != End::Done,
         _ => false,
     }
 }
 
-/// Whether nothing can be said: where a masked store faults, and on bytes that it does not store, is up to the CPU
-/// (SDM Vol. 2 "MASKMOVDQU").
-pub(crate) fn is_open(instruction: &Instruction, expected: End) -> bool {
-    matches!(instruction.mnemonic(), M::Maskmovq | M::Maskmovdqu) && expected != End::Done
+/// PE beside an unmasked OE or UE: the host sets it only where the result would be inexact with any exponent.
+pub(crate) fn open_mxcsr(expected: &Outcome) -> u32 {
+    const PE: u32 = 1 << 5;
+    const OE_UE: u32 = 3 << 3;
+    let mxcsr = expected.state.mxcsr;
+    let xm = matches!(expected.end, End::Exception(Exception { vector: 19, .. }));
+    if xm && mxcsr & !(mxcsr >> 7) & OE_UE != 0 { PE } else { 0 }
 }
 
 /// MXCSR bits that AMD's CPUs have and Intel's reserve: MM.
@@ -136,7 +170,7 @@ pub(crate) const MXCSR_AMD: u32 = 1 << 17;
 /// Adds to `mask` what `instruction` leaves open; `done`: it ran to its end.
 pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction, done: bool) {
     for note in NOTES.iter().filter(|note| note.mnemonics.contains(&instruction.mnemonic())) {
-        if matches!(note.open, Open::Registers | Open::FlagsAtFault) == done {
+        if matches!(note.open, Open::Registers | Open::FlagsAtFault | Open::X87AtFault) == done {
             continue;
         }
         match note.open {
@@ -144,6 +178,8 @@ pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction, don
             Open::Environment => environment(mask, case, instruction),
             Open::ByValue => by_value(mask, case, instruction),
             Open::FlagsAtFault => mask.rflags |= flag::STATUS,
+            Open::X87AtFault => mask.x87 = true,
+            Open::X87FromMemory => mask.x87 |= instruction.op1_kind() == OpKind::Memory,
             Open::Registers => mask.gpr.extend(0..16),
         }
     }

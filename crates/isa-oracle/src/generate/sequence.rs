@@ -44,7 +44,7 @@ impl Generator {
             self.add_branches(&mut pieces);
         }
         case.bytes = pieces.concat();
-        (case.bytes.len() <= MOST_BYTES && open_flags(&case).is_some()).then_some(case)
+        (case.bytes.len() <= MOST_BYTES && open_flags(&case, false).is_some()).then_some(case)
     }
 
     /// Puts conditional branches over some of the pieces.
@@ -76,9 +76,10 @@ fn is_plain(instruction: &Instruction, case: &Case) -> bool {
         )
 }
 
-/// RFLAGS bits that may be undefined behind the run; None where an instruction of it looks at such a bit.
-pub(crate) fn open_flags(case: &Case) -> Option<u64> {
-    let branches = crate::stop::instructions(case).any(|i| i.flow_control() != FlowControl::Next);
+/// RFLAGS bits that may be undefined behind the run, or where it stopped if it was not `done`; None where an instruction
+/// of it looks at such a bit.
+pub(crate) fn open_flags(case: &Case, done: bool) -> Option<u64> {
+    let branches = !done || crate::stop::instructions(case).any(|i| i.flow_control() != FlowControl::Next);
     let mut open = 0;
     for instruction in crate::stop::instructions(case) {
         if flags_read(&instruction) & open != 0 {
