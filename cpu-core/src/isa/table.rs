@@ -277,7 +277,7 @@ fn shown(cpu: &mut Cpu, op: &Op, types: u16, types_long: u16) -> Result<Option<x
 fn lar<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     let raw = shown(cpu, op, LAR_TYPES, LAR_TYPES_LONG)?;
     if let Some(raw) = raw {
-        cpu.put(op.dst, W::of(raw.0 >> 32 & 0x00f0_ff00));
+        cpu.put(op.dst, W::of(raw.0 >> 32 & 0x00ff_ff00));
     }
     cpu.set_zf(raw.is_some());
     Ok(Then::Next)
