@@ -143,6 +143,11 @@ impl Held {
         Ok(())
     }
 
+    /// It died, and its id may mean another thread by now.
+    pub fn ended(&self) -> bool {
+        self.traced.ended.get()
+    }
+
     /// The argument registers of the ioctl: descriptor, request, arg.
     pub fn ioctl_fd(&self) -> i32 {
         self.registers.rdi as i32

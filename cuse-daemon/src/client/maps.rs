@@ -86,6 +86,8 @@ pub struct Advice {
     pub locked: bool,
     /// `MAP_NORESERVE`.
     pub no_reserve: bool,
+    /// mprotect(2) could make it writable: the client may write the file behind.
+    pub may_write: bool,
 }
 
 impl Advice {
@@ -98,6 +100,7 @@ impl Advice {
             no_huge_page: has("nh"),
             locked: has("lo"),
             no_reserve: has("nr"),
+            may_write: has("mw"),
         }
     }
 }

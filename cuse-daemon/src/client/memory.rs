@@ -5,7 +5,9 @@
 //! maps anew or forks.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use kvm::client::SharedPiece;
@@ -16,7 +18,7 @@ use nix::unistd::Pid;
 
 use super::inject::Held;
 use super::maps::{self, Advice, Area, Pagemap};
-use super::space::{Space, errno_of};
+use super::space::{FileId, Space, errno_of};
 use super::{install, vm};
 
 const PAGE: u64 = 4096;
@@ -93,18 +95,39 @@ fn map_shared(tid: Pid, space: &Space, area: &Area) -> Result<Arc<Mapping>, Errn
     if let Some(mapping) = space.mapped.find(file, &(area.offset..area.offset + len)) {
         return Ok(mapping);
     }
-    let path = format!("/proc/{tid}/map_files/{:x}-{:x}", area.range.start, area.range.end);
-    let opened = match OpenOptions::new().read(true).write(true).open(&path) {
-        Ok(file) => Ok((file, Protection::ReadWrite)),
-        Err(_) => File::open(&path).map(|file| (file, Protection::Read)),
-    };
-    let mapping = opened.and_then(|(file, protection)| Mapping::of_file(file.into(), area.offset, len, protection));
-    let mapping = mapping.map_err(|err| {
+    let opened = open_shared(tid, area)
+        .and_then(|(file, protection)| Mapping::of_file(file.into(), area.offset, len, protection));
+    let mapping = opened.map_err(|err| {
         tracing::warn!(pid = space.id.pid, name = area.name, %err, "cannot map memory that the VMM shares");
         errno_of(&err)
     })?;
-    space.mapped.keep(file, &mapping);
+    // A file may be mapped for reading first and for writing later.
+    if mapping.writable() {
+        space.mapped.keep(file, &mapping);
+    }
     Ok(mapping)
+}
+
+/// Opens the file behind a shared area with the rights that the client has, and no more: we are root, it may not be.
+fn open_shared(tid: Pid, area: &Area) -> io::Result<(File, Protection)> {
+    let path = format!("/proc/{tid}/map_files/{:x}-{:x}", area.range.start, area.range.end);
+    // The kernel maps a file shared and writable only for who has it open for writing.
+    let writable = area.prot & libc::PROT_WRITE != 0 || maps::advice(tid, &[area])?[0].may_write;
+    let (file, protection) = match writable.then(|| OpenOptions::new().read(true).write(true).open(&path)) {
+        Some(Ok(file)) => (file, Protection::ReadWrite),
+        _ => (File::open(&path)?, Protection::Read),
+    };
+    // Between the look at the area and the opening the client may have mapped something else there.
+    if file_id(&file)? != (area.device, area.inode) {
+        return Err(Errno::EFAULT.into());
+    }
+    Ok((file, protection))
+}
+
+/// Device and inode of a file, as `maps` shows them.
+fn file_id(file: impl AsFd) -> io::Result<FileId> {
+    let stat = fstat(file)?;
+    Ok((major(stat.st_dev) << 32 | minor(stat.st_dev), stat.st_ino))
 }
 
 /// Puts one new file in place of private memory of the client, contents, protections and advice kept. The parts lie in
@@ -136,8 +159,7 @@ fn replace<S>(
     drop(stopped);
     mapped?;
     tracing::debug!(pid = space.id.pid, ?parts, len, "guest memory is now shared");
-    let stat = fstat(mapping.file())?;
-    space.mapped.keep((major(stat.st_dev) << 32 | minor(stat.st_dev), stat.st_ino), &mapping);
+    space.mapped.keep(file_id(mapping.file()).map_err(|err| errno_of(&err))?, &mapping);
     Ok(mapping)
 }
 

@@ -85,6 +85,15 @@ impl<'a> Caller<'a> {
         Pid::from_raw(self.call.header.pid.cast_signed())
     }
 
+    /// The thread, if its id still means it: while it waits for an answer it cannot go, once it has one it can die.
+    fn living(&self) -> Result<Pid, Errno> {
+        match self.held.get() {
+            None => Ok(self.tid()),
+            Some(Some(held)) if !held.ended() => Ok(self.tid()),
+            Some(_) => Err(Errno::ESRCH),
+        }
+    }
+
     fn space(&self) -> Result<&Arc<Space>, Errno> {
         if let Some(space) = self.space.get() {
             return Ok(space);
@@ -110,10 +119,15 @@ impl<'a> Caller<'a> {
     fn explain(&self, errno: Errno) {
         let (tid, kind) = (self.call.header.pid, self.open.shared.file.kind());
         match errno {
-            Errno::EPERM => tracing::error!(
+            Errno::EPERM if is_traced(tid) => tracing::error!(
                 tid,
                 %kind,
                 "cannot reach into the VMM: a debugger or strace has it. Run the VMM without, or trace softkvm instead"
+            ),
+            Errno::EPERM => tracing::error!(
+                tid,
+                %kind,
+                "cannot reach into the VMM: not allowed to trace it. Run softkvm with CAP_SYS_PTRACE (docker: --cap-add SYS_PTRACE)"
             ),
             Errno::ENOEXEC => {
                 tracing::error!(tid, %kind, "the VMM is no 64-bit program, or enters the kernel in an unusual way")
@@ -195,13 +209,19 @@ impl<'a> Caller<'a> {
     }
 }
 
+/// Has somebody else attached to this thread?
+fn is_traced(tid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    status.lines().find_map(|line| line.strip_prefix("TracerPid:")).is_some_and(|pid| pid.trim() != "0")
+}
+
 impl Client for Caller<'_> {
     fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), Errno> {
-        vm::read(self.tid(), addr, buf)
+        vm::read(self.living()?, addr, buf)
     }
 
     fn write(&self, addr: u64, buf: &[u8]) -> Result<(), Errno> {
-        vm::write(self.tid(), addr, buf)
+        vm::write(self.living()?, addr, buf)
     }
 
     fn install(&self, file: Arc<dyn File>, cloexec: bool) -> Result<i32, Errno> {

@@ -131,7 +131,13 @@ impl Front {
         let name = CString::new(format!("{}.{node}", shared.file.kind())).map_err(|_| Errno::EINVAL)?;
         let device = mounted.session.device();
         let mapping = shared.file.mapping().filter(|_| self.has_passthrough());
-        let backing = mapping.map(|mapping| device.backing_open(mapping.file())).transpose()?;
+        let backing = mapping.and_then(|mapping| match device.backing_open(mapping.file()) {
+            Ok(backing) => Some(backing),
+            Err(errno) => {
+                tracing::debug!(%errno, "no passthrough for this file; its mappings are replaced instead");
+                None
+            }
+        });
         let exposed = Exposed { node, shared: Arc::clone(shared), backing };
         self.files.exposed.lock().insert(name.clone(), exposed);
         let opened = openat(&mounted.root, name.as_c_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
