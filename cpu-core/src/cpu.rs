@@ -148,6 +148,8 @@ pub struct Cpu {
     /// 1-GByte pages exist.
     pub(crate) page_1gb: bool,
 
+    /// User space has loaded state that no VM entry has checked yet.
+    pub(crate) unchecked: bool,
     pub(crate) stop: Option<StopReason>,
     /// Instruction count at which an STI or MOV SS shadow was set up; it holds back events while the count is the same.
     pub(crate) shadow_at: u64,
@@ -304,6 +306,7 @@ impl Cpu {
             cpl: 0,
             phys_bits,
             page_1gb: true,
+            unchecked: false,
             stop: None,
             shadow_at: u64::MAX,
             shadow_mov_ss: false,
@@ -595,6 +598,7 @@ impl Cpu {
         self.gpr[..16].copy_from_slice(&regs.gpr);
         self.rip = regs.rip;
         self.set_rflags(regs.rflags);
+        self.unchecked = true;
     }
 
     /// Segments, tables and control registers.
@@ -627,6 +631,11 @@ impl Cpu {
         self.cr4 = sregs.cr4;
         self.cr8 = sregs.cr8;
         self.efer = sregs.efer;
+        self.unchecked = true;
+        // VMMs leave the accessed bit out; KVM sets it (`vmx_set_segment`, with unrestricted guest).
+        for segment in self.seg.iter_mut().filter(|segment| segment.s) {
+            segment.type_ |= 1;
+        }
         // VMX keeps the CPL in SS's access rights (SDM Vol. 3 "Guest Register State").
         self.cpl = if self.is_real() { 0 } else { self.seg[Seg::Ss as usize].dpl };
         self.load_pdptes_quietly();

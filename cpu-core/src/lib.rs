@@ -6,6 +6,7 @@ mod access;
 mod api;
 mod cpu;
 mod decode;
+mod entry;
 mod event;
 mod fault;
 mod flags;

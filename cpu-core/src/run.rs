@@ -16,6 +16,10 @@ const PAGE: u64 = 0x1000;
 impl Cpu {
     /// Runs the guest until something needs the KVM layer.
     pub fn run(&mut self) -> Exit {
+        if self.unchecked && self.entry_check().is_some() {
+            return Exit::EntryFailure;
+        }
+        self.unchecked = false;
         self.enter();
         let exit = self.run_entered();
         self.view.leave();
