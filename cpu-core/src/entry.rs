@@ -57,9 +57,7 @@ const CHECKS: &[Check] = &[
     }),
     ("bases of GDTR and IDTR are canonical", |cpu| cpu.is_canonical(cpu.gdt.base) && cpu.is_canonical(cpu.idt.base)),
     ("RIP fits the mode", |cpu| if cpu.is_64bit() { cpu.is_canonical(cpu.rip) } else { cpu.rip >> 32 == 0 }),
-    ("RFLAGS.VM needs legacy protected mode", |cpu| {
-        !cpu.is_v86() || cpu.cr0.contains(Cr0::PE) && !cpu.is_long()
-    }),
+    ("RFLAGS.VM needs legacy protected mode", |cpu| !cpu.is_v86() || cpu.cr0.contains(Cr0::PE) && !cpu.is_long()),
 ];
 
 impl Cpu {

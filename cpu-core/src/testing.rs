@@ -65,6 +65,19 @@ impl Machine {
         machine.load(16, assemble)
     }
 
+    /// 32-bit protected mode at CPL 0 without paging, flat segments, no descriptor tables.
+    pub(crate) fn new_32bit(assemble: impl FnOnce(&mut CodeAssembler)) -> Self {
+        let mut machine = Self::new();
+        let cpu = &mut machine.cpu;
+        cpu.cr0 = Cr0::PE | Cr0::ET | Cr0::NE;
+        let flat = Segment { limit: u32::MAX, g: true, db: true, selector: 0x10, ..Segment::real_mode(0) };
+        cpu.seg = [Segment { base: 0, ..flat }; 6];
+        cpu.seg[Seg::Cs as usize] = Segment { base: 0, type_: 0xb, selector: 8, ..flat };
+        cpu.gpr[4] = 0x7_0000;
+        cpu.derive();
+        machine.load(32, assemble)
+    }
+
     /// 64-bit mode at CPL 0, the first GiB identity-mapped with 2-MByte pages, stack below 0x7_0000.
     pub(crate) fn new_64bit(assemble: impl FnOnce(&mut CodeAssembler)) -> Self {
         let mut machine = Self::new();

@@ -3,6 +3,8 @@
 
 mod gate;
 pub(crate) mod task;
+#[cfg(test)]
+mod tests;
 
 use x86_defs::vector::{self, Combined, combine};
 use x86_defs::{Dr7, Rflags};
