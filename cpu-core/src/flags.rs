@@ -90,6 +90,12 @@ impl Flags {
 
     /// The six status flags in their RFLAGS places.
     pub fn bits(self) -> u64 {
+        self.bits_folded()
+    }
+
+    /// As [`Self::bits`], where the compiler sees what made the flags and folds the rest.
+    #[inline(always)]
+    fn bits_folded(self) -> u64 {
         match self.kind & 3 {
             _ if self.kind < kind::SUB => self.a & STATUS,
             0 => self.bits_of::<u8>(),
@@ -139,17 +145,27 @@ impl Flags {
     /// CF alone.
     #[inline(always)]
     pub fn cf(self) -> bool {
-        match self.kind & !3 {
+        // Ranges, the common ones first: a match would become an indirect jump that the host mispredicts.
+        if self.kind >= kind::INC {
+            self.b & CF != 0
+        } else if self.kind < kind::SUB {
+            self.a & CF != 0
+        } else if self.kind < kind::ADD {
             // Operands are zero-extended, so the compare is right at any width.
-            kind::SUB => self.a < self.b,
-            kind::ADD => {
-                let max = u64::MAX >> (64 - (8 << (self.kind & 3)));
-                self.a > max - self.b
-            }
-            kind::INC | kind::DEC => self.b != 0,
-            kind::RESULT => self.b & CF != 0,
-            _ => self.a & CF != 0,
+            self.a < self.b
+        } else {
+            let max = u64::MAX >> (64 - (8 << (self.kind & 3)));
+            self.a > max - self.b
         }
+    }
+
+    /// As [`Self::condition`], where the compiler sees what made the flags and folds the rest.
+    #[inline(always)]
+    pub fn condition_folded(self, cc: u8) -> bool {
+        if self.kind >= kind::SUB && self.kind < kind::ADD {
+            return self.condition(cc);
+        }
+        condition_of_bits(cc, self.bits_folded())
     }
 
     /// Condition `cc`, 0 to 15 as encoded in Jcc (SDM Vol. 1 App. B).

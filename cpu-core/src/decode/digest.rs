@@ -64,10 +64,22 @@ pub(crate) struct Lowered {
     pub(crate) ends: bool,
     /// Direct branch.
     pub(crate) branch: Option<Branch>,
+    /// Condition of a conditional branch that an op in front can take over.
+    pub(crate) condition: Option<u8>,
+    /// Handler that does this op and a conditional branch behind it, by its condition.
+    pub(crate) fused: Fuse,
     /// A second slot belongs to the op.
     pub(crate) data: bool,
     /// Displacement of 64 bits.
     pub(crate) wide: Option<u64>,
+}
+
+/// By the condition of a branch behind: the handler of both, if there is one.
+pub(crate) type Fuse = fn(u8) -> Option<Handler>;
+
+/// Of ops that take over no branch.
+pub(crate) fn not_fused(_: u8) -> Option<Handler> {
+    None
 }
 
 impl Lowered {
@@ -317,6 +329,8 @@ impl Digest<'_> {
             barrier: true,
             ends: false,
             branch: None,
+            condition: None,
+            fused: not_fused,
             data: false,
             wide: None,
         }

@@ -492,6 +492,10 @@ impl Traces {
             {
                 op.handler = handler;
             }
+            if let Some(handler) = lowered.get(i + 1).and_then(|next| (one.fused)(next.condition?)) {
+                // The branch's op stays behind this one: it holds the link, and what the branch gives back.
+                op.handler = handler;
+            }
             let next = ip.wrapping_add(u64::from(op.off)).wrapping_add(u64::from(op.len));
             let at = self.push(op);
             let data = one.data.then(|| self.push(blank(stub)));

@@ -6,11 +6,12 @@ use std::marker::PhantomData;
 
 use iced_x86::Mnemonic as M;
 
-use super::{Row, by_form, by_width, row};
-use crate::decode::digest::{Digest, Lowered};
+use super::branch::{fuse_compare, fuse_result};
+use super::{FormOf, Row, by_form, by_width, form_of, row};
+use crate::decode::digest::{Digest, Fuse, Lowered, not_fused};
 use crate::flags::{AF, CF, Flags, OF, kind};
 use crate::host::HostWord;
-use crate::op::{Form, Machine, Semantics, To, attempt, handler, plain};
+use crate::op::{BaseDisp, BaseIndex, Form, Handler, Machine, Semantics, To, attempt, handler, plain};
 use crate::word::Word;
 
 pub(super) const ROWS: &[Row] = &[
@@ -39,6 +40,14 @@ trait Alu2: 'static {
     const READS_CF: bool = false;
     /// Result and flags; `old` is looked at only under `READS_CF`.
     fn eval<W: Word>(dst: W, src: W, old: Flags) -> (W, Flags);
+    /// `S`, this without memory, and a branch behind it.
+    fn fuse<S: Semantics>(_condition: u8) -> Option<Handler> {
+        None
+    }
+    /// `S`, this with a memory operand, and a branch behind it.
+    fn fuse_memory<S: Semantics>(_condition: u8) -> Option<Handler> {
+        None
+    }
 }
 
 /// `dst ← dst + src`. SDM Vol. 2 "ADD".
@@ -48,6 +57,9 @@ impl Alu2 for Add {
     #[inline(always)]
     fn eval<W: Word>(dst: W, src: W, _: Flags) -> (W, Flags) {
         (dst.wrapping_add(src), Flags::of_sum(dst, src))
+    }
+    fn fuse<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_result::<S>(condition)
     }
 }
 
@@ -59,6 +71,9 @@ impl Alu2 for Sub {
     fn eval<W: Word>(dst: W, src: W, _: Flags) -> (W, Flags) {
         (dst.wrapping_sub(src), Flags::of_difference(dst, src))
     }
+    fn fuse<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_compare::<S>(condition)
+    }
 }
 
 /// As SUB; the difference is dropped. SDM Vol. 2 "CMP".
@@ -69,6 +84,12 @@ impl Alu2 for Cmp {
     #[inline(always)]
     fn eval<W: Word>(dst: W, src: W, old: Flags) -> (W, Flags) {
         Sub::eval(dst, src, old)
+    }
+    fn fuse<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_compare::<S>(condition)
+    }
+    fn fuse_memory<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_compare::<S>(condition)
     }
 }
 
@@ -112,6 +133,9 @@ impl Alu2 for And {
     fn eval<W: Word>(dst: W, src: W, _: Flags) -> (W, Flags) {
         (dst & src, Flags::of_logic(dst & src))
     }
+    fn fuse<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_result::<S>(condition)
+    }
 }
 
 /// As AND; the result is dropped. SDM Vol. 2 "TEST".
@@ -122,6 +146,12 @@ impl Alu2 for Test {
     #[inline(always)]
     fn eval<W: Word>(dst: W, src: W, old: Flags) -> (W, Flags) {
         And::eval(dst, src, old)
+    }
+    fn fuse<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_result::<S>(condition)
+    }
+    fn fuse_memory<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_result::<S>(condition)
     }
 }
 
@@ -228,6 +258,44 @@ impl<A: Alu2, W: HostWord, F: Form, const FLAGS: bool> Semantics for MemImm<A, W
     }
 }
 
+/// Picks what fuses an op with a branch, for the operand widths of compiled code.
+macro_rules! by_common_width {
+    ($bytes:expr, $W:ident => $fuse:expr) => {
+        match $bytes {
+            1 => {
+                type $W = u8;
+                $fuse
+            }
+            4 => {
+                type $W = u32;
+                $fuse
+            }
+            8 => {
+                type $W = u64;
+                $fuse
+            }
+            _ => not_fused as Fuse,
+        }
+    };
+}
+
+/// As `by_common_width!`, with a memory operand of 64-bit mode.
+macro_rules! by_flat_form {
+    ($digest:expr, $bytes:expr, $W:ident, $F:ident => $fuse:expr) => {
+        match form_of($digest) {
+            FormOf::BaseDisp => {
+                type $F = BaseDisp;
+                by_common_width!($bytes, $W => $fuse)
+            }
+            FormOf::BaseIndex => {
+                type $F = BaseIndex;
+                by_common_width!($bytes, $W => $fuse)
+            }
+            _ => not_fused as Fuse,
+        }
+    };
+}
+
 fn alu2<A: Alu2>(d: &Digest<'_>) -> Option<Lowered> {
     let bytes = d.bytes(0);
     let (loud, quiet) = match (d.is_mem(0), d.is_mem(1), d.is_imm(1)) {
@@ -253,6 +321,13 @@ fn alu2<A: Alu2>(d: &Digest<'_>) -> Option<Lowered> {
     let mut lowered = d.lower(loud).makes_flags(A::KIND + u64::from(bytes.trailing_zeros()), quiet);
     lowered.reads_flags = A::READS_CF;
     lowered.barrier = d.is_mem(0) || d.is_mem(1);
+    lowered.fused = match (d.is_mem(0), d.is_mem(1), d.is_imm(1)) {
+        (true, _, true) => by_flat_form!(d, bytes, W, F => A::fuse_memory::<MemImm<A, W, F, true>>),
+        (true, _, false) => by_flat_form!(d, bytes, W, F => A::fuse_memory::<MemReg<A, W, F, true>>),
+        (false, true, _) => by_flat_form!(d, bytes, W, F => A::fuse_memory::<RegMem<A, W, F, true>>),
+        (false, false, true) => by_common_width!(bytes, W => A::fuse::<RegImm<A, W, true>>),
+        (false, false, false) => by_common_width!(bytes, W => A::fuse::<RegReg<A, W, true>>),
+    };
     if d.is_mem(0) && !d.is_imm(1) {
         // `Digest::op` puts operand 1 of a memory destination into `src` already.
         debug_assert!(d.is_reg(1));
@@ -292,6 +367,10 @@ trait Alu1: 'static {
     const KEEPS_CF: bool = false;
     /// Result and flags; `cf` is given only under `KEEPS_CF`.
     fn eval<W: Word>(dst: W, cf: bool) -> (W, Flags);
+    /// `S`, this on a register, and a branch behind it.
+    fn fuse<S: Semantics>(_condition: u8) -> Option<Handler> {
+        None
+    }
 }
 
 /// `dst ← dst + 1`, CF kept. SDM Vol. 2 "INC".
@@ -303,6 +382,9 @@ impl Alu1 for Inc {
     fn eval<W: Word>(dst: W, cf: bool) -> (W, Flags) {
         (dst.wrapping_add(W::of(1)), Flags::of_increment(dst, cf))
     }
+    fn fuse<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_result::<S>(condition)
+    }
 }
 
 /// `dst ← dst − 1`, CF kept. SDM Vol. 2 "DEC".
@@ -313,6 +395,9 @@ impl Alu1 for Dec {
     #[inline(always)]
     fn eval<W: Word>(dst: W, cf: bool) -> (W, Flags) {
         (dst.wrapping_sub(W::of(1)), Flags::of_decrement(dst, cf))
+    }
+    fn fuse<S: Semantics>(condition: u8) -> Option<Handler> {
+        fuse_result::<S>(condition)
     }
 }
 
@@ -382,7 +467,8 @@ fn alu1<A: Alu1>(d: &Digest<'_>) -> Option<Lowered> {
         Some(kind) => d.lower(loud).makes_flags(kind + u64::from(bytes.trailing_zeros()), quiet),
         None => d.lower(quiet).keeps_flags(),
     };
-    Some(Lowered { reads_flags: A::KEEPS_CF, barrier: d.is_mem(0), ..lowered })
+    let fused = if d.is_mem(0) { not_fused } else { by_common_width!(bytes, W => A::fuse::<OneReg<A, W, true>>) };
+    Some(Lowered { reads_flags: A::KEEPS_CF, barrier: d.is_mem(0), fused, ..lowered })
 }
 
 fn locked_one<A: Alu1, W: HostWord>(cpu: &mut crate::cpu::Cpu, op: &crate::op::Op) -> crate::cpu::Done {

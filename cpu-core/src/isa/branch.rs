@@ -140,8 +140,55 @@ impl<const CC: u8, const KNOWN: u64> Semantics for Jcc<CC, KNOWN> {
         }
         let taken =
             if KNOWN != ANY && KNOWN >= kind::ADD { known_condition::<CC, KNOWN>(flags) } else { flags.condition(CC) };
-        if taken { side_exit(m) } else { To::Next }
+        if taken { side_exit(m.op, m) } else { To::Next }
     }
+}
+
+/// `S` and the conditional branch behind it in one dispatch. `S` misses, faults and leaves as by itself: the branch has
+/// not begun then.
+struct Fused<S, const CC: u8>(PhantomData<S>);
+impl<S: Semantics, const CC: u8> Semantics for Fused<S, CC> {
+    #[inline(always)]
+    unsafe fn run(m: &mut Machine) -> To {
+        // SAFETY: `m` is the dispatch's.
+        match unsafe { S::run(m) } {
+            To::Next => {}
+            other => return other,
+        }
+        // SAFETY: the trace builder fuses an op only with the branch's behind it.
+        let branch = unsafe { m.op.add(1) };
+        if m.flags().condition_folded(CC) { side_exit(branch, m) } else { To::Skip }
+    }
+}
+
+/// The handler of `S` and a branch on condition `cc`, for the conditions that compilers use behind a comparison.
+pub(super) fn fuse_compare<S: Semantics>(cc: u8) -> Option<Handler> {
+    Some(match cc {
+        2 => handler::<Fused<S, 2>>,
+        3 => handler::<Fused<S, 3>>,
+        4 => handler::<Fused<S, 4>>,
+        5 => handler::<Fused<S, 5>>,
+        6 => handler::<Fused<S, 6>>,
+        7 => handler::<Fused<S, 7>>,
+        12 => handler::<Fused<S, 12>>,
+        13 => handler::<Fused<S, 13>>,
+        14 => handler::<Fused<S, 14>>,
+        15 => handler::<Fused<S, 15>>,
+        _ => return None,
+    })
+}
+
+/// As [`fuse_compare`], behind a result that is looked at for itself.
+pub(super) fn fuse_result<S: Semantics>(cc: u8) -> Option<Handler> {
+    Some(match cc {
+        4 => handler::<Fused<S, 4>>,
+        5 => handler::<Fused<S, 5>>,
+        8 => handler::<Fused<S, 8>>,
+        9 => handler::<Fused<S, 9>>,
+        14 => handler::<Fused<S, 14>>,
+        15 => handler::<Fused<S, 15>>,
+        _ => return None,
+    })
 }
 
 /// The condition over the flags of a kind that is known when the handler is compiled.
@@ -150,10 +197,11 @@ fn known_condition<const CC: u8, const KNOWN: u64>(flags: Flags) -> bool {
     crate::flags::condition_of_bits(CC, flags.bits_known::<KNOWN>())
 }
 
-/// Leaves the trace by a branch: the instructions behind it are given back.
+/// Leaves the trace by `branch`: the instructions behind it are given back.
 #[inline(always)]
-fn side_exit(m: &mut Machine) -> To {
-    let op = m.op();
+fn side_exit(branch: *const Op, m: &mut Machine) -> To {
+    // SAFETY: a branch of the running trace; the borrow ends here.
+    let op = unsafe { &*branch };
     let (link, left) = (op.imm as *const Op, op.left);
     m.budget += i64::from(left) - 1;
     To::Op(link)
@@ -180,7 +228,7 @@ fn jcc<const CC: u8>(d: &Digest<'_>) -> Option<Lowered> {
     }
     let h = known![SUB, SUB + 1, SUB + 2, SUB + 3, ADD + 2, ADD + 3, INC + 2, INC + 3, DEC + 2, DEC + 3,];
     let branch = Some(Branch::Conditional(target_of(d, width)));
-    Some(Lowered { branch, barrier: true, ..quiet(d, h).reads_flags() })
+    Some(Lowered { branch, barrier: true, condition: Some(CC), ..quiet(d, h).reads_flags() })
 }
 
 fn jcc_checked<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Done {
