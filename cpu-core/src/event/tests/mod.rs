@@ -1,0 +1,4 @@
+//! What each load, gate, return and task switch does, with the SDM's error codes.
+
+mod long;
+mod protected;
