@@ -222,7 +222,6 @@ fn a_missing_instruction_shows_its_bytes() {
     let mut sregs: kvm_sregs = m.client.get(m.vcpu, KVM_GET_SREGS);
     sregs.cr0 |= 1;
     sregs.cs.db = 1;
-    sregs.cs.limit = u32::MAX;
     m.client.set(m.vcpu, KVM_SET_SREGS, &sregs).unwrap();
     let reason = m.run();
     if reason == Ok(KVM_EXIT_INTERNAL_ERROR) {
