@@ -180,6 +180,8 @@ pub struct Cpu {
     pub(crate) view: View,
     pub(crate) platform: Box<dyn Platform>,
     pub(crate) kick: Arc<Kick>,
+    /// Base and limit of CS that `code_context` stands for.
+    pub(crate) code_window: (u64, u32),
     /// Part of `code_context`: what was found under another one is forgotten.
     pub(crate) flush_generation: u64,
 }
@@ -326,6 +328,7 @@ impl Cpu {
             view,
             platform,
             kick,
+            code_window: (0, 0),
             flush_generation: 1,
         });
         cpu.reset();
@@ -521,6 +524,13 @@ impl Cpu {
             self.cr4.contains(Cr4::SMAP) && self.rflags & Rflags::AC.bits() != 0
         };
         self.tlb.set_context(user, ac);
+        // Offsets in CS name the same code only under the same base and limit.
+        let cs = self.seg[Seg::Cs as usize];
+        let window = if long { (0, u32::MAX) } else { (cs.base, cs.limit) };
+        if window != self.code_window {
+            self.code_window = window;
+            self.flush_generation += 1;
+        }
         self.code_context = self.flush_generation << 8 | u64::from(self.mode().bits());
     }
 
