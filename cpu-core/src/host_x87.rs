@@ -200,3 +200,9 @@ pub(crate) fn forget_flags() {
         asm!("fnclex", options(nomem, nostack));
     }
 }
+
+/// The host's own state as an FSAVE image; it is initialised behind it.
+#[cfg(test)]
+pub(crate) fn save_host(frame: &mut Frame) {
+    x87_asm!(frame, "fnsave [{f} + 96]");
+}

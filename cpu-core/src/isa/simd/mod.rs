@@ -10,6 +10,8 @@ pub(super) mod moves;
 pub(super) mod shuffle;
 pub(super) mod sse4;
 pub(super) mod state;
+#[cfg(test)]
+mod tests;
 pub(super) mod xsave;
 
 use std::marker::PhantomData;

@@ -4,6 +4,8 @@ pub(super) mod arith;
 pub(super) mod control;
 pub(super) mod moves;
 mod run;
+#[cfg(test)]
+mod tests;
 
 use crate::cpu::{Cpu, Stop, fp_gate};
 use crate::fault::Fault;
