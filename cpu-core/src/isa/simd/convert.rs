@@ -3,8 +3,8 @@
 
 use iced_x86::{Code as C, Mnemonic as M};
 
-use super::float::{Compute, MemGeneral, Reg, careful, float, xmm as float_xmm};
-use super::{keeps, xmm};
+use super::float::{Compute, MemGeneral, Reg, careful, float, scalar};
+use super::{M32, M64, keeps, xmm};
 use crate::cpu::{Cpu, Done, Then};
 use crate::decode::digest::{Digest, Lowered};
 use crate::host::HostWord;
@@ -21,10 +21,10 @@ macro_rules! from_general {
 }
 
 macro_rules! to_general {
-    ($name:literal, $W:ty, $o:literal) => {{
+    ($name:literal, $S:ident, $W:ty, $o:literal) => {{
         struct I;
         float_to_general_impl!(I, $W, $name, $o);
-        float_xmm::<I>
+        scalar::<I, $S>
     }};
 }
 
@@ -38,29 +38,29 @@ macro_rules! via {
 }
 
 pub(in crate::isa) const ROWS: &[Row] = &[
-    row(M::Cvtps2pd, float!("cvtps2pd", never)),
-    row(M::Cvtpd2ps, float!("cvtpd2ps", ps)),
-    row(M::Cvtss2sd, float!("cvtss2sd", never)),
-    row(M::Cvtsd2ss, float!("cvtsd2ss", ss)),
-    row(M::Cvtdq2ps, float!("cvtdq2ps", never)),
-    row(M::Cvtps2dq, float!("cvtps2dq", never)),
-    row(M::Cvttps2dq, float!("cvttps2dq", never)),
-    row(M::Cvtpd2dq, float!("cvtpd2dq", never)),
-    row(M::Cvttpd2dq, float!("cvttpd2dq", never)),
+    row(M::Cvtps2pd, float!("cvtps2pd", M64, never)),
+    row(M::Cvtpd2ps, float!("cvtpd2ps", M128, ps)),
+    row(M::Cvtss2sd, float!("cvtss2sd", M32, never)),
+    row(M::Cvtsd2ss, float!("cvtsd2ss", M64, ss)),
+    row(M::Cvtdq2ps, float!("cvtdq2ps", M128, never)),
+    row(M::Cvtps2dq, float!("cvtps2dq", M128, never)),
+    row(M::Cvttps2dq, float!("cvttps2dq", M128, never)),
+    row(M::Cvtpd2dq, float!("cvtpd2dq", M128, never)),
+    row(M::Cvttpd2dq, float!("cvttpd2dq", M128, never)),
     // Every doubleword is a double: exact, so no exceptions.
-    row(M::Cvtdq2pd, xmm!("cvtdq2pd")),
+    row(M::Cvtdq2pd, xmm!("cvtdq2pd", M64)),
     codes(&[C::Cvtsi2ss_xmm_rm32], from_general!("cvtsi2ss", u32, "{b:e}")),
     codes(&[C::Cvtsi2ss_xmm_rm64], from_general!("cvtsi2ss", u64, "{b:r}")),
     codes(&[C::Cvtsi2sd_xmm_rm32], from_general!("cvtsi2sd", u32, "{b:e}")),
     codes(&[C::Cvtsi2sd_xmm_rm64], from_general!("cvtsi2sd", u64, "{b:r}")),
-    codes(&[C::Cvtss2si_r32_xmmm32], to_general!("cvtss2si", u32, "{o:e}")),
-    codes(&[C::Cvtss2si_r64_xmmm32], to_general!("cvtss2si", u64, "{o:r}")),
-    codes(&[C::Cvtsd2si_r32_xmmm64], to_general!("cvtsd2si", u32, "{o:e}")),
-    codes(&[C::Cvtsd2si_r64_xmmm64], to_general!("cvtsd2si", u64, "{o:r}")),
-    codes(&[C::Cvttss2si_r32_xmmm32], to_general!("cvttss2si", u32, "{o:e}")),
-    codes(&[C::Cvttss2si_r64_xmmm32], to_general!("cvttss2si", u64, "{o:r}")),
-    codes(&[C::Cvttsd2si_r32_xmmm64], to_general!("cvttsd2si", u32, "{o:e}")),
-    codes(&[C::Cvttsd2si_r64_xmmm64], to_general!("cvttsd2si", u64, "{o:r}")),
+    codes(&[C::Cvtss2si_r32_xmmm32], to_general!("cvtss2si", M32, u32, "{o:e}")),
+    codes(&[C::Cvtss2si_r64_xmmm32], to_general!("cvtss2si", M32, u64, "{o:r}")),
+    codes(&[C::Cvtsd2si_r32_xmmm64], to_general!("cvtsd2si", M64, u32, "{o:e}")),
+    codes(&[C::Cvtsd2si_r64_xmmm64], to_general!("cvtsd2si", M64, u64, "{o:r}")),
+    codes(&[C::Cvttss2si_r32_xmmm32], to_general!("cvttss2si", M32, u32, "{o:e}")),
+    codes(&[C::Cvttss2si_r64_xmmm32], to_general!("cvttss2si", M32, u64, "{o:r}")),
+    codes(&[C::Cvttsd2si_r32_xmmm64], to_general!("cvttsd2si", M64, u32, "{o:e}")),
+    codes(&[C::Cvttsd2si_r64_xmmm64], to_general!("cvttsd2si", M64, u64, "{o:r}")),
     row(M::Cvtpi2ps, via!(from_mm_low, "cvtdq2ps")),
     row(M::Cvtpi2pd, via!(from_mm, "cvtdq2pd")),
     row(M::Cvtps2pi, via!(to_mm, "cvtps2dq")),

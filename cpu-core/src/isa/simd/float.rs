@@ -12,7 +12,7 @@ use std::marker::PhantomData;
 
 use iced_x86::{Code as C, Mnemonic as M};
 
-use super::{M128, Source, by_heat, by_source, keeps, lacking, source, sse};
+use super::{M32, M64, M128, Source, by_heat, keeps, lacking, source, sse};
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{Digest, FlagsOut, Lowered};
 use crate::fault::Fault;
@@ -20,26 +20,38 @@ use crate::flags::Flags;
 use crate::host::HostWord;
 use crate::host_simd::{self, CONTROL, Compared, DEFAULT, FLAGS, Float, Under, V, float_compare_impl, float_xmm_impl};
 use crate::isa::{Row, by_form, codes, plain_handler, row};
-use crate::op::{Form, Handler, Machine, Op, Semantics, To, attempt, handler};
+use crate::op::{Exact, Form, Handler, Machine, Op, Semantics, To, attempt, handler};
 
-/// `op xmm, xmm/mem`; what lanes of the result may be tiny; a feature needed beyond SSE2.
+/// `op xmm, xmm/mem`: what it reads of memory; what lanes of the result may be tiny; a feature needed beyond SSE2.
 macro_rules! float {
-    ($name:literal, $tiny:ident) => {{
+    ($name:literal, M128, $tiny:ident $(, $feature:tt)?) => {
+        $crate::isa::simd::float::float!(@ $name, packed, M128, $tiny $(, $feature)?)
+    };
+    ($name:literal, $S:ident, $tiny:ident $(, $feature:tt)?) => {
+        $crate::isa::simd::float::float!(@ $name, scalar, $S, $tiny $(, $feature)?)
+    };
+    (@ $name:literal, $selector:ident, $S:ident, $tiny:ident) => {{
         struct I;
         float_xmm_impl!([] I, $tiny, $name, "");
-        $crate::isa::simd::float::xmm::<I>
+        $crate::isa::simd::float::$selector::<I, $crate::isa::simd::$S>
     }};
-    ($name:literal, $tiny:ident, $feature:tt) => {{
+    (@ $name:literal, $selector:ident, $S:ident, $tiny:ident, $feature:tt) => {{
         struct I;
         float_xmm_impl!([] I, $tiny, $name, "");
-        |d: &Digest<'_>| if std::arch::is_x86_feature_detected!($feature) { $crate::isa::simd::float::xmm::<I>(d) } else { lacking(d) }
+        |d: &Digest<'_>| {
+            if std::arch::is_x86_feature_detected!($feature) {
+                $crate::isa::simd::float::$selector::<I, $crate::isa::simd::$S>(d)
+            } else {
+                lacking(d)
+            }
+        }
     }};
 }
 pub(super) use float;
 
 /// `op xmm, xmm/mem, imm8`, one host instruction for each of the `N` immediates that differ; a feature.
 macro_rules! float_imm {
-    ($name:literal, $tiny:ident, $N:literal, $table:ident, $feature:tt) => {{
+    ($name:literal, $S:ident, $tiny:ident, $N:literal, $table:ident, $feature:tt) => {{
         struct One<const IMM: u8>;
         float_xmm_impl!([<const IMM: u8>] One<IMM>, $tiny, $name, ", {IMM}", IMM);
         struct I;
@@ -60,7 +72,7 @@ macro_rules! float_imm {
                 host_simd::tiny::$tiny(out)
             }
         }
-        |d: &Digest<'_>| if std::arch::is_x86_feature_detected!($feature) { $crate::isa::simd::float::xmm::<I>(d) } else { lacking(d) }
+        |d: &Digest<'_>| if std::arch::is_x86_feature_detected!($feature) { packed::<I, $S>(d) } else { lacking(d) }
     }};
 }
 
@@ -117,65 +129,65 @@ macro_rules! table_256 {
 
 /// `op xmm, xmm/mem`, result in ZF, PF and CF.
 macro_rules! compare {
-    ($name:literal) => {{
+    ($name:literal, $S:ident) => {{
         struct I;
         float_compare_impl!(I, $name);
-        compare::<I>
+        compare::<I, $S>
     }};
 }
 
 pub(in crate::isa) const ROWS: &[Row] = &[
-    row(M::Addps, float!("addps", ps)),
-    row(M::Addpd, float!("addpd", pd)),
-    row(M::Addss, float!("addss", ss)),
-    row(M::Addsd, float!("addsd", sd)),
-    row(M::Subps, float!("subps", ps)),
-    row(M::Subpd, float!("subpd", pd)),
-    row(M::Subss, float!("subss", ss)),
-    row(M::Subsd, float!("subsd", sd)),
-    row(M::Mulps, float!("mulps", ps)),
-    row(M::Mulpd, float!("mulpd", pd)),
-    row(M::Mulss, float!("mulss", ss)),
-    row(M::Mulsd, float!("mulsd", sd)),
-    row(M::Divps, float!("divps", ps)),
-    row(M::Divpd, float!("divpd", pd)),
-    row(M::Divss, float!("divss", ss)),
-    row(M::Divsd, float!("divsd", sd)),
-    row(M::Sqrtps, float!("sqrtps", never)),
-    row(M::Sqrtpd, float!("sqrtpd", never)),
-    row(M::Sqrtss, float!("sqrtss", never)),
-    row(M::Sqrtsd, float!("sqrtsd", never)),
-    row(M::Minps, float!("minps", never)),
-    row(M::Minpd, float!("minpd", never)),
-    row(M::Minss, float!("minss", never)),
-    row(M::Minsd, float!("minsd", never)),
-    row(M::Maxps, float!("maxps", never)),
-    row(M::Maxpd, float!("maxpd", never)),
-    row(M::Maxss, float!("maxss", never)),
-    row(M::Maxsd, float!("maxsd", never)),
-    row(M::Addsubps, float!("addsubps", ps, "sse3")),
-    row(M::Addsubpd, float!("addsubpd", pd, "sse3")),
-    row(M::Haddps, float!("haddps", ps, "sse3")),
-    row(M::Haddpd, float!("haddpd", pd, "sse3")),
-    row(M::Hsubps, float!("hsubps", ps, "sse3")),
-    row(M::Hsubpd, float!("hsubpd", pd, "sse3")),
-    row(M::Cmpps, float_imm!("cmpps", never, 8, table_8, "sse2")),
-    row(M::Cmppd, float_imm!("cmppd", never, 8, table_8, "sse2")),
-    row(M::Cmpss, float_imm!("cmpss", never, 8, table_8, "sse2")),
+    row(M::Addps, float!("addps", M128, ps)),
+    row(M::Addpd, float!("addpd", M128, pd)),
+    row(M::Addss, float!("addss", M32, ss)),
+    row(M::Addsd, float!("addsd", M64, sd)),
+    row(M::Subps, float!("subps", M128, ps)),
+    row(M::Subpd, float!("subpd", M128, pd)),
+    row(M::Subss, float!("subss", M32, ss)),
+    row(M::Subsd, float!("subsd", M64, sd)),
+    row(M::Mulps, float!("mulps", M128, ps)),
+    row(M::Mulpd, float!("mulpd", M128, pd)),
+    row(M::Mulss, float!("mulss", M32, ss)),
+    row(M::Mulsd, float!("mulsd", M64, sd)),
+    row(M::Divps, float!("divps", M128, ps)),
+    row(M::Divpd, float!("divpd", M128, pd)),
+    row(M::Divss, float!("divss", M32, ss)),
+    row(M::Divsd, float!("divsd", M64, sd)),
+    row(M::Sqrtps, float!("sqrtps", M128, never)),
+    row(M::Sqrtpd, float!("sqrtpd", M128, never)),
+    row(M::Sqrtss, float!("sqrtss", M32, never)),
+    row(M::Sqrtsd, float!("sqrtsd", M64, never)),
+    row(M::Minps, float!("minps", M128, never)),
+    row(M::Minpd, float!("minpd", M128, never)),
+    row(M::Minss, float!("minss", M32, never)),
+    row(M::Minsd, float!("minsd", M64, never)),
+    row(M::Maxps, float!("maxps", M128, never)),
+    row(M::Maxpd, float!("maxpd", M128, never)),
+    row(M::Maxss, float!("maxss", M32, never)),
+    row(M::Maxsd, float!("maxsd", M64, never)),
+    row(M::Addsubps, float!("addsubps", M128, ps, "sse3")),
+    row(M::Addsubpd, float!("addsubpd", M128, pd, "sse3")),
+    row(M::Haddps, float!("haddps", M128, ps, "sse3")),
+    row(M::Haddpd, float!("haddpd", M128, pd, "sse3")),
+    row(M::Hsubps, float!("hsubps", M128, ps, "sse3")),
+    row(M::Hsubpd, float!("hsubpd", M128, pd, "sse3")),
+    row(M::Cmpps, float_imm!("cmpps", M128, never, 8, table_8, "sse2")),
+    row(M::Cmppd, float_imm!("cmppd", M128, never, 8, table_8, "sse2")),
+    row(M::Cmpss, float_imm!("cmpss", M32, never, 8, table_8, "sse2")),
     // The mnemonic is the string instruction's too.
-    codes(&[C::Cmpsd_xmm_xmmm64_imm8], float_imm!("cmpsd", never, 8, table_8, "sse2")),
-    row(M::Roundps, float_imm!("roundps", never, 16, table_16, "sse4.1")),
-    row(M::Roundpd, float_imm!("roundpd", never, 16, table_16, "sse4.1")),
-    row(M::Roundss, float_imm!("roundss", never, 16, table_16, "sse4.1")),
-    row(M::Roundsd, float_imm!("roundsd", never, 16, table_16, "sse4.1")),
-    row(M::Dpps, float_imm!("dpps", ps, 256, table_256, "sse4.1")),
-    row(M::Dppd, float_imm!("dppd", pd, 256, table_256, "sse4.1")),
+    codes(&[C::Cmpsd_xmm_xmmm64_imm8], float_imm!("cmpsd", M64, never, 8, table_8, "sse2")),
+    row(M::Roundps, float_imm!("roundps", M128, never, 16, table_16, "sse4.1")),
+    row(M::Roundpd, float_imm!("roundpd", M128, never, 16, table_16, "sse4.1")),
+    row(M::Roundss, float_imm!("roundss", M32, never, 16, table_16, "sse4.1")),
+    row(M::Roundsd, float_imm!("roundsd", M64, never, 16, table_16, "sse4.1")),
+    row(M::Dpps, float_imm!("dpps", M128, ps, 256, table_256, "sse4.1")),
+    row(M::Dppd, float_imm!("dppd", M128, pd, 256, table_256, "sse4.1")),
     // Integers, and MXCSR is not looked at: here for its immediate.
-    row(M::Mpsadbw, float_imm!("mpsadbw", never, 8, table_8, "sse4.1")),
-    row(M::Comiss, compare!("comiss")),
-    row(M::Comisd, compare!("comisd")),
-    row(M::Ucomiss, compare!("ucomiss")),
-    row(M::Ucomisd, compare!("ucomisd")),
+    row(M::Mpsadbw, float_imm!("mpsadbw", M128, never, 8, table_8, "sse4.1")),
+    row(M::Comiss, compare!("comiss", M32)),
+    row(M::Comisd, compare!("comisd", M64)),
+    row(M::Ucomiss, compare!("ucomiss", M32)),
+    row(M::Ucomisd, compare!("ucomisd", M64)),
 ];
 
 /// MXCSR: FZ.
@@ -215,6 +227,8 @@ pub(super) fn careful<I: Float>(cpu: &mut Cpu, a: V, b: I::In, imm: u8) -> Resul
 
 /// Where the second operand comes from.
 pub(super) trait Operand<T: Copy>: 'static {
+    /// The same operand, whatever the form that its address is made in.
+    type Any: Operand<T>;
     fn hot(m: &mut Machine) -> Result<T, To>;
     fn exact(cpu: &mut Cpu, op: &Op) -> Result<T, Stop>;
 }
@@ -231,6 +245,7 @@ pub(super) struct Reg;
 pub(super) struct Mem<S, F>(PhantomData<(S, F)>);
 
 impl Operand<V> for Reg {
+    type Any = Self;
     #[inline(always)]
     fn hot(m: &mut Machine) -> Result<V, To> {
         Ok(m.xmm(m.op().src))
@@ -241,6 +256,7 @@ impl Operand<V> for Reg {
 }
 
 impl<S: Source, F: Form> Operand<V> for Mem<S, F> {
+    type Any = Mem<S, Exact>;
     #[inline(always)]
     fn hot(m: &mut Machine) -> Result<V, To> {
         source::<S, F>(m)
@@ -252,6 +268,7 @@ impl<S: Source, F: Form> Operand<V> for Mem<S, F> {
 }
 
 impl<W: HostWord> Operand<W> for Reg {
+    type Any = Self;
     #[inline(always)]
     fn hot(m: &mut Machine) -> Result<W, To> {
         Ok(m.get(m.op().src))
@@ -264,6 +281,7 @@ impl<W: HostWord> Operand<W> for Reg {
 /// A general operand in memory.
 pub(super) struct MemGeneral<F>(PhantomData<F>);
 impl<W: HostWord, F: Form> Operand<W> for MemGeneral<F> {
+    type Any = MemGeneral<Exact>;
     #[inline(always)]
     fn hot(m: &mut Machine) -> Result<W, To> {
         // SAFETY: `m` is the dispatch's.
@@ -326,7 +344,7 @@ impl<I: Float<Out: Sink>, O: Operand<I::In>> Semantics for Compute<I, O> {
         let mxcsr = unsafe { &raw mut (*m.cpu).fpu.mxcsr };
         // SAFETY: as above.
         if unsafe { mxcsr.read() } & CONTROL != DEFAULT {
-            return To::Other(plain_handler(compute_careful::<I, O>));
+            return To::Other(plain_handler(compute_careful::<I, O::Any>));
         }
         let b = attempt!(O::hot(m));
         let (a, imm) = (m.xmm(m.op().dst), m.op().imm as u8);
@@ -346,19 +364,18 @@ fn compute_careful<I: Float<Out: Sink>, O: Operand<I::In>>(cpu: &mut Cpu, op: &O
     Ok(Then::Next)
 }
 
-/// Selector for an XMM or memory operand.
-pub(super) fn xmm<I: Float<In = V, Out: Sink>>(d: &Digest<'_>) -> Option<Lowered> {
-    let h: Handler = if !d.is_mem(1) {
-        handler::<Compute<I, Reg>>
-    } else if matches!(d.ins.memory_size().size(), 4 | 8) {
-        // Scalars in memory are what compilers make most of.
-        by_source!(d, M128, S => by_form!(d, F => handler::<Compute<I, Mem<S, F>>>))
-    } else {
-        by_source!(d, M128, S => by_heat!(d, F => handler::<Compute<I, Mem<S, F>>>))
-    };
-    keeps(d, h)
+/// Selector for a packed operand.
+pub(super) fn packed<I: Float<In = V, Out: Sink>, S: Source>(d: &Digest<'_>) -> Option<Lowered> {
+    let mem = || by_heat!(d, F => handler::<Compute<I, Mem<S, F>>> as Handler);
+    keeps(d, if d.is_mem(1) { mem() } else { handler::<Compute<I, Reg>> })
 }
 
-fn compare<I: Float<In = V, Out = Compared>>(d: &Digest<'_>) -> Option<Lowered> {
-    Some(Lowered { flags: FlagsOut::Unknown, ..xmm::<I>(d)? })
+/// Selector for a scalar operand: in memory they are what compilers make most of.
+pub(super) fn scalar<I: Float<In = V, Out: Sink>, S: Source>(d: &Digest<'_>) -> Option<Lowered> {
+    let mem = || by_form!(d, F => handler::<Compute<I, Mem<S, F>>> as Handler);
+    keeps(d, if d.is_mem(1) { mem() } else { handler::<Compute<I, Reg>> })
+}
+
+fn compare<I: Float<In = V, Out = Compared>, S: Source>(d: &Digest<'_>) -> Option<Lowered> {
+    Some(Lowered { flags: FlagsOut::Unknown, ..scalar::<I, S>(d)? })
 }

@@ -239,31 +239,12 @@ pub(super) fn source<S: Source, F: Form>(m: &mut Machine) -> Result<V, To> {
     S::load::<F>(m, la)
 }
 
-/// Picks the [`Source`] for the memory operand's size; 16 bytes are `$wide`.
-macro_rules! by_source {
-    ($digest:expr, $wide:ty, $S:ident => $handler:expr) => {
-        match $digest.ins.memory_size().size() {
-            2 => {
-                type $S = $crate::isa::simd::Narrow<u16>;
-                $handler
-            }
-            4 => {
-                type $S = $crate::isa::simd::Narrow<u32>;
-                $handler
-            }
-            8 => {
-                type $S = $crate::isa::simd::Narrow<u64>;
-                $handler
-            }
-            16 => {
-                type $S = $wide;
-                $handler
-            }
-            _ => return None,
-        }
-    };
-}
-pub(super) use by_source;
+/// 8 bytes.
+pub(crate) type M64 = Narrow<u64>;
+/// 4 bytes.
+pub(crate) type M32 = Narrow<u32>;
+/// 2 bytes.
+pub(crate) type M16 = Narrow<u16>;
 
 /// Picks the form of the memory operand where two will do: hot, or exact.
 macro_rules! by_heat {
@@ -330,9 +311,9 @@ impl<I: Xmm2> Semantics for XmmImm<I> {
 }
 
 /// Selector of `op xmm, xmm/mem` and of shifts by an immediate.
-pub(super) fn xmm2<I: Xmm2>(d: &Digest<'_>) -> Option<Lowered> {
+pub(super) fn xmm2<I: Xmm2, S: Source>(d: &Digest<'_>) -> Option<Lowered> {
     let h = match (d.is_mem(1), d.is_imm(1)) {
-        (true, _) => by_source!(d, M128, S => by_heat!(d, F => handler::<XmmMem<I, S, F>> as Handler)),
+        (true, _) => by_heat!(d, F => handler::<XmmMem<I, S, F>> as Handler),
         (_, true) => handler::<XmmImm<I>>,
         _ => handler::<XmmXmm<I>>,
     };
@@ -342,7 +323,7 @@ pub(super) fn xmm2<I: Xmm2>(d: &Digest<'_>) -> Option<Lowered> {
 /// Selector of an instruction that has an MMX and an XMM form.
 pub(super) fn both2<I: Xmm2 + Mm2>(d: &Digest<'_>) -> Option<Lowered> {
     if !d.reg(0).is_mm() {
-        return xmm2::<I>(d);
+        return xmm2::<I, M128>(d);
     }
     keeps(d, mm2_handler::<I>(d)?)
 }
@@ -379,19 +360,26 @@ fn mm_result<I: Mm2>(cpu: &mut Cpu, op: &Op, src: u64) -> Done {
     Ok(Then::Next)
 }
 
-/// Row's selector: the XMM form of a host instruction, and a feature it needs beyond SSE2.
+/// Row's selector: the XMM form of a host instruction, what it reads of memory if not 16 bytes, and a feature that it
+/// needs beyond SSE2.
 macro_rules! xmm {
-    ($name:literal) => {{
+    ($name:literal) => {
+        $crate::isa::simd::xmm!($name, M128)
+    };
+    ($name:literal, $S:ident) => {{
         struct I;
         $crate::host_simd::xmm2_impl!(I, $name);
-        $crate::isa::simd::xmm2::<I>
+        $crate::isa::simd::xmm2::<I, $crate::isa::simd::$S>
     }};
-    ($name:literal, $feature:tt) => {{
+    ($name:literal, $feature:tt) => {
+        $crate::isa::simd::xmm!($name, M128, $feature)
+    };
+    ($name:literal, $S:ident, $feature:tt) => {{
         struct I;
         $crate::host_simd::xmm2_impl!(I, $name);
         |d: &$crate::decode::digest::Digest<'_>| {
             if std::arch::is_x86_feature_detected!($feature) {
-                $crate::isa::simd::xmm2::<I>(d)
+                $crate::isa::simd::xmm2::<I, $crate::isa::simd::$S>(d)
             } else {
                 $crate::isa::simd::lacking(d)
             }

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use iced_x86::{Code as C, Mnemonic as M};
 
-use super::{M128, Source, by_heat, by_source, keeps, source, sse};
+use super::{M32, M128, Source, by_heat, keeps, source, sse};
 use crate::cpu::{Cpu, Done, Then};
 use crate::decode::digest::{Digest, Lowered};
 use crate::host::HostWord;
@@ -27,7 +27,7 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     row(M::Blendps, by_imm::<Blend<32>>),
     row(M::Blendpd, by_imm::<Blend<64>>),
     row(M::Pblendw, by_imm::<Blend<16>>),
-    row(M::Insertps, by_imm::<Insertps>),
+    row(M::Insertps, insertps),
     row(M::Pblendvb, by_imm::<BlendByMask<8>>),
     row(M::Blendvps, by_imm::<BlendByMask<32>>),
     row(M::Blendvpd, by_imm::<BlendByMask<64>>),
@@ -224,16 +224,17 @@ impl<I: ByImm> Semantics for ByteShift<I> {
 }
 
 fn by_imm<I: ByImm>(d: &Digest<'_>) -> Option<Lowered> {
-    let h: Handler = if d.is_mem(1) {
-        by_source!(d, M128, S => by_heat!(d, F => handler::<ImmMem<I, S, F>>))
-    } else {
-        handler::<ImmReg<I>>
-    };
-    let mut lowered = keeps(d, h)?;
-    if d.ins.mnemonic() == M::Insertps && d.is_mem(1) {
-        // Bits 7:6 choose a lane of a register only.
-        lowered.op.imm &= 0x3f;
+    let mem = || by_heat!(d, F => handler::<ImmMem<I, M128, F>> as Handler);
+    keeps(d, if d.is_mem(1) { mem() } else { handler::<ImmReg<I>> })
+}
+
+fn insertps(d: &Digest<'_>) -> Option<Lowered> {
+    if !d.is_mem(1) {
+        return by_imm::<Insertps>(d);
     }
+    let mut lowered = keeps(d, by_heat!(d, F => handler::<ImmMem<Insertps, M32, F>> as Handler))?;
+    // Bits 7:6 choose a lane of a register only.
+    lowered.op.imm &= 0x3f;
     Some(lowered)
 }
 
