@@ -39,7 +39,7 @@ pub enum Command {
     /// Serve /dev/kvm to the whole host, until SIGINT or SIGTERM
     ///
     /// Where the kernel has CUSE (/dev/cuse) and no /dev/kvm of its own, /dev/kvm becomes a character device. Otherwise
-    /// a FUSE file is bound over it.
+    /// a FUSE file is bound over it, which whoever could open the device before may open, or everybody if there was none.
     Serve {
         /// What both kinds of service have in common
         #[command(flatten)]

@@ -11,7 +11,7 @@ use nix::sys::signal::{SigSet, Signal};
 use serde_json::Value;
 
 use crate::cli::ServiceArgs;
-use crate::front::{Front, OpenSystem, cuse, fuse};
+use crate::front::{Access, Front, OpenSystem, cuse, fuse};
 use crate::{status, sys};
 
 /// What the daemon serves.
@@ -36,7 +36,9 @@ pub fn serve(args: &ServiceArgs, objects: Objects, host_wide: bool, ready: impl 
     let mount = runtime.join(format!("{}.mnt", std::process::id()));
     let by_cuse = host_wide && cuse::is_possible(&args.device);
     let over = (!by_cuse).then_some(args.device.as_path());
-    let bound = fuse::start(&front, &mount, !args.no_passthrough, over)?;
+    // In a namespace of one command nobody else is there to be kept out.
+    let access = if host_wide { Access::as_before(&args.device) } else { Access::ALL };
+    let bound = fuse::start(&front, &mount, fuse::Options { passthrough: !args.no_passthrough, over, access })?;
     let mode = if by_cuse {
         cuse::start(&front)?;
         "a CUSE character device"

@@ -177,6 +177,30 @@ fn the_command_starts_with_no_signal_blocked() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "SigBlk:\t0000000000000000\n");
 }
 
+#[test]
+fn who_could_open_the_device_before_may_open_ours() {
+    if !can_run() {
+        return;
+    }
+    let dir = directory("access");
+    std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let device = dir.join("kvm");
+    let script = format!(
+        "mknod -m 0660 {0} c 1 3; chgrp 65533 {0}
+         {SOFTKVM} serve --device {0} & for i in $(seq 100); do test -S /run/softkvm/$!.sock && break; sleep 0.1; done
+         stat -c '%a %u %g %F' {0}
+         setpriv --reuid=65534 --regid=65533 --clear-groups -- sh -c ': < {0}' || exit 1
+         setpriv --reuid=65534 --regid=65532 --clear-groups -- sh -c ': < {0}' && exit 2
+         kill $!; wait $!; rm {0}",
+        device.display()
+    );
+    let output =
+        Command::new("unshare").args(["--mount", "--propagation", "private", "sh", "-c", &script]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "660 0 65533 regular empty file\n");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
 /// The other side of the tests below: tries to make code. Exits with 0 if that works, with 3 if it is forbidden.
 #[test]
 fn make_code() {

@@ -14,14 +14,27 @@ use nix::fcntl::{Flock, FlockArg, OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
 
-use super::{FileSystem, Front};
+use super::{Access, FileSystem, Front};
+
+/// What to mount, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// Use passthrough where the kernel has it.
+    pub passthrough: bool,
+    /// What our `kvm` is bound over, if anything.
+    pub over: Option<&'a Path>,
+    /// Who may open it.
+    pub access: Access,
+}
 
 /// Makes the file system and gives `front` its root. It is mounted on `dir` for a moment only: afterwards nobody but us
 /// reaches it, except through what is bound from it before.
-pub fn start(front: &Arc<Front>, dir: &Path, passthrough: bool, over: Option<&Path>) -> Result<Option<Bound>> {
+pub fn start(front: &Arc<Front>, dir: &Path, options: Options<'_>) -> Result<Option<Bound>> {
+    let Options { passthrough, over, access } = options;
+    front.access.set(access).map_err(|_| anyhow::anyhow!("the file system is served twice"))?;
     let device = Device::open(Path::new("/dev/fuse")).map_err(|err| explain_fuse(&err))?;
     let options = format!(
-        "fd={},rootmode={:o},user_id=0,group_id=0,allow_other",
+        "fd={},rootmode={:o},user_id=0,group_id=0,allow_other,default_permissions",
         device.as_fd().as_raw_fd(),
         libc::S_IFDIR | 0o700
     );

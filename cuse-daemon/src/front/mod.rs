@@ -8,7 +8,10 @@ pub mod fuse;
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
+use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -42,8 +45,34 @@ pub struct Front {
     /// Signals that only polling finds.
     pub watcher: Arc<Watcher>,
     files: Files,
+    access: OnceLock<Access>,
     mounted: OnceLock<Mounted>,
     device: OnceLock<Arc<Session>>,
+}
+
+/// Who may open `/dev/kvm`.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl Access {
+    /// Everybody.
+    pub const ALL: Self = Self { mode: 0o666, uid: 0, gid: 0 };
+
+    /// The daemon alone.
+    const OWN: Self = Self { mode: 0o600, uid: 0, gid: 0 };
+
+    /// Whoever may open the device at `path`; everybody if there is none.
+    pub fn as_before(path: &Path) -> Self {
+        let device = fs::symlink_metadata(path).ok().filter(|found| found.file_type().is_char_device());
+        device.map_or(Self::ALL, |found| Self { mode: found.mode() & 0o777, uid: found.uid(), gid: found.gid() })
+    }
 }
 
 /// The file system's own side.
@@ -74,8 +103,15 @@ impl Front {
     /// Files of `system`, not yet reachable by anybody.
     pub fn new(system: Box<OpenSystem>) -> Arc<Self> {
         let files = Files { next: AtomicU64::new(KVM_ID + 1), ..Files::default() };
-        let (mounted, device) = (OnceLock::new(), OnceLock::new());
-        Arc::new(Self { system, spaces: Spaces::default(), watcher: Arc::default(), files, mounted, device })
+        Arc::new(Self {
+            system,
+            spaces: Spaces::default(),
+            watcher: Arc::default(),
+            files,
+            access: OnceLock::new(),
+            mounted: OnceLock::new(),
+            device: OnceLock::new(),
+        })
     }
 
     /// Clients of this front may have descriptors from now on: `root` is the directory of our file system.
@@ -168,15 +204,16 @@ impl Front {
     }
 
     fn attributes(&self, node: u64) -> Attr {
+        let access = if node == KVM_ID { self.access.get().copied().unwrap_or(Access::ALL) } else { Access::OWN };
         let (mode, size) = match node {
             ROOT_ID => (libc::S_IFDIR | 0o700, 0),
-            KVM_ID => (libc::S_IFREG | 0o666, 0),
+            KVM_ID => (libc::S_IFREG | access.mode, 0),
             node => {
                 let mapping = self.find_node(node).and_then(|exposed| exposed.shared.file.mapping());
                 (libc::S_IFREG | 0o600, mapping.map_or(0, |mapping| mapping.len()))
             }
         };
-        Attr { ino: node, size, mode, nlink: 1, blksize: 4096, ..Attr::default() }
+        Attr { ino: node, size, mode, nlink: 1, uid: access.uid, gid: access.gid, blksize: 4096, ..Attr::default() }
     }
 
     fn lookup(&self, parent: u64, name: &CStr) -> Answer {
@@ -189,7 +226,9 @@ impl Front {
             _ => return Answer::Error(Errno::ENOTDIR),
         };
         let attr = self.attributes(node);
-        Answer::Entry(EntryOut { nodeid: node, entry_valid: FOREVER, attr_valid: FOREVER, attr, ..EntryOut::default() })
+        // The kernel is to forget an exposed name, and with the last descriptor the node.
+        let entry_valid = if node == KVM_ID { FOREVER } else { 0 };
+        Answer::Entry(EntryOut { nodeid: node, entry_valid, attr_valid: FOREVER, attr, ..EntryOut::default() })
     }
 
     fn open(&self, node: u64) -> Answer {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use cuse_daemon::front::{Front, fuse};
+use cuse_daemon::front::{Access, Front, fuse};
 use kvm::client::{Client, File, FileKind, Reply, SharedPiece, SignalMask};
 use mmu::Mapping;
 use nix::errno::Errno;
@@ -206,7 +206,8 @@ impl Daemon {
         let of_system = stats.clone();
         let front = Front::new(Box::new(move || Node::new(FileKind::System, &of_system)));
         let device = dir.join("kvm");
-        let bound = fuse::start(&front, &dir.join("mnt"), passthrough, Some(&device)).unwrap();
+        let options = fuse::Options { passthrough, over: Some(&device), access: Access::ALL };
+        let bound = fuse::start(&front, &dir.join("mnt"), options).unwrap();
         assert!(device.exists());
         if passthrough && !front.has_passthrough() {
             eprintln!("skipped: the kernel has no FUSE passthrough");
