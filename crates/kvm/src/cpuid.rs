@@ -239,7 +239,8 @@ pub(crate) fn has(table: &[kvm_cpuid_entry2], feature: Feature) -> bool {
 pub(crate) fn phys_bits(table: &[kvm_cpuid_entry2]) -> u8 {
     let extended = find(table, 0x8000_0000, 0).is_some_and(|entry| entry.eax >= 0x8000_0008);
     match find(table, 0x8000_0008, 0) {
-        Some(entry) if extended => (entry.eax & 0xff).min(52) as u8,
+        // A width below 32 bits is none that a processor has: as if nothing were said.
+        Some(entry) if extended && entry.eax & 0xff >= 32 => (entry.eax & 0xff).min(52) as u8,
         _ => 36,
     }
 }
