@@ -6,6 +6,7 @@ use crate::decode;
 use crate::generate::open_flags;
 use crate::layout::DATA_BASE;
 use crate::state::{Case, End, GPR_NAMES, Mode, Outcome, SEG_NAMES, flag};
+use crate::stop;
 use crate::vendor;
 
 /// One piece of state in which two outcomes differ.
@@ -81,9 +82,15 @@ fn from_iced(bits: u32) -> u64 {
     BITS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum()
 }
 
+/// The instruction that ended the case: of several, the one that faulted.
+fn responsible(case: &Case, expected: &Outcome) -> Instruction {
+    let at_fault = |instruction: &Instruction| instruction.ip() == expected.state.rip;
+    stop::instructions(case).find(at_fault).unwrap_or_else(|| decode(case))
+}
+
 /// Where `actual` differs from `expected`; empty where they agree.
 pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Difference> {
-    let instruction = decode(case);
+    let instruction = responsible(case, expected);
     let mut found = Vec::new();
     if vendor::is_open(&instruction, expected.end, actual.end) {
         return found;
@@ -99,7 +106,7 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
     let (e, a) = (&expected.state, &actual.state);
     let done = expected.end == End::Done && actual.end == End::Done;
     let mut mask = Mask::of(case, &instruction, done);
-    mask.mxcsr = vendor::open_mxcsr(expected);
+    mask.mxcsr = vendor::open_mxcsr(&instruction, expected);
     // Outside 64-bit mode the upper halves are undefined (SDM Vol. 1 "General-Purpose Registers in 64-Bit Mode").
     let width = if case.mode == Mode::Bits64 { u64::MAX } else { u64::from(u32::MAX) };
     for (at, name) in GPR_NAMES.iter().enumerate().filter(|(at, _)| !mask.gpr.contains(at)) {

@@ -9,7 +9,6 @@ use cpu_core::{Cpu, DescriptorTable, Exit, HostPlatform, Regs, Segment, Sregs, V
 use mmu::{Backing, Mapping, Memory, SlotFlags, SlotSpec, View};
 use x86_defs::{Cr0, Cr4, Efer, GuestPhysAddr};
 
-use crate::decode;
 use crate::layout::{CODE_BASE, CODE_BYTES, DATA_BASE, DATA_BYTES, PAGE, READONLY_BASE, readonly_page};
 use crate::segments;
 use crate::state::{CS, Case, End, Exception, Outcome, State, flag};
@@ -46,9 +45,6 @@ const LDT_LIMIT: u32 = 8 * segments::LDT.len() as u32 - 1;
 const HANDLER_STRIDE: u64 = 16;
 const INT3: u8 = 0xcc;
 const HLT: u8 = 0xf4;
-
-/// Steps that one instruction may take: REP may come back after every element.
-const MAX_STEPS: u32 = 100_000;
 
 impl crate::fuzz::Subject for Interpreter {
     fn run(&mut self, case: &Case) -> Outcome {
@@ -96,23 +92,8 @@ impl Interpreter {
     /// Runs `case`.
     pub fn run(&mut self, case: &Case) -> Outcome {
         self.load(case);
-        let exit = match stop::of(case) {
-            Stop::Landing => Some(self.cpu.run()),
-            Stop::Step => self.step(case),
-        };
+        let exit = self.cpu.run();
         self.outcome(case, exit)
-    }
-
-    /// Executes one instruction; one that repeats, to its end.
-    fn step(&mut self, case: &Case) -> Option<Exit> {
-        let repeats = decode(case).is_string_instruction();
-        for _ in 0..MAX_STEPS {
-            let exit = self.cpu.step();
-            if exit.is_some() || !repeats || self.cpu.regs().rip != case.state.rip {
-                return exit;
-            }
-        }
-        None
     }
 
     fn load(&mut self, case: &Case) {
@@ -132,7 +113,8 @@ impl Interpreter {
         sregs.segments[4].base = state.fs_base;
         sregs.segments[5].base = state.gs_base;
         self.cpu.set_sregs(&sregs);
-        let rflags = state.rflags & flag::SETTABLE | flag::IF | 2;
+        let step = if stop::of(case) == Stop::Step { flag::TF } else { 0 };
+        let rflags = state.rflags & flag::SETTABLE | step | flag::IF | 2;
         self.cpu.set_regs(&Regs { gpr: state.gpr, rip: state.rip, rflags });
         self.cpu.set_events(Default::default());
         self.cpu.abandon_exit();
@@ -156,7 +138,7 @@ impl Interpreter {
         }
     }
 
-    fn outcome(&mut self, case: &Case, exit: Option<Exit>) -> Outcome {
+    fn outcome(&mut self, case: &Case, exit: Exit) -> Outcome {
         let regs = self.cpu.regs();
         let sregs = self.cpu.sregs();
         let fpu = self.cpu.fpu();
@@ -182,19 +164,16 @@ impl Interpreter {
         state.x87.fdp = fpu.fdp;
         self.read(gpa::DATA, &mut state.memory[..]);
         let end = match exit {
-            Some(Exit::Unimplemented { .. }) => End::Lost("not implemented"),
-            None | Some(Exit::Hlt) if sregs.segments[CS].selector & 3 == 0 => {
-                self.unwind(case, &mut state, exit.is_some(), sregs.cr2)
-            }
-            None => End::Done,
-            Some(_) => End::Lost("left the guest"),
+            Exit::Unimplemented { .. } => End::Lost("not implemented"),
+            Exit::Hlt if sregs.segments[CS].selector & 3 == 0 => self.unwind(case, &mut state, sregs.cr2),
+            _ => End::Lost("left the guest"),
         };
         Outcome { end, state }
     }
 
-    /// In an exception handler: takes the interrupted state from its frame. `halted`: its HLT has run.
-    fn unwind(&self, case: &Case, state: &mut State, halted: bool, cr2: u64) -> End {
-        let handler = state.rip.wrapping_sub(KERNEL + gpa::HANDLERS).wrapping_sub(halted.into());
+    /// Behind the HLT of an exception handler: takes the interrupted state from its frame.
+    fn unwind(&self, case: &Case, state: &mut State, cr2: u64) -> End {
+        let handler = state.rip.wrapping_sub(KERNEL + gpa::HANDLERS + 1);
         let vector = (handler / HANDLER_STRIDE) as u8;
         let has_error = matches!(vector, 8 | 10..=14 | 17 | 21);
         let words = if has_error { 6 } else { 5 };
@@ -211,6 +190,9 @@ impl Interpreter {
         state.rflags = word(2) & !(flag::TF | flag::RF);
         state.gpr[4] = word(3);
         state.seg[2] = word(4) as u16;
+        if vector == 1 && stop::of(case) == Stop::Step {
+            return End::Done;
+        }
         if vector == 3 && stop::behind(case, state.rip.wrapping_sub(1)) {
             state.rip -= 1;
             return End::Done;

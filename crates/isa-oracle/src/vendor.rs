@@ -93,7 +93,8 @@ pub fn is_approximate(mnemonic: M) -> bool {
 
 /// Whether something about `mnemonic` is open beyond the flags that the decoder knows of.
 pub(crate) fn has_notes(mnemonic: M) -> bool {
-    NOTES.iter().any(|note| note.mnemonics.contains(&mnemonic)) || matches!(mnemonic, M::Maskmovq | M::Maskmovdqu)
+    const OTHERS: [M; 6] = [M::Arpl, M::Enter, M::Fxrstor, M::Fxrstor64, M::Maskmovdqu, M::Maskmovq];
+    NOTES.iter().any(|note| note.mnemonics.contains(&mnemonic)) || OTHERS.contains(&mnemonic)
 }
 
 /// The notes that `mnemonic` carries, for the head of its vectors.
@@ -131,10 +132,18 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
         // A bad target and a bad stack at once: Intel's CPUs look at the target first (SDM Vol. 2 "CALL"), AMD's last.
         // How much of the frame is looked at before what it holds, and in what order, is up to the CPU.
         M::Iret | M::Iretd | M::Iretq | M::Retf => {
-            matches!(expected.vector, 12..=14) && matches!(actual.vector, 12..=14)
+            matches!(expected.vector, 12..=14 | 17) && matches!(actual.vector, 12..=14 | 17)
         }
         // Which end of a long operand, or which of two accesses, is looked at first.
-        M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Arpl => (expected.vector, actual.vector) == (14, 14),
+        M::Arpl
+        | M::Fldenv
+        | M::Fnsave
+        | M::Fnstenv
+        | M::Frstor
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Fxsave
+        | M::Fxsave64 => matches!(expected.vector, 12..=14) && matches!(actual.vector, 12..=14),
         M::Call => matches!(expected.vector, 12 | 14 | 17) && actual.vector == 13,
         // Misaligned and outside the stack segment at once.
         _ if instruction.memory_size().size() >= 16 => {
@@ -151,16 +160,22 @@ pub(crate) fn is_open(instruction: &Instruction, expected: End, actual: End) -> 
         M::Maskmovq | M::Maskmovdqu => expected != End::Done,
         // Whether a destination that stays as it is must be writable.
         M::Arpl => expected == End::Done && actual != End::Done,
+        // With a source in memory, Intel's CPUs raise a pending #MF and AMD's do not (SDM Vol. 2 "CVTPI2PS").
+        M::Cvtpi2ps => matches!(actual, End::Exception(Exception { vector: 16, .. })) && expected != actual,
         _ => false,
     }
 }
 
 /// PE beside an unmasked OE or UE: the host sets it only where the result would be inexact with any exponent.
-pub(crate) fn open_mxcsr(expected: &Outcome) -> u32 {
+pub(crate) fn open_mxcsr(instruction: &Instruction, expected: &Outcome) -> u32 {
     const PE: u32 = 1 << 5;
     const OE_UE: u32 = 3 << 3;
     let mxcsr = expected.state.mxcsr;
     let xm = matches!(expected.end, End::Exception(Exception { vector: 19, .. }));
+    // A dot product may stop behind its multiplications, or show the flags of its additions too.
+    if xm && matches!(instruction.mnemonic(), M::Dpps | M::Dppd) {
+        return 0x3f;
+    }
     if xm && mxcsr & !(mxcsr >> 7) & OE_UE != 0 { PE } else { 0 }
 }
 

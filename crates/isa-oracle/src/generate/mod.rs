@@ -75,9 +75,8 @@ impl Generator {
         if everything && self.rng.one_in(16) {
             // Across the two code pages, or up to the very end of the second.
             let (start, length) = (mode.start(), instruction.len() as u64);
-            // At the very end there is no room for the INT3 that ends a case without single-stepping it.
-            let landing = instruction.is_string_instruction() || instruction.is_stack_instruction();
-            let end = start + if landing { 0x1000 } else { CODE_BYTES as u64 } - length;
+            // At the very end there is no room for an INT3, and the case is single-stepped.
+            let end = start + CODE_BYTES as u64 - length;
             case.state.rip = self.rng.pick(&[end, start + 0xffd, start + 0x1000 - length]);
         }
         self.fill(&mut case);

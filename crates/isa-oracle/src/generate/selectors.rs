@@ -14,6 +14,10 @@ pub(super) fn place(rng: &mut Rng, case: &mut Case, instruction: &Instruction) {
         // From a 16-bit stack into 64-bit code: bits 63:32 of RSP are the kernel's espfix address, and it does not return.
         selector = USER32_CS;
     }
+    if instruction.mnemonic() == M::Retf && case.mode != Mode::Bits64 && selector | 3 == USER_CS {
+        // Whether the parameters are released with the old stack pointer's width or the new one's is not written down.
+        selector = USER32_CS;
+    }
     match instruction.mnemonic() {
         M::Mov | M::Lar | M::Lsl | M::Verr | M::Verw => {
             let source = instruction.op_count() - 1;

@@ -1,7 +1,7 @@
 //! Short runs of instructions: what one leaves to the next, flags above all, goes through more of the interpreter than
 //! any single instruction does.
 
-use iced_x86::{Code, FlowControl, Instruction};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic as M};
 
 use super::Generator;
 use crate::compare::{defined_flags, flags_read, undefined_flags};
@@ -70,10 +70,7 @@ fn is_plain(instruction: &Instruction, case: &Case) -> bool {
         && !vendor::has_notes(instruction.mnemonic())
         && instruction.len() == case.bytes.len()
         && !instruction.op0_register().is_segment_register()
-        && !matches!(
-            instruction.mnemonic(),
-            iced_x86::Mnemonic::Lss | iced_x86::Mnemonic::Popf | iced_x86::Mnemonic::Popfd | iced_x86::Mnemonic::Popfq
-        )
+        && !matches!(instruction.mnemonic(), M::Lss | M::Popf | M::Popfd | M::Popfq)
 }
 
 /// RFLAGS bits that may be undefined behind the run, or where it stopped if it was not `done`; None where an instruction
@@ -86,7 +83,10 @@ pub(crate) fn open_flags(case: &Case, done: bool) -> Option<u64> {
             return None;
         }
         open |= undefined_flags(&instruction);
-        if !branches {
+        // Shifts by 0 leave the flags alone, whatever the decoder's tables say of other counts.
+        let shifts =
+            matches!(instruction.mnemonic(), M::Rcl | M::Rcr | M::Rol | M::Ror | M::Sal | M::Sar | M::Shl | M::Shr);
+        if !branches && !shifts {
             open &= !defined_flags(&instruction);
         }
     }
