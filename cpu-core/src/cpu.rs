@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use mmu::tlb::Tlb;
 use mmu::{Memory, View};
-use x86_defs::{Cr0, Cr4, Dr7, Efer, Rflags};
+use x86_defs::{Cr0, Cr4, Dr7, Efer, Rflags, cpuid};
 
 use crate::decode::trace::Traces;
 use crate::fault::Fault;
@@ -141,6 +141,7 @@ pub struct Cpu {
     pub(crate) fpu: Fpu,
     pub(crate) events: Events,
     pub(crate) cpuid: Vec<CpuidEntry>,
+    pub(crate) offered: Offered,
     /// Current privilege level.
     pub(crate) cpl: u8,
     /// Address width of MAXPHYADDR, bits.
@@ -184,6 +185,14 @@ pub struct Cpu {
     pub(crate) code_window: (u64, u32),
     /// Part of `code_context`: what was found under another one is forgotten.
     pub(crate) flush_generation: u64,
+}
+
+/// Features that frequent instructions ask for, looked up once in the CPUID table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Offered {
+    pub(crate) smap: bool,
+    pub(crate) rdtscp: bool,
+    pub(crate) rdpid: bool,
 }
 
 /// Accesses of the current instruction to memory that the VMM backs.
@@ -305,6 +314,7 @@ impl Cpu {
             fpu: Fpu::default(),
             events: Events::default(),
             cpuid: Vec::new(),
+            offered: Offered { smap: true, rdtscp: true, rdpid: true },
             cpl: 0,
             phys_bits,
             page_1gb: true,
@@ -695,6 +705,11 @@ impl Cpu {
     /// Replaces the CPUID table.
     pub fn set_cpuid(&mut self, entries: &[CpuidEntry]) {
         self.cpuid = entries.to_vec();
+        self.offered = Offered {
+            smap: self.offers(&cpuid::SMAP),
+            rdtscp: self.offers(&cpuid::RDTSCP),
+            rdpid: self.offers(&cpuid::RDPID),
+        };
     }
 
     /// Makes [`Exit::InterruptWindow`] wanted or not.

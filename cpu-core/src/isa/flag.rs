@@ -219,7 +219,7 @@ fn stac(cpu: &mut Cpu, _: &Op) -> Done {
 }
 
 fn set_ac(cpu: &mut Cpu, on: bool) -> Done {
-    if cpu.cpl != 0 || !cpu.offers(&x86_defs::cpuid::SMAP) {
+    if cpu.cpl != 0 || !cpu.offered.smap {
         return Err(cpu.undefined());
     }
     let old = cpu.rflags;

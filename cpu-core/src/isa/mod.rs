@@ -27,7 +27,7 @@ pub(crate) use simd::state::MXCSR_MASK;
 
 use std::sync::LazyLock;
 
-use iced_x86::{Code, Mnemonic};
+use iced_x86::{Code, CpuidFeature, Mnemonic};
 
 use crate::cpu::{Cpu, Done};
 use crate::decode::digest::{Digest, Lowered, Select};
@@ -115,6 +115,50 @@ pub fn is_implemented(code: Code) -> bool {
     BY_CODE[code as usize].is_some()
 }
 
+/// Features that no guest is told of: their opcodes do not exist for it, as on a CPU without them.
+const NEVER_OFFERED: &[CpuidFeature] = &[
+    CpuidFeature::AESKLE,
+    CpuidFeature::AMX_TILE,
+    CpuidFeature::CET_SS,
+    CpuidFeature::CLZERO,
+    CpuidFeature::D3NOW,
+    CpuidFeature::D3NOWEXT,
+    CpuidFeature::ENQCMD,
+    CpuidFeature::FMA4,
+    CpuidFeature::HLE_or_RTM,
+    CpuidFeature::HRESET,
+    CpuidFeature::INVEPT,
+    CpuidFeature::INVLPGB,
+    CpuidFeature::INVVPID,
+    CpuidFeature::KL,
+    CpuidFeature::LWP,
+    CpuidFeature::MCOMMIT,
+    CpuidFeature::MONITORX,
+    CpuidFeature::MOVDIR64B,
+    CpuidFeature::MOVDIRI,
+    CpuidFeature::PCONFIG,
+    CpuidFeature::PKU,
+    CpuidFeature::PTWRITE,
+    CpuidFeature::RDPRU,
+    CpuidFeature::RTM,
+    CpuidFeature::SEV_ES,
+    CpuidFeature::SEV_SNP,
+    CpuidFeature::SGX1,
+    CpuidFeature::SKINIT,
+    CpuidFeature::SKINIT_or_SVM,
+    CpuidFeature::SSE4A,
+    CpuidFeature::SVM,
+    CpuidFeature::TBM,
+    CpuidFeature::TDX,
+    CpuidFeature::TSXLDTRK,
+    CpuidFeature::UINTR,
+    CpuidFeature::VMX,
+    CpuidFeature::WAITPKG,
+    CpuidFeature::WIDE_KL,
+    CpuidFeature::XOP,
+    CpuidFeature::XSAVES,
+];
+
 /// The op of an instruction. `no_more`: 15 bytes were not enough for iced.
 pub(crate) fn lower(digest: &Digest<'_>, no_more: bool) -> Lowered {
     if no_more {
@@ -123,9 +167,11 @@ pub(crate) fn lower(digest: &Digest<'_>, no_more: bool) -> Lowered {
     if digest.ins.is_invalid() {
         return digest.lower(plain_handler(invalid)).ends();
     }
-    BY_CODE[digest.ins.code() as usize]
-        .and_then(|select| select(digest))
-        .unwrap_or_else(|| digest.lower(plain_handler(missing)).ends())
+    let code = digest.ins.code();
+    BY_CODE[code as usize].and_then(|select| select(digest)).unwrap_or_else(|| {
+        let foreign = code.cpuid_features().iter().any(|feature| NEVER_OFFERED.contains(feature));
+        digest.lower(if foreign { plain_handler(invalid) } else { plain_handler(missing) }).ends()
+    })
 }
 
 /// The handler that calls a plain function.

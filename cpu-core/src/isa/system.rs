@@ -4,6 +4,7 @@
 use iced_x86::Mnemonic as M;
 use x86_defs::{Cr0, Cr4, Rflags, cpuid};
 
+use super::segment::calm;
 use super::{Row, row};
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{function, function_ends};
@@ -27,10 +28,28 @@ pub(super) const ROWS: &[Row] = &[
     row(M::Vmcall, function_ends(vmcall)),
     row(M::Vmmcall, function_ends(vmcall)),
     row(M::Rsm, function_ends(undefined)),
+    // Without shadow stacks, MPX and the hints these are the no-ops of 0F 0D, 0F 18 to 0F 1F: no operand is touched.
+    row(M::Rdsspd, |d| calm(d, nothing)),
+    row(M::Rdsspq, |d| calm(d, nothing)),
+    row(M::Bndcl, |d| calm(d, nothing)),
+    row(M::Bndcn, |d| calm(d, nothing)),
+    row(M::Bndcu, |d| calm(d, nothing)),
+    row(M::Bndldx, |d| calm(d, nothing)),
+    row(M::Bndmk, |d| calm(d, nothing)),
+    row(M::Bndmov, |d| calm(d, nothing)),
+    row(M::Bndstx, |d| calm(d, nothing)),
+    row(M::Cldemote, |d| calm(d, nothing)),
+    row(M::Prefetchwt1, |d| calm(d, nothing)),
+    row(M::Prefetchit0, |d| calm(d, nothing)),
+    row(M::Prefetchit1, |d| calm(d, nothing)),
     row(M::Ud0, function_ends(undefined)),
     row(M::Ud1, function_ends(undefined)),
     row(M::Ud2, function_ends(undefined)),
 ];
+
+fn nothing(_: &mut Cpu, _: &Op) -> Done {
+    Ok(Then::Next)
+}
 
 /// UD0, UD1, UD2, and RSM outside of SMM.
 fn undefined(cpu: &mut Cpu, _: &Op) -> Done {
@@ -206,7 +225,7 @@ fn rdtsc(cpu: &mut Cpu, _: &Op) -> Done {
 
 /// SDM Vol. 2 "RDTSCP".
 fn rdtscp(cpu: &mut Cpu, op: &Op) -> Done {
-    if !cpu.offers(&cpuid::RDTSCP) {
+    if !cpu.offered.rdtscp {
         return Err(cpu.undefined());
     }
     rdtsc(cpu, op)?;
@@ -216,7 +235,7 @@ fn rdtscp(cpu: &mut Cpu, op: &Op) -> Done {
 
 /// SDM Vol. 2 "RDPID".
 fn rdpid(cpu: &mut Cpu, op: &Op) -> Done {
-    if !cpu.offers(&cpuid::RDPID) {
+    if !cpu.offered.rdpid {
         return Err(cpu.undefined());
     }
     cpu.put(op.dst, u64::from(cpu.msrs.tsc_aux as u32));
