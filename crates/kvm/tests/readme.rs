@@ -3,9 +3,8 @@
 use std::fs;
 
 use kvm::ioctl::{ROWS, Support};
-use softkvm_tests::softkvm::workspace;
 
-const BEGIN: &str = "<!-- ioctls: SOFTKVM_TEST_UPDATE=1 cargo test -p softkvm-tests --test ioctl -->\n";
+const BEGIN: &str = "<!-- ioctls: SOFTKVM_TEST_UPDATE=1 cargo test -p kvm --test readme -->\n";
 const END: &str = "<!-- end of ioctls -->\n";
 const WIDTH: usize = 118;
 
@@ -41,12 +40,12 @@ fn list() -> String {
 
 #[test]
 fn readme_lists_the_ioctls_of_the_table() {
-    let path = workspace().join("README.md");
-    let readme = fs::read_to_string(&path).expect("README.md is there");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md");
+    let readme = fs::read_to_string(path).expect("README.md is there");
     let (head, rest) = readme.split_once(BEGIN).expect("the list's begin is marked");
     let (old, tail) = rest.split_once(END).expect("the list's end is marked");
     if std::env::var_os("SOFTKVM_TEST_UPDATE").is_some() {
-        fs::write(&path, format!("{head}{BEGIN}{}{END}{tail}", list())).expect("README.md can be written");
+        fs::write(path, format!("{head}{BEGIN}{}{END}{tail}", list())).expect("README.md can be written");
     } else {
         assert_eq!(old, list(), "run it with SOFTKVM_TEST_UPDATE=1 to bring README.md up to the table");
     }

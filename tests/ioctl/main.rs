@@ -1,3 +1,0 @@
-//! The ioctl table, seen from outside the crate that has it.
-
-mod readme;
