@@ -502,22 +502,29 @@ impl Cpu {
         if self.is_64bit() { u64::MAX } else { 0xffff_ffff }
     }
 
+    /// Recomputes what hangs on one segment register alone: all there is behind a load of DS, ES, FS or GS.
+    pub(crate) fn derive_segment(&mut self, seg: Seg) {
+        let i = seg as usize;
+        let (segment, long) = (&self.seg[i], self.is_64bit());
+        let real = self.is_real() || self.is_v86();
+        let flat = long && !matches!(seg, Seg::Fs | Seg::Gs);
+        let bound = if long {
+            u64::MAX
+        } else if segment.unusable || !segment.present || segment.is_expand_down() {
+            0
+        } else {
+            u64::from(segment.limit) + 1
+        };
+        let (base, readable, writable) = (segment.base, segment.is_readable(), segment.is_writable());
+        self.seg_base[i] = if flat { 0 } else { base };
+        self.read_bound[i] = if long || real || readable { bound } else { 0 };
+        self.write_bound[i] = if long || real || writable { bound } else { 0 };
+    }
+
     /// Recomputes what hangs on segments, CR0, CR4, EFER, CPL and RFLAGS. Call it after changing any of them.
     pub fn derive(&mut self) {
-        let long = self.is_64bit();
-        for (i, segment) in self.seg.iter().enumerate() {
-            let flat = long && i != Seg::Fs as usize && i != Seg::Gs as usize;
-            self.seg_base[i] = if flat { 0 } else { segment.base };
-            let bound = if long {
-                u64::MAX
-            } else if segment.unusable || !segment.present || segment.is_expand_down() {
-                0
-            } else {
-                u64::from(segment.limit) + 1
-            };
-            let real = self.is_real() || self.is_v86();
-            self.read_bound[i] = if long || real || segment.is_readable() { bound } else { 0 };
-            self.write_bound[i] = if long || real || segment.is_writable() { bound } else { 0 };
+        for seg in Seg::ALL {
+            self.derive_segment(seg);
         }
         self.fp_gate = [
             (self.cr0.contains(Cr0::TS), fp_gate::TS),
@@ -536,7 +543,7 @@ impl Cpu {
         self.tlb.set_context(user, ac);
         // Offsets in CS name the same code only under the same base and limit.
         let cs = self.seg[Seg::Cs as usize];
-        let window = if long { (0, u32::MAX) } else { (cs.base, cs.limit) };
+        let window = if self.is_64bit() { (0, u32::MAX) } else { (cs.base, cs.limit) };
         if window != self.code_window {
             self.code_window = window;
             self.flush_generation += 1;

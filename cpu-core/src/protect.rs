@@ -160,7 +160,11 @@ impl Cpu {
             let segment = self.data_segment(Selector(selector), self.cpl, Fault::gp)?;
             self.seg[seg as usize] = segment;
         }
-        self.derive();
+        if matches!(seg, Seg::Cs | Seg::Ss) {
+            self.derive();
+        } else {
+            self.derive_segment(seg);
+        }
         Ok(())
     }
 
