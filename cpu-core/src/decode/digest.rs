@@ -60,6 +60,8 @@ pub(crate) struct Lowered {
     pub(crate) reads_flags: bool,
     /// May stop or leave the trace: flags must be right before it.
     pub(crate) barrier: bool,
+    /// Does nothing but take its place: counted, not dispatched to.
+    pub(crate) idle: bool,
     /// Nothing behind it belongs to the trace.
     pub(crate) ends: bool,
     /// Direct branch.
@@ -327,6 +329,7 @@ impl Digest<'_> {
             flags: FlagsOut::Unknown,
             reads_flags: true,
             barrier: true,
+            idle: false,
             ends: false,
             branch: None,
             condition: None,

@@ -359,7 +359,7 @@ impl Semantics for Nop {
 }
 
 fn nop(d: &Digest<'_>) -> Option<Lowered> {
-    Some(d.lower(handler::<Nop>).cannot_stop_keeps())
+    Some(Lowered { idle: true, ..d.lower(handler::<Nop>).cannot_stop_keeps() })
 }
 
 /// The condition `CC`, with flags known to come from a difference of width `1 << LOG2` where `KNOWN`.
