@@ -559,7 +559,7 @@ impl Cpu {
     }
 
     /// #AC(0) where CR0.AM and RFLAGS.AC ask for it at CPL 3 (SDM Vol. 3 "Alignment Check Exception").
-    fn check_alignment(&mut self, la: u64, size: u32, by: By) -> Result<(), Stop> {
+    pub(crate) fn check_alignment(&mut self, la: u64, size: u32, by: By) -> Result<(), Stop> {
         if by == By::Code && self.alignment_checked() && la & (u64::from(size) - 1) != 0 {
             return Err(self.fault(Fault::AC));
         }

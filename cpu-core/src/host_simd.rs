@@ -138,6 +138,12 @@ pub(crate) trait Float: 'static {
     fn is_tiny(_: Self::Out) -> bool {
         false
     }
+
+    /// Part of the result is inexact were its exponent unbounded, which is what PE tells beside an unmasked OE or UE.
+    /// `None`: the row cannot say.
+    fn is_inexact_unbounded(_a: V, _b: Self::In, _mxcsr: u32) -> Option<bool> {
+        None
+    }
 }
 
 /// Denormal lanes of results, by shape.
@@ -170,6 +176,41 @@ pub(crate) mod tiny {
     }
 }
 
+/// As [`Float::is_inexact_unbounded`], for the instruction called `name`: x87 has the exponents, and rounds as told.
+#[cold]
+pub(crate) fn is_inexact_unbounded(name: &str, a: V, b: V, mxcsr: u32) -> Option<bool> {
+    use crate::host_x87::{Arithmetic, is_inexact};
+    const DAZ: u32 = 1 << 6;
+    let rounding = (mxcsr >> 13) as u16 & 3;
+    let (a, b) = (to_u128(a), to_u128(b));
+    let lane = |value: u128, i: u32, bytes: u32| {
+        let value = (value >> (8 * bytes * i)) as u64;
+        let (value, exponent) = if bytes == 4 { (value & 0xffff_ffff, 0xff << 23) } else { (value, 0x7ff << 52) };
+        let sign = 1 << (8 * bytes - 1);
+        if mxcsr & DAZ != 0 && value & exponent == 0 { value & sign } else { value }
+    };
+    if let "cvtsd2ss" | "cvtpd2ps" = name {
+        let lanes = if name == "cvtsd2ss" { 1 } else { 2 };
+        return Some((0..lanes).any(|i| is_inexact(Arithmetic::Narrow, 4, lane(b, i, 8), 0, rounding)));
+    }
+    let (operation, shape) = name.split_at_checked(3)?;
+    let operation = match operation {
+        "add" => Arithmetic::Add,
+        "sub" => Arithmetic::Sub,
+        "mul" => Arithmetic::Mul,
+        "div" => Arithmetic::Div,
+        _ => return None,
+    };
+    let (bytes, lanes) = match shape {
+        "ss" => (4, 1),
+        "sd" => (8, 1),
+        "ps" => (4, 4),
+        "pd" => (8, 2),
+        _ => return None,
+    };
+    Some((0..lanes).any(|i| is_inexact(operation, bytes, lane(a, i, bytes), lane(b, i, bytes), rounding)))
+}
+
 /// `impl Float`, XMM and XMM to XMM: the instruction's text up to its operands, and behind them.
 macro_rules! float_xmm_impl {
     ([$($generics:tt)*] $I:ty, $tiny:ident, $name:literal, $tail:literal $(, $imm:ident)?) => {
@@ -196,6 +237,9 @@ macro_rules! float_xmm_impl {
             }
             fn is_tiny(out: Self::Out) -> bool {
                 $crate::host_simd::tiny::$tiny(out)
+            }
+            fn is_inexact_unbounded(a: Self::Out, b: Self::In, mxcsr: u32) -> Option<bool> {
+                $crate::host_simd::is_inexact_unbounded($name, a, b, mxcsr)
             }
         }
     };

@@ -193,6 +193,58 @@ macro_rules! x87_impl {
 }
 pub(crate) use {x87_asm, x87_impl, x87_pop, x87_push};
 
+/// What [`is_inexact`] computes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Arithmetic {
+    Add,
+    Sub,
+    Mul,
+    Div,
+    /// A double to the precision of a single; `b` is not looked at.
+    Narrow,
+}
+
+/// Whether `a op b`, rounded to the precision of `bytes` (4 or 8) but with x87's exponents, is inexact. `a` and `b` are
+/// numbers of that width, a double for [`Arithmetic::Narrow`]; `rounding` is MXCSR's and FCW's RC.
+pub(crate) fn is_inexact(operation: Arithmetic, bytes: u32, a: u64, b: u64, rounding: u16) -> bool {
+    /// Load `a` and `b`, do it, keep the status word, pop.
+    macro_rules! compute {
+        ($frame:ident, $width:literal, $text:literal) => {
+            x87_asm!(
+                $frame,
+                "fnclex",
+                "fldcw word ptr [{f} + 80]",
+                concat!("fld ", $width, " ptr [{f}]"),
+                concat!("fld ", $width, " ptr [{f} + 16]"),
+                $text,
+                "fnstsw word ptr [{f} + 84]",
+                "fstp st(0)",
+                "fnclex",
+                "fldcw word ptr [{f} + 82]"
+            )
+        };
+    }
+    let mut frame = Frame::new();
+    let frame = &mut frame;
+    frame.a[..8].copy_from_slice(&a.to_le_bytes());
+    frame.b[..8].copy_from_slice(&b.to_le_bytes());
+    let precision = if bytes == 4 { 0 } else { 2 };
+    frame.cw = 0x7f | precision << 8 | rounding << 10;
+    match (operation, bytes) {
+        (Arithmetic::Add, 4) => compute!(frame, "dword", "faddp st(1), st(0)"),
+        (Arithmetic::Add, _) => compute!(frame, "qword", "faddp st(1), st(0)"),
+        (Arithmetic::Sub, 4) => compute!(frame, "dword", "fsubp st(1), st(0)"),
+        (Arithmetic::Sub, _) => compute!(frame, "qword", "fsubp st(1), st(0)"),
+        (Arithmetic::Mul, 4) => compute!(frame, "dword", "fmulp st(1), st(0)"),
+        (Arithmetic::Mul, _) => compute!(frame, "qword", "fmulp st(1), st(0)"),
+        (Arithmetic::Div, 4) => compute!(frame, "dword", "fdivp st(1), st(0)"),
+        (Arithmetic::Div, _) => compute!(frame, "qword", "fdivp st(1), st(0)"),
+        // Adding zero rounds to the precision of FCW.
+        (Arithmetic::Narrow, _) => compute!(frame, "qword", "faddp st(1), st(0)"),
+    }
+    frame.sw & 1 << 5 != 0
+}
+
 /// Clears the host's sticky exception flags: they are a subset of the guest's whenever a fast instruction starts.
 pub(crate) fn forget_flags() {
     // SAFETY: FNCLEX changes the status word only.

@@ -196,7 +196,9 @@ const FZ: u32 = 1 << 15;
 const MASKS: u32 = 0x1f80;
 /// Flags that are known before anything is computed: IE DE ZE.
 const BEFORE: u32 = 7;
+const OE: u32 = 1 << 3;
 const UE: u32 = 1 << 4;
+const PE: u32 = 1 << 5;
 
 /// A float result under any MXCSR; the fault, and the flags, where an exception is unmasked.
 pub(super) fn careful<I: Float>(cpu: &mut Cpu, a: V, b: I::In, imm: u8) -> Result<I::Out, Stop> {
@@ -211,6 +213,13 @@ pub(super) fn careful<I: Float>(cpu: &mut Cpu, a: V, b: I::In, imm: u8) -> Resul
     if unmasked & UE != 0 && I::is_tiny(out) {
         // Unmasked underflow does not ask whether the result is exact.
         raised |= UE;
+    }
+    if raised & unmasked & (OE | UE) != 0
+        && raised & !unmasked & (OE | UE) == 0
+        && let Some(inexact) = I::is_inexact_unbounded(a, b, guest)
+    {
+        // The trap handler gets the result with an adjusted exponent; PE tells whether that one was rounded.
+        raised = if inexact { raised | PE } else { raised & !PE };
     }
     let before = raised & unmasked & BEFORE;
     if before != 0 {

@@ -4,6 +4,7 @@
 use iced_x86::Mnemonic as M;
 
 use super::keeps;
+use crate::access::By;
 use crate::cpu::{Cpu, Done, Stop, Then, fp_gate};
 use crate::decode::digest::{Digest, Lowered};
 use crate::fault::Fault;
@@ -106,6 +107,24 @@ impl Cpu {
         if la & (align - 1) == 0 { Ok(()) } else { Err(self.fault(Fault::gp(0))) }
     }
 
+    /// Linear address of a memory operand of `size` bytes that is accessed in pieces. As on the host, the page of its last
+    /// byte is looked at first; where the segment ends before it, that of its first byte.
+    pub(crate) fn large_operand(&mut self, op: &Op, size: u32, write: bool) -> Result<u64, Stop> {
+        let (seg, offset) = (op.segment(), self.ea(op));
+        match self.linear(seg, offset, size, write) {
+            Ok(la) => {
+                let last = self.wrap_linear(la.wrapping_add(u64::from(size) - 1));
+                self.target(last, write, By::Code, seg)?;
+                Ok(la)
+            }
+            Err(Stop) => {
+                let la = self.linear(seg, offset, 1, write)?;
+                self.target(la, write, By::Code, seg)?;
+                self.linear(seg, offset, size, write)
+            }
+        }
+    }
+
     /// Loads `image` from linear address `la`, 16 bytes at a time; nothing is committed if any piece faults.
     pub(super) fn load_image(&mut self, la: u64, image: &mut [u8], seg: Seg) -> Result<(), Stop> {
         for (i, piece) in image.chunks_exact_mut(16).enumerate() {
@@ -134,7 +153,7 @@ impl Cpu {
 
 fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_fxsr()?;
-    let la = cpu.operand_address(op, 512, true)?;
+    let la = cpu.large_operand(op, 512, true)?;
     cpu.require_aligned(la, 16)?;
     // Without CR4.OSFXSR the XMM part is left alone (SDM Vol. 2 "FXSAVE": implementation dependent).
     let sse = cpu.fp_gate & fp_gate::NO_OSFXSR == 0;
@@ -148,8 +167,6 @@ fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     for n in 0..registers {
         put(&mut image, XMM_AT + 16 * usize::from(n), cpu.xmm(n).to_le_bytes());
     }
-    // The host looks at the last byte first.
-    cpu.probe_write(cpu.wrap_linear(la.wrapping_add(511)), 1, op.segment())?;
     cpu.probe_write(la, 512, op.segment())?;
     cpu.store_image(la, &image[..XMM_AT + 16 * usize::from(registers)], op.segment())?;
     Ok(Then::Next)
@@ -157,10 +174,9 @@ fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
 
 fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_fxsr()?;
-    let la = cpu.operand_address(op, 512, false)?;
+    let la = cpu.large_operand(op, 512, false)?;
     cpu.require_aligned(la, 16)?;
     let mut image = [0; 512];
-    cpu.load::<u8>(cpu.wrap_linear(la.wrapping_add(511)), op.segment())?;
     cpu.load_image(la, &mut image, op.segment())?;
     let sse = cpu.fp_gate & fp_gate::NO_OSFXSR == 0;
     let mxcsr = u32::from_le_bytes(get(&image, 24));

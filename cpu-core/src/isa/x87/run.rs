@@ -1,5 +1,6 @@
 //! How an x87 instruction runs: operands out of the stack, the host's instruction, results back, pointers kept.
 
+use crate::access::By;
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{Digest, Lowered};
 use crate::flags::Flags;
@@ -188,6 +189,7 @@ impl Cpu {
         let (seg, at) = (op.segment(), self.ea(op));
         let first = u32::from(op.aux).min(8);
         let la = self.linear(seg, at, first, true)?;
+        self.check_alignment(la, first, By::Code)?;
         self.probe_write(la, first, seg)?;
         if op.aux > 8 {
             let la = self.linear(seg, at.wrapping_add(8) & op.address_mask(), 2, true)?;
