@@ -175,7 +175,8 @@ pub struct Cpu {
     pub(crate) intercepts: u32,
     pub(crate) mmio: MmioLog,
     pub(crate) io_pending: Option<Io>,
-    pub(crate) io_input: Option<u32>,
+    /// Elements that a device gave for INS, the next one last; for OUTS one, whose value says nothing.
+    pub(crate) io_elements: Vec<u32>,
     pub(crate) traces: Traces,
     /// The memory generation that host pointers in `tlb` and `traces` belong to.
     pub(crate) view: View,
@@ -333,7 +334,7 @@ impl Cpu {
             intercepts: 0,
             mmio: MmioLog::default(),
             io_pending: None,
-            io_input: None,
+            io_elements: Vec::new(),
             traces: Traces::new(),
             view,
             platform,

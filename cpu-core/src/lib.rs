@@ -31,4 +31,4 @@ pub use state::{
     CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment, Sregs,
     VectorRegister, XSAVE_LEGACY_BYTES,
 };
-pub use vmx::{Exit, Io, Mmio};
+pub use vmx::{Exit, IO_BYTES, Io, Mmio};

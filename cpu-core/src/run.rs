@@ -56,7 +56,7 @@ impl Cpu {
                 || self.in_shadow()
                 || self.has_breakpoints()
                 || !self.mmio.answered.is_empty()
-                || self.io_input.is_some();
+                || !self.io_elements.is_empty();
             let exit = if alone { self.run_one() } else { self.run_traces() };
             if let Some(exit) = exit {
                 return exit;
@@ -88,7 +88,7 @@ impl Cpu {
 
     /// Delivers what is due before the next instruction, in the order of SDM Vol. 3 "Priority Among Concurrent Events".
     fn take_events(&mut self) -> Option<Exit> {
-        if self.io_input.is_some() || !self.mmio.answered.is_empty() {
+        if !self.io_elements.is_empty() || !self.mmio.answered.is_empty() {
             // The device has been asked already: the instruction that asked goes on first.
             return None;
         }
@@ -172,7 +172,7 @@ impl Cpu {
     pub(crate) fn forget_answers(&mut self) {
         self.mmio.answered.clear();
         self.mmio.used = 0;
-        self.io_input = None;
+        self.io_elements.clear();
     }
 
     /// Executes one instruction by itself: under TF, in a shadow, at a page end, while device reads are answered.
@@ -332,12 +332,16 @@ impl Cpu {
     }
 
     /// Answers the IN or INS of [`Exit::Io`]. IN is finished by this; INS stores when the CPU runs next.
-    pub fn complete_io_in(&mut self, value: u32) {
+    /// `data`: `size` × `count` bytes.
+    pub fn complete_io_in(&mut self, data: &[u8]) {
         let Some(io) = self.io_pending.take() else { return };
+        let element = |bytes: &[u8]| bytes.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
         if io.string {
-            self.io_input = Some(value);
+            self.io_elements.clear();
+            self.io_elements.extend(data.chunks(io.size.into()).take(io.count as usize).rev().map(element));
             return;
         }
+        let value = element(&data[..data.len().min(4)]);
         match io.size {
             1 => self.put_gpr(crate::state::Gpr::Rax, value as u8),
             2 => self.put_gpr(crate::state::Gpr::Rax, value as u16),
@@ -350,7 +354,7 @@ impl Cpu {
     pub fn complete_io_out(&mut self) {
         let Some(io) = self.io_pending.take() else { return };
         if io.string {
-            self.io_input = Some(0);
+            self.io_elements.push(0);
             return;
         }
         self.skip_io();

@@ -40,6 +40,9 @@ pub enum Exit {
     },
 }
 
+/// Most bytes that one INS exit asks for, as Linux's emulator reads ahead (`pio_in_emulated`).
+pub const IO_BYTES: usize = 1024;
+
 /// One port access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Io {
@@ -49,8 +52,10 @@ pub struct Io {
     pub size: u8,
     /// IN or INS.
     pub input: bool,
-    /// INS or OUTS: one element of it.
+    /// INS or OUTS.
     pub string: bool,
+    /// Elements: of INS, as many as fit the page and a buffer of [`IO_BYTES`]; otherwise 1.
+    pub count: u32,
     /// OUT and OUTS: the value, zero-extended. IN: EAX as it is. INS: 0.
     pub data: u32,
 }

@@ -12,7 +12,7 @@ use crate::fault::Fault;
 use crate::host::HostWord;
 use crate::op::{Handler, Op};
 use crate::state::{Gpr, Seg};
-use crate::vmx::{Exit, Io};
+use crate::vmx::{Exit, IO_BYTES, Io};
 
 pub(super) const ROWS: &[Row] = &[
     codes(&[C::In_AL_imm8, C::In_AL_DX], |d| port(d, super::plain_handler(input::<u8>))),
@@ -102,7 +102,7 @@ fn input<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.check_port(port, W::BYTES)?;
     cpu.note_port(port, W::BYTES);
     let data = cpu.reg(Gpr::Rax) as u32;
-    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: true, string: false, data }))
+    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: true, string: false, count: 1, data }))
 }
 
 /// SDM Vol. 2 "OUT".
@@ -111,7 +111,7 @@ fn output<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.check_port(port, W::BYTES)?;
     cpu.note_port(port, W::BYTES);
     let data = cpu.get::<W>(Gpr::Rax as u8 * 8).zext() as u32;
-    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: false, string: false, data }))
+    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: false, string: false, count: 1, data }))
 }
 
 /// Elements that are left: 1 without REP.
@@ -154,14 +154,37 @@ fn ins<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.check_port(port, W::BYTES)?;
     let offset = cpu.reg(Gpr::Rdi) & op.address_mask();
     let la = cpu.linear(Seg::Es, offset, W::BYTES, true)?;
-    let Some(value) = cpu.io_input.take() else {
+    if cpu.io_elements.is_empty() {
         // A store that cannot be made must not have taken the data from the device.
         cpu.probe_write(la, W::BYTES, Seg::Es)?;
-        return Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: true, string: true, data: 0 }));
-    };
-    cpu.store(la, W::of(value.into()), Seg::Es)?;
-    cpu.note_port(port, W::BYTES);
-    Ok(advance::<W>(cpu, op, Gpr::Rdi))
+        let count = read_ahead::<W>(cpu, op, la, offset);
+        return Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: true, string: true, count, data: 0 }));
+    }
+    while let Some(&value) = cpu.io_elements.last() {
+        let offset = cpu.reg(Gpr::Rdi) & op.address_mask();
+        let la = cpu.linear(Seg::Es, offset, W::BYTES, true)?;
+        cpu.store(la, W::of(value.into()), Seg::Es)?;
+        cpu.io_elements.pop();
+        cpu.note_port(port, W::BYTES);
+        if advance::<W>(cpu, op, Gpr::Rdi) == Then::Leave {
+            return Ok(Then::Leave);
+        }
+    }
+    Ok(Then::Again)
+}
+
+/// Elements to ask the device for at once: those that REP will store into the page of `la`, upwards. Fewer where somebody
+/// looks at every element.
+fn read_ahead<W: HostWord>(cpu: &Cpu, op: &Op, la: u64, offset: u64) -> u32 {
+    let watched = cpu.rflags & (Rflags::DF | Rflags::TF).bits() != 0 || cpu.has_breakpoints();
+    if watched {
+        return 1;
+    }
+    let page = 0x1000 - (la & 0xfff);
+    let segment = cpu.write_bound[Seg::Es as usize].saturating_sub(offset);
+    let wrap = op.address_mask() - offset;
+    let bytes = page.min(segment).min(wrap).min(IO_BYTES as u64);
+    remaining(cpu, op).min(bytes / u64::from(W::BYTES)).max(1) as u32
 }
 
 /// SDM Vol. 2 "OUTS/OUTSB/OUTSW/OUTSD".
@@ -170,7 +193,7 @@ fn outs<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
         return Ok(Then::Leave);
     }
     let port = cpu.reg(Gpr::Rdx) as u16;
-    if cpu.io_input.take().is_some() {
+    if cpu.io_elements.pop().is_some() {
         cpu.forget_answers();
         cpu.note_port(port, W::BYTES);
         return Ok(advance::<W>(cpu, op, Gpr::Rsi));
@@ -178,5 +201,5 @@ fn outs<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.check_port(port, W::BYTES)?;
     let offset = cpu.reg(Gpr::Rsi) & op.address_mask();
     let value = cpu.read::<W>(op.segment(), offset)?;
-    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: false, string: true, data: value.zext() as u32 }))
+    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: false, string: true, count: 1, data: value.zext() as u32 }))
 }

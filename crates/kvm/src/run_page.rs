@@ -97,9 +97,11 @@ impl RunPage {
         self.u64(EXIT + 8).load(Relaxed)
     }
 
-    /// The first bytes of the data of port I/O.
-    pub(crate) fn pio_data(&self) -> [u8; 4] {
-        self.u32(PIO_DATA).load(Relaxed).to_le_bytes()
+    /// Copies what user space put there for IN or INS.
+    pub(crate) fn read_pio_data(&self, data: &mut [u8]) {
+        for (i, byte) in data.iter_mut().enumerate() {
+            *byte = self.u8(PIO_DATA + i).load(Relaxed);
+        }
     }
 
     /// Return value of a 2007 hypercall.
@@ -200,7 +202,9 @@ mod tests {
         page.set_io(&IoExit { direction: 1, size: 2, port: 0x3f8, count: 1 }, 0xdead_beef);
         let io: [u32; 4] = Plain::from_bytes(&bytes(&page, 32, 16)).unwrap();
         assert_eq!(io, [0x03f8_0201, 1, 4096, 0]);
-        assert_eq!(page.pio_data(), 0xdead_beef_u32.to_le_bytes());
+        let mut data = [0; 4];
+        page.read_pio_data(&mut data);
+        assert_eq!(data, 0xdead_beef_u32.to_le_bytes());
     }
 
     #[test]

@@ -30,8 +30,8 @@ pub(crate) enum Outcome {
 /// The answer that an exit waits for. `rip`: linear RIP at the exit; user space that moved it wants no completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pending {
-    /// IN or OUT.
-    Io { input: bool, rip: u64 },
+    /// IN, with the bytes that it waits for, or OUT.
+    Io { input: Option<u32>, rip: u64 },
     /// A read of memory that user space backs.
     MmioRead { rip: u64 },
     /// A write to it, done but for further parts.
