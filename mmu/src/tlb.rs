@@ -69,8 +69,9 @@ impl Tlb {
 
     /// Context of accesses from now on. `user`: CPL 3. `ac`: supervisor code that SMAP lets reach user pages.
     pub fn set_context(&mut self, user: bool, ac: bool) {
-        self.context =
-            self.context & !(CONTEXT_USER | CONTEXT_AC) | u64::from(user) * CONTEXT_USER | u64::from(ac) * CONTEXT_AC;
+        let user = if user { CONTEXT_USER } else { 0 };
+        let ac = if ac { CONTEXT_AC } else { 0 };
+        self.context = self.context & !(CONTEXT_USER | CONTEXT_AC) | user | ac;
     }
 
     /// Host address of `size` bytes at `la` for a read in the current context.
