@@ -77,9 +77,9 @@ impl LdtSegment {
     }
 }
 
-/// Linux's GDT from entry 0 on (arch/x86 `gdt_page`), without the system descriptors and the CPU-number segment at its
-/// end: user mode can load none of the former, and the latter differs by CPU.
-pub(crate) const GDT: [u64; 7] = [
+/// Linux's GDT (arch/x86 `gdt_page`) without the system descriptors, which user mode cannot load. The last entry is the
+/// segment whose limit is the CPU's number: here it is 0.
+pub(crate) const GDT: [u64; 16] = [
     0,
     0x00cf_9b00_0000_ffff,
     0x00af_9b00_0000_ffff,
@@ -87,6 +87,15 @@ pub(crate) const GDT: [u64; 7] = [
     0x00cf_fb00_0000_ffff,
     0x00cf_f300_0000_ffff,
     0x00af_fb00_0000_ffff,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0x0000_f500_0000_0000,
 ];
 /// Bytes of Linux's GDT less one.
 pub(crate) const GDT_LIMIT: u16 = 0x7f;

@@ -117,6 +117,10 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
         M::Movsxd => instruction.code() == Code::Movsxd_r16_rm16,
         // Far pointers with 64-bit offsets are Intel's alone.
         _ if instruction.memory_size() == MemorySize::SegPtr64 => true,
+        // AMD's CPUs push with the width of the stack pointer in the mode that is entered, Intel's in the one that is left.
+        M::Call if instruction.code().is_call_far_indirect() => {
+            case.mode == Mode::Bits64 && case.state.gpr[4] >> 32 != 0
+        }
         // With RFLAGS.AC, #AC for 16 bytes and more is up to the CPU (SDM Vol. 3 "Alignment Check Exception").
         _ if case.state.rflags & flag::AC != 0 && instruction.memory_size().size() >= 16 => true,
         // Whether the final stack pointer is probed, and how wide, is up to the CPU.
