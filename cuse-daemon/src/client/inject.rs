@@ -9,6 +9,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use libc::user_regs_struct;
 use nix::errno::Errno;
@@ -27,6 +28,9 @@ const USER64_CS: u64 = 0x33;
 /// `PTRACE_EVENT_STOP`, as it shows in bits 16 and up of a wait status.
 const EVENT_STOP: i32 = libc::PTRACE_EVENT_STOP;
 const PAGE: u64 = 4096;
+/// A stop comes within microseconds, unless the machine is loaded or the thread is dead: looks before sleeping.
+const SPINS: u32 = 200;
+const POLL: Duration = Duration::from_micros(50);
 
 thread_local! {
     /// Threads that died while this one traced them, and whose status it has yet to collect. Until then they, and with
@@ -51,6 +55,13 @@ pub fn collect_dead() {
     }
 }
 
+/// Has the thread ended, even if nobody can collect it yet?
+pub(super) fn is_dead(tid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
+    // The state follows the name, which ends with the last parenthesis.
+    stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
+}
+
 /// A thread that this one traces, until dropped.
 #[derive(Debug)]
 struct Traced {
@@ -62,12 +73,27 @@ struct Traced {
 
 impl Traced {
     /// The next stop's status; `ESRCH` if it ends instead.
+    ///
+    /// Not by a wait that blocks: a process's first thread counts as dead only when all others are gone, and those may
+    /// wait for us to be done here.
     fn next_stop(&self) -> Result<i32, Errno> {
-        let status = sys::wait_for(self.tid, true)?.ok_or(Errno::ESRCH)?;
-        if libc::WIFSTOPPED(status) {
-            return Ok(status);
+        for round in 0_u32.. {
+            if let Some(status) = sys::wait_for(self.tid, false)? {
+                if libc::WIFSTOPPED(status) {
+                    return Ok(status);
+                }
+                self.ended.set(true);
+                break;
+            }
+            if round < SPINS {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(POLL);
+                if is_dead(self.tid) {
+                    break;
+                }
+            }
         }
-        self.ended.set(true);
         Err(Errno::ESRCH)
     }
 }

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
 use nix::unistd::Pid;
 
+use super::inject::is_dead;
 use crate::sys;
 
 /// A thread that does not stop within this time sleeps in a device driver. It writes to no memory of ours meanwhile.
@@ -65,7 +66,8 @@ fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool) {
             });
         }
         for (&tid, stands) in threads.iter_mut().filter(|(_, stands)| !**stands) {
-            *stands = is_waiting(tid.as_raw().cast_unsigned()) || !matches!(sys::wait_for(tid, false), Ok(None));
+            let waits = is_waiting(tid.as_raw().cast_unsigned());
+            *stands = waits || !matches!(sys::wait_for(tid, false), Ok(None)) || is_dead(tid);
         }
         if !new && threads.values().all(|stands| *stands) {
             return;

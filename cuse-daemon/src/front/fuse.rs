@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
+use nix::sys::statfs::statfs;
 
 use super::{Access, FileSystem, Front};
 
@@ -96,8 +97,9 @@ impl Bound {
 /// A daemon that was killed leaves its mount behind; every access to it fails with `ENOTCONN`.
 fn clear_dead(over: &Path) -> Result<()> {
     loop {
-        match fs::metadata(over) {
-            Err(err) if err.raw_os_error() == Some(libc::ENOTCONN) => {
+        // Not by stat(2), which the kernel may answer from its cache.
+        match statfs(over) {
+            Err(Errno::ENOTCONN) => {
                 tracing::warn!(path = %over.display(), "removing what a killed softkvm left behind");
                 umount2(over, MntFlags::MNT_DETACH).with_context(|| format!("cannot unmount {}", over.display()))?;
             }
