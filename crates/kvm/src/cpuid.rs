@@ -4,6 +4,7 @@
 //! address width) is the host's, because VMMs copy the host's vendor into the guest and look for that vendor's leaves.
 
 use std::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+use std::sync::LazyLock;
 
 use kvm_abi::consts::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
 use kvm_abi::{Plain, kvm_cpuid_entry, kvm_cpuid_entry2};
@@ -120,8 +121,7 @@ fn host_vendor() -> [u32; 3] {
     [ebx, ecx, edx]
 }
 
-fn host_is_amd() -> bool {
-    let [ebx, ecx, edx] = host_vendor();
+fn is_amd([ebx, ecx, edx]: [u32; 3]) -> bool {
     matches!([ebx, edx, ecx].map(u32::to_le_bytes).concat().as_slice(), b"AuthenticAMD" | b"HygonGenuine")
 }
 
@@ -131,7 +131,10 @@ pub(crate) fn supported_phys_bits() -> u8 {
 }
 
 /// The table under construction.
-struct Table(Vec<kvm_cpuid_entry2>);
+struct Table {
+    entries: Vec<kvm_cpuid_entry2>,
+    amd: bool,
+}
 
 impl Table {
     /// Adds a leaf without sub-leaves, and the feature bits it has.
@@ -145,16 +148,15 @@ impl Table {
     }
 
     fn push(&mut self, function: u32, index: u32, flags: u32, mut regs: [u32; 4]) {
-        let amd = host_is_amd();
         let repeats =
-            AMD_REPEATS.iter().filter(|(basic, _)| amd && OFFERED.contains(basic)).map(|(_, extended)| extended);
+            AMD_REPEATS.iter().filter(|(basic, _)| self.amd && OFFERED.contains(basic)).map(|(_, extended)| extended);
         for feature in OFFERED.iter().chain(repeats) {
             if (feature.leaf, feature.subleaf) == (function, index) {
                 regs[feature.register as usize] |= feature.mask();
             }
         }
         let [eax, ebx, ecx, edx] = regs;
-        self.0.push(kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Plain::zeroed() });
+        self.entries.push(kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Plain::zeroed() });
     }
 }
 
@@ -165,13 +167,20 @@ fn host(function: u32, index: u32) -> [u32; 4] {
 }
 
 /// `KVM_GET_SUPPORTED_CPUID`, in the order Linux reports: basic, extended, KVM's own leaves.
-pub(crate) fn supported() -> Vec<kvm_cpuid_entry2> {
-    let mut table = Table(Vec::with_capacity(40));
-    let [ebx, ecx, edx] = host_vendor();
+pub(crate) fn supported() -> &'static [kvm_cpuid_entry2] {
+    // Made once: on a host that is itself a guest each CPUID instruction is an exit.
+    static TABLE: LazyLock<Vec<kvm_cpuid_entry2>> = LazyLock::new(make_supported);
+    &TABLE
+}
+
+fn make_supported() -> Vec<kvm_cpuid_entry2> {
+    let vendor = host_vendor();
+    let mut table = Table { entries: Vec::with_capacity(40), amd: is_amd(vendor) };
+    let [ebx, ecx, edx] = vendor;
     table.leaf(0, [MAX_BASIC, ebx, ecx, edx]);
     // EBX: CLFLUSH line of 8 × 8 bytes, one logical processor; the initial APIC id is the VMM's to fill in.
     table.leaf(1, [host(1, 0)[0], 0x0001_0800, 0, 0]);
-    let intel = !host_is_amd();
+    let intel = !table.amd;
     table.leaf(2, if intel { host(2, 0) } else { [0; 4] });
     if intel {
         for index in 0..8 {
@@ -208,7 +217,7 @@ pub(crate) fn supported() -> Vec<kvm_cpuid_entry2> {
     let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| KVM_SIGNATURE[at + i]));
     table.leaf(KVM_SIGNATURE_LEAF, [KVM_FEATURES_LEAF, word(0), word(4), word(8)]);
     table.leaf(KVM_FEATURES_LEAF, [0; 4]);
-    table.0
+    table.entries
 }
 
 /// `KVM_GET_EMULATED_CPUID`: features that work although `supported` leaves them out. None do; Linux lists the leaves.
@@ -267,12 +276,12 @@ mod tests {
     fn every_offered_bit_is_in_the_table_and_no_other() {
         let table = supported();
         for feature in OFFERED {
-            assert!(has(&table, *feature), "{feature:?}");
+            assert!(has(table, *feature), "{feature:?}");
         }
         for feature in bit::ALL {
             let repeat = AMD_REPEATS.iter().any(|(_, extended)| extended == feature);
             if !OFFERED.contains(feature) && !repeat && *feature != bit::INVARIANT_TSC {
-                assert!(!has(&table, *feature), "{feature:?}");
+                assert!(!has(table, *feature), "{feature:?}");
             }
         }
     }
@@ -398,6 +407,6 @@ mod tests {
     #[test]
     fn phys_bits_come_from_the_guests_table() {
         assert_eq!(phys_bits(&[]), 36);
-        assert_eq!(phys_bits(&supported()), supported_phys_bits());
+        assert_eq!(phys_bits(supported()), supported_phys_bits());
     }
 }

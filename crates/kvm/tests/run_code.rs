@@ -8,7 +8,7 @@ use common::{BASE, FakeClient};
 use kvm::Kvm;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{DirtyLog, kvm_guest_debug, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
+use kvm_abi::{DirtyLog, kvm_debugregs, kvm_guest_debug, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -234,6 +234,31 @@ fn a_missing_instruction_shows_its_bytes() {
         // Without AVX-512 in CPUID the instruction is #UD, which here has nowhere to go.
         assert_eq!(reason, Ok(KVM_EXIT_SHUTDOWN));
     }
+}
+
+#[test]
+fn breakpoints_of_both_kinds_exit() {
+    let m = Machine::new(&[0x90, 0x90, 0xcc, 0x90, 0xf4]); // nop, nop, int3, nop, hlt
+    let mut debug = kvm_guest_debug {
+        control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP | KVM_GUESTDBG_USE_SW_BP,
+        ..Default::default()
+    };
+    (debug.arch.debugreg[0], debug.arch.debugreg[7]) = (0x1001, 0x402);
+    let guests: kvm_debugregs = m.client.get(m.vcpu, KVM_GET_DEBUGREGS);
+    m.client.set(m.vcpu, KVM_SET_GUEST_DEBUG, &debug).unwrap();
+    assert_eq!(m.run(), Ok(KVM_EXIT_DEBUG));
+    assert_eq!((m.run.load_u32(32), m.run.load_u64(40)), (Some(1), Some(0x1001)));
+    assert_eq!(m.run.load_u64(48).unwrap() & 0xf, 1, "DR6: breakpoint 0");
+    let during: kvm_debugregs = m.client.get(m.vcpu, KVM_GET_DEBUGREGS);
+    assert_eq!((during.db, during.dr7), (guests.db, guests.dr7), "the guest's own registers show");
+    debug.arch.debugreg[7] = 0x400;
+    m.client.set(m.vcpu, KVM_SET_GUEST_DEBUG, &debug).unwrap();
+    assert_eq!(m.run(), Ok(KVM_EXIT_DEBUG));
+    assert_eq!((m.run.load_u32(32), m.run.load_u64(40)), (Some(3), Some(0x1002)), "pc is the INT3");
+    assert_eq!(m.regs().rip, 0x1002);
+    m.set_regs(|regs| regs.rip = 0x1003);
+    m.client.set(m.vcpu, KVM_SET_GUEST_DEBUG, &kvm_guest_debug::default()).unwrap();
+    assert_eq!(m.run(), Ok(KVM_EXIT_HLT));
 }
 
 #[test]

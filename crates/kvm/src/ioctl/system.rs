@@ -48,7 +48,7 @@ pub(super) fn get_msr_index_list(_: &Caller<'_, System>, list: &Fam<'_, u32>) ->
 
 /// What the CPU offers. api.rst `KVM_GET_SUPPORTED_CPUID`. E2BIG: room for fewer entries.
 pub(super) fn get_supported_cpuid(_: &Caller<'_, System>, list: &Fam<'_, kvm_cpuid_entry2>) -> Result<(), Errno> {
-    store_cpuid(list, &cpuid::supported())
+    store_cpuid(list, cpuid::supported())
 }
 
 /// What works although the CPU does not offer it. api.rst `KVM_GET_EMULATED_CPUID`. E2BIG: room for fewer entries.
