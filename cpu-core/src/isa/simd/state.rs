@@ -107,21 +107,31 @@ impl Cpu {
         if la & (align - 1) == 0 { Ok(()) } else { Err(self.fault(Fault::gp(0))) }
     }
 
-    /// Linear address of a memory operand of `size` bytes that is accessed in pieces, a multiple of `align`. Faults come
-    /// in the host's order: alignment; the first four bytes where the segment ends before the last; the first four or the
-    /// last one (aligned operands), then the other.
-    pub(crate) fn large_operand(&mut self, op: &Op, size: u32, align: u64, write: bool) -> Result<u64, Stop> {
+    /// Linear address of a memory operand of `size` bytes that is accessed in pieces of `piece`, a multiple of `align`.
+    /// Faults come in the host's order: alignment; the first piece where the segment ends before the last; the first
+    /// piece, or the last byte (aligned operands), then the other.
+    pub(crate) fn large_operand(
+        &mut self,
+        op: &Op,
+        size: u32,
+        piece: u32,
+        align: u64,
+        write: bool,
+    ) -> Result<u64, Stop> {
         let (seg, offset) = (op.segment(), self.ea(op));
         let start = self.wrap_linear(self.seg_base[seg as usize].wrapping_add(offset));
         if self.is_64bit() && !self.is_canonical(start) {
             self.target(start, write, By::Code, seg)?;
         }
         self.require_aligned(start, align)?;
-        let first = self.linear(seg, offset, 4, write)?;
+        let first = self.linear(seg, offset, piece, write)?;
+        if align == 1 {
+            self.check_alignment(first, piece, By::Code)?;
+        }
         let inside = self.linear(seg, offset, size, write).is_ok();
         if align == 1 || !inside {
             self.target(first, write, By::Code, seg)?;
-            if first & 0xfff > 0xffc {
+            if (first & 0xfff) + u64::from(piece) > 0x1000 {
                 self.target(self.wrap_linear((first | 0xfff).wrapping_add(1)), write, By::Code, seg)?;
             }
         }
@@ -158,7 +168,7 @@ impl Cpu {
 
 fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_fxsr()?;
-    let la = cpu.large_operand(op, 512, 16, true)?;
+    let la = cpu.large_operand(op, 512, 16, 16, true)?;
     // Without CR4.OSFXSR the XMM part is left alone (SDM Vol. 2 "FXSAVE": implementation dependent).
     let sse = cpu.fp_gate & fp_gate::NO_OSFXSR == 0;
     let registers = if sse { cpu.xmm_registers() } else { 0 };
@@ -178,7 +188,7 @@ fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
 
 fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_fxsr()?;
-    let la = cpu.large_operand(op, 512, 16, false)?;
+    let la = cpu.large_operand(op, 512, 16, 16, false)?;
     let mut image = [0; 512];
     cpu.load_image(la, &mut image, op.segment())?;
     let sse = cpu.fp_gate & fp_gate::NO_OSFXSR == 0;

@@ -199,7 +199,7 @@ fn fnstenv<F: Format>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_x87()?;
     let mut image = [0; 108];
     put_environment::<F>(cpu, &mut image);
-    cpu.large_operand(op, F::BYTES as u32, 1, true)?;
+    cpu.large_operand(op, F::BYTES as u32, F::FIELD as u32, 1, true)?;
     cpu.write_bytes(op.segment(), cpu.ea(op), &image[..F::BYTES])?;
     // Masked, so that the handler which saved it may compute.
     cpu.fpu.fcw |= EXCEPTIONS;
@@ -216,7 +216,7 @@ fn fldenv<F: Format>(cpu: &mut Cpu, op: &Op) -> Done {
 
 fn load<F: Format>(cpu: &mut Cpu, op: &Op, bytes: usize) -> Result<Image, Stop> {
     let mut image = [0; 108];
-    cpu.large_operand(op, bytes as u32, 1, false)?;
+    cpu.large_operand(op, bytes as u32, F::FIELD as u32, 1, false)?;
     cpu.read_bytes(op.segment(), cpu.ea(op), &mut image[..bytes])?;
     Ok(image)
 }
@@ -229,7 +229,7 @@ fn fnsave<F: Format>(cpu: &mut Cpu, op: &Op) -> Done {
         let value = cpu.fpu.st[cpu.fpu.physical(i)];
         image[F::BYTES + 10 * usize::from(i)..][..10].copy_from_slice(&value[..10]);
     }
-    cpu.large_operand(op, F::BYTES as u32 + 80, 1, true)?;
+    cpu.large_operand(op, F::BYTES as u32 + 80, F::FIELD as u32, 1, true)?;
     cpu.write_bytes(op.segment(), cpu.ea(op), &image[..F::BYTES + 80])?;
     cpu.fpu.init_x87();
     forget_flags();
