@@ -57,9 +57,9 @@ fn no_argument_panics_or_hangs() {
                 _ => vcpu,
             };
             if direction(row.request) == NONE {
-                let arg = if random.next() % 2 == 0 { 0 } else { random.number() };
+                let arg = if random.next().is_multiple_of(2) { 0 } else { random.number() };
                 let _ = client.ioctl(fd, row.request, arg);
-            } else if random.next() % 16 == 0 {
+            } else if random.next().is_multiple_of(16) {
                 let arg = random.number();
                 let _ = client.ioctl(fd, row.request, arg);
             } else {

@@ -1,7 +1,7 @@
 //! From VMX exits to `kvm_run` exits, as kvm-intel translates them: one file per reason.
 //!
 //! A handler either answers the exit here and resumes the guest, or fills `kvm_run` and returns to user space. What user
-//! space must answer first is kept as [`Pending`] and finished by the next `KVM_RUN`, before anything else.
+//! space must answer first is kept as `Pending` and finished by the next `KVM_RUN`, before anything else.
 
 mod debug;
 mod entry_failure;

@@ -125,3 +125,36 @@ ioctls! {
     KVM_GET_XCRS               0xa6 Vcpu   Out<kvm_xcrs>,                          Xcrs,           Full => vcpu::get_xcrs;
     KVM_SET_XCRS               0xa7 Vcpu   In<kvm_xcrs>,                           Xcrs,           Full => vcpu::set_xcrs;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::caps::check_extension;
+
+    #[test]
+    fn a_row_stands_under_a_capability_that_is_offered() {
+        for row in ROWS {
+            if let Some((number, name)) = row.capability.number() {
+                assert!(check_extension(number.into()) > 0, "{} needs {name}", row.name);
+            }
+        }
+    }
+
+    #[test]
+    fn no_file_has_a_request_twice() {
+        for (i, a) in ROWS.iter().enumerate() {
+            assert!(ROWS[i + 1..].iter().all(|b| (a.file, a.request) != (b.file, b.request)), "{}", a.name);
+        }
+    }
+
+    #[test]
+    fn every_request_of_2007_has_a_row() {
+        // What stands first in kvm-abi's list: 0x00 to 0x04 and 0x40 to 0x8d, but for what came later.
+        let of_2007 = [(0x00..=0x04, "System"), (0x40..=0x43, "Vm"), (0x80..=0x8d, "Vcpu")];
+        for (numbers, file) in of_2007 {
+            for nr in numbers {
+                assert!(ROWS.iter().any(|row| row.file == file && row.request & 0xff == nr), "{file} {nr:#x}");
+            }
+        }
+    }
+}
