@@ -541,6 +541,89 @@ fn task_switch_by_jump_is_not_nested() {
 }
 
 #[test]
+fn a_16_bit_task_is_called_and_returns() {
+    let mut guest = Guest::new(0, |a| {
+        a.mov(eax, 0x1234_5678).unwrap();
+        a.db(&[0x9a, 0, 0, 0, 0, sel::SMALL_TSS as u8, 0]).unwrap();
+    });
+    let entry = tss(OTHER_TSS, 0x2b, system::TSS16_AVAILABLE);
+    guest.0.write(GDT + u64::from(sel::SMALL_TSS), &entry.to_le_bytes());
+    let words: [(u64, u16); 9] = [
+        (14, 0x1800),
+        (16, 2),
+        (18, 0x1111),
+        (26, 0x7000),
+        (34, sel::DATA0),
+        (36, sel::CODE0),
+        (38, sel::DATA0),
+        (40, sel::DATA0),
+        (42, 0),
+    ];
+    for (at, value) in words {
+        guest.0.write(OTHER_TSS + at, &value.to_le_bytes());
+    }
+    // INC EAX, IRETD.
+    guest.0.write(0x1800, &[0x40, 0xcf]);
+    assert_eq!(guest.run(), Done);
+    let cpu = &guest.0.cpu;
+    assert_eq!((cpu.reg(Gpr::Rax), cpu.tr.selector), (0x1234_5678, sel::TSS));
+    let word = |at: u64| u16::from_le_bytes(guest.0.read(OTHER_TSS + at));
+    assert_eq!((word(0), word(14), word(18), word(26)), (sel::TSS, 0x1802, 0x1112, 0x7000));
+    assert_eq!(word(16) & 0x4000, 0);
+}
+
+/// CLI, STI and PUSHF by mode and level: SDM Vol. 2, the tables of decisions.
+#[test]
+fn virtual_interrupt_flags() {
+    const VIF: u64 = Rflags::VIF.bits();
+    const IF: u64 = Rflags::IF.bits();
+    // CR4, IOPL, instruction, RFLAGS before and after, without IOPL.
+    type Case = (Cr4, u64, fn(&mut CodeAssembler), u64, Option<u64>);
+    let table: &[Case] = &[
+        (Cr4::empty(), 3, |a| a.cli().unwrap(), IF, Some(0)),
+        (Cr4::empty(), 0, |a| a.cli().unwrap(), IF, None),
+        (Cr4::PVI, 0, |a| a.cli().unwrap(), IF | VIF, Some(IF)),
+        (Cr4::PVI, 0, |a| a.sti().unwrap(), IF, Some(IF | VIF)),
+        (Cr4::PVI, 0, |a| a.sti().unwrap(), IF | Rflags::VIP.bits(), None),
+        (Cr4::PVI, 3, |a| a.cli().unwrap(), IF | VIF, Some(VIF)),
+    ];
+    for (enabled, iopl, code, before, after) in table {
+        let mut guest = Guest::new(3, code);
+        guest.0.cpu.cr4 |= *enabled;
+        guest.0.cpu.set_rflags(2 | iopl << 12 | before);
+        let seen = guest.run();
+        match after {
+            None => assert_eq!(seen, Event(GP, Some(0), 0), "{enabled:?} {iopl} {before:#x}"),
+            Some(after) => {
+                assert_eq!(seen, Done, "{enabled:?} {iopl} {before:#x}");
+                assert_eq!(u64::from(guest.frame(2)) & (IF | VIF), *after, "{enabled:?} {iopl} {before:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn popf_changes_what_the_level_owns() {
+    // CPL, IOPL before, image, RFLAGS after.
+    let all = 0x3f_7fd7u32;
+    let table = [
+        (0, 0, all & !0x100, 0x24_7ed7),
+        (3, 3, all & !0x100, 0x24_7ed7),
+        (3, 0, all & !0x100, 0x24_4cd7),
+        (3, 1, all & !0x100, 0x24_5cd7),
+    ];
+    for (cpl, iopl, image, after) in table {
+        let mut guest = Guest::new(cpl, |a| {
+            a.push(image as i32).unwrap();
+            a.popfd().unwrap();
+        });
+        guest.0.cpu.set_rflags(2 | iopl << 12);
+        assert_eq!(guest.run(), Done);
+        assert_eq!(guest.frame(2), after, "CPL {cpl}, IOPL {iopl}");
+    }
+}
+
+#[test]
 fn segments_of_a_new_task_fault_in_it() {
     // Field, selector, vector, error code.
     let table: &[(u64, u16, u8, u32)] = &[
