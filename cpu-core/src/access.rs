@@ -151,7 +151,8 @@ impl Cpu {
         let code = self.traces.is_code(page);
         // A watched page stays out of the TLB, so that every access to it comes through here. System accesses at CPL 3
         // would be entered under the wrong privilege.
-        if !self.is_watched(la) && !(by == By::System && self.cpl == 3) && !self.alignment_checked() {
+        let watched = self.is_watched(la) || by == By::System && self.cpl == 3 || self.alignment_checked();
+        if !watched {
             if write && writable && found.writable && !code {
                 self.tlb.fill_write(la, host, found.page_bytes);
             }
@@ -240,11 +241,14 @@ impl Cpu {
     fn load_target(&mut self, target: Target, size: u32) -> Result<u64, Stop> {
         match target {
             Target::Ram { host, .. } => {
-                // SAFETY: `target` found these bytes inside a page of a slot that `view` keeps alive.
                 Ok(match size {
+                    // SAFETY: `target` found these bytes inside a page of a slot that `view` keeps alive.
                     1 => unsafe { u8::load(host) }.into(),
+                    // SAFETY: as above.
                     2 => unsafe { u16::load(host) }.into(),
+                    // SAFETY: as above.
                     4 => unsafe { u32::load(host) }.into(),
+                    // SAFETY: as above.
                     8 => unsafe { u64::load(host) },
                     _ => {
                         let mut bytes = [0; 8];

@@ -68,6 +68,17 @@ pub(crate) struct Head {
     pub(crate) count: u16,
 }
 
+impl Op {
+    /// The slot behind a call's op: its `imm` is the link of the return address.
+    #[inline(always)]
+    pub(crate) unsafe fn link_behind(op: *const Op) -> *const Op {
+        // SAFETY: the caller's: the op is a call's, which has a data slot.
+        let data = unsafe { op.add(1) };
+        // SAFETY: as above.
+        unsafe { (*data).imm as *const Op }
+    }
+}
+
 const _: () = assert!(size_of::<Op>() == 32 && size_of::<Head>() == 32);
 
 /// A predicted return.
@@ -135,7 +146,7 @@ pub(crate) enum To {
     /// A computed target that is canonical.
     IndirectChecked(u64),
     /// Instruction complete, but the loop is wanted: RIP is what the link leads to.
-    LeaveTo(*const Op),
+    LeaveFor(*const Op),
     /// Fault or exit: nothing was committed.
     Stop,
     /// `size` bytes at this linear address are not in the TLB: nothing was committed, and the instruction starts again.
@@ -196,7 +207,7 @@ pub(crate) unsafe fn handler<S: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64
         // SAFETY: `cpu` is the running CPU, `op` the current op.
         To::Leave => unsafe { leave(cpu, op, m.fa, m.fb, m.budget) },
         // SAFETY: as above; `to` is a link: a head or a stub.
-        To::LeaveTo(to) => unsafe { leave_to(cpu, op, to, m.fa, m.fb, m.budget) },
+        To::LeaveFor(to) => unsafe { leave_to(cpu, op, to, m.fa, m.fb, m.budget) },
         // SAFETY: as above.
         To::Stop => unsafe { stop(cpu, op, m.fa, m.fb, m.budget) },
         To::Miss { la, size, write } => {
@@ -204,12 +215,12 @@ pub(crate) unsafe fn handler<S: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64
             // SAFETY: as above.
             unsafe { (*cpu).miss = (la, what) };
             // SAFETY: as above; a jump, so the hot path keeps no frame for it.
-            return unsafe { miss(cpu, op, m.fa, m.fb, m.budget) };
+            unsafe { miss(cpu, op, m.fa, m.fb, m.budget) }
         }
         // SAFETY: as above.
         To::Alone => unsafe { alone(cpu, op, m.fa, m.fb, m.budget) },
         // SAFETY: as above; a jump, so the hot path keeps no frame for it.
-        To::Other(other) => return unsafe { other(cpu, op, m.fa, m.fb, m.budget) },
+        To::Other(other) => unsafe { other(cpu, op, m.fa, m.fb, m.budget) },
     }
 }
 
@@ -222,8 +233,9 @@ const MISS_WRITE: u32 = 1 << 31;
 #[inline(never)]
 unsafe fn miss(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let m = Machine { cpu, op, fa, fb, budget };
-    // SAFETY: `cpu` is the running CPU, `op` its op.
-    match unsafe { (*cpu).fill((*op).segment()) } {
+    let seg = m.op().segment();
+    // SAFETY: `cpu` is the running CPU.
+    match unsafe { &mut *cpu }.fill(seg) {
         Ok(true) => dispatch!(cpu, op, m),
         // SAFETY: as above.
         Ok(false) => unsafe { alone(cpu, op, fa, fb, budget) },
@@ -391,10 +403,12 @@ use crate::cpu::JumpEntry;
 pub(crate) unsafe fn head(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let m = Machine { cpu, op, fa, fb, budget };
     let head = op.cast::<Head>();
-    // SAFETY: a head's handler is called with a head; `stamp` points into the `Kick` that the CPU keeps alive.
-    let stamp = unsafe { (*(*cpu).stamp).load(Ordering::Relaxed) };
-    // SAFETY: as above.
-    let (known, ip, count) = unsafe { ((*head).stamp, (*head).ip, (*head).count) };
+    // SAFETY: `cpu` is the running CPU.
+    let stamp = unsafe { (*cpu).stamp };
+    // SAFETY: it points into the `Kick` that the CPU keeps alive.
+    let stamp = unsafe { &*stamp }.load(Ordering::Relaxed);
+    // SAFETY: a head's handler is called with a head; copied out, since nobody else is to see a reference to it.
+    let Head { stamp: known, ip, count, .. } = unsafe { *head };
     // The budget may go below zero by one trace; the instruction count stays exact.
     if stamp != known || budget <= 0 {
         // SAFETY: as above.
@@ -469,11 +483,24 @@ unsafe fn resolve_cold(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i
     target
 }
 
+/// The slot behind a stub that [`cross`] handles.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub(crate) struct CrossLink {
+    pub(crate) target: *const Op,
+    pub(crate) context: u64,
+    pub(crate) unused: [u64; 2],
+}
+
+const _: () = assert!(size_of::<CrossLink>() == size_of::<Op>());
+
 /// A stub whose target lies in another page: good while the context is the one it was found in.
 pub(crate) unsafe fn cross(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let m = Machine { cpu, op, fa, fb, budget };
-    // SAFETY: the slot behind a stub holds the target in `imm` and its context in the eight bytes from `disp` on.
-    let (target, context) = unsafe { ((*op.add(1)).imm as *const Op, op.add(1).cast::<u64>().add(2).read()) };
+    // SAFETY: a stub is followed by a slot of its own.
+    let data = unsafe { op.add(1) }.cast::<CrossLink>();
+    // SAFETY: `link` wrote it before it made this the stub's handler.
+    let CrossLink { target, context, .. } = unsafe { *data };
     // SAFETY: `cpu` is the running CPU.
     if context == unsafe { (*cpu).code_context } {
         dispatch!(cpu, target, m)
@@ -498,8 +525,10 @@ pub(crate) unsafe fn plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
 ) {
     // SAFETY: `cpu` is the running CPU, `op` one of its ops.
     let on = unsafe { call_plain::<F>(cpu, op, fa, fb, budget) };
-    // SAFETY: `call_plain` left the registers' state in the CPU.
-    let m = unsafe { Machine { cpu, op, fa: (*cpu).fa, fb: (*cpu).fb, budget } };
+    // SAFETY: `cpu` is the running CPU; the borrow ends here.
+    let now = unsafe { &*cpu };
+    // `call_plain` left the registers' state in the CPU.
+    let m = Machine { cpu, op, fa: now.fa, fb: now.fb, budget };
     match on {
         // SAFETY: a trace ends in an op that leaves it.
         On::Next => dispatch!(cpu, unsafe { op.add(1) }, m),
@@ -516,7 +545,7 @@ pub(crate) unsafe fn plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
             // SAFETY: as above. It takes back what was given back here.
             unsafe { (*cpu).miss.0 = ip };
             // SAFETY: as above.
-            return unsafe { jump_slow(cpu, op, m.fa, m.fb, budget) };
+            unsafe { jump_slow(cpu, op, m.fa, m.fb, budget) }
         }
         On::Loop => {}
     }
@@ -661,19 +690,23 @@ impl Machine {
     /// A register operand.
     #[inline(always)]
     pub(crate) fn get<W: HostWord>(&self, slot: u8) -> W {
+        // SAFETY: slots are those of ops.
+        let at = unsafe { gpr(self.cpu, slot) }.cast::<W>();
         // SAFETY: as in `gpr`; AH to BH are odd offsets and read one byte.
-        unsafe { gpr(self.cpu, slot).cast::<W>().read() }
+        unsafe { at.read() }
     }
 
     /// Writes a register operand: 32 bits clear the upper half, 8 and 16 keep the rest.
     #[inline(always)]
     pub(crate) fn put<W: HostWord>(&mut self, slot: u8, value: W) {
+        // SAFETY: slots are those of ops.
+        let at = unsafe { gpr(self.cpu, slot) };
         if W::BYTES == 4 {
             // SAFETY: as in `gpr`; 32-bit operands start a slot.
-            unsafe { gpr(self.cpu, slot).write(value.zext()) }
+            unsafe { at.write(value.zext()) }
         } else {
             // SAFETY: as in `gpr`; AH to BH are odd offsets and write one byte.
-            unsafe { gpr(self.cpu, slot).cast::<W>().write(value) }
+            unsafe { at.cast::<W>().write(value) }
         }
     }
 

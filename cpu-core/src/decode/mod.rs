@@ -27,13 +27,4 @@ impl Mode {
     pub(crate) fn is_64bit(self) -> bool {
         self.0 & 3 == 2
     }
-
-    /// Mask of the stack pointer.
-    pub(crate) fn stack_mask(self) -> u64 {
-        match (self.is_64bit(), self.0 & 4 != 0) {
-            (true, _) => u64::MAX,
-            (false, true) => 0xffff_ffff,
-            (false, false) => 0xffff,
-        }
-    }
 }

@@ -19,7 +19,7 @@ use super::digest::{Branch, Digest, FlagsOut, Lowered};
 use crate::cpu::{Cpu, SLOT_WIDE};
 use crate::host;
 use crate::isa;
-use crate::op::{Continue, Handler, Head, Machine, Op, Semantics, To, cross, handler, head, resolve};
+use crate::op::{Continue, CrossLink, Handler, Head, Machine, Op, Semantics, To, cross, handler, head, resolve};
 use crate::state::Seg;
 
 const PAGE: u64 = 0x1000;
@@ -208,9 +208,7 @@ impl Traces {
         // SAFETY: a stub is followed by a slot of its own.
         let data = unsafe { stub.add(1) };
         // SAFETY: as above.
-        unsafe { (*data).imm = target as u64 };
-        // SAFETY: as above; the third eight bytes of the slot hold the context.
-        unsafe { data.cast::<u64>().add(2).write(context) };
+        unsafe { data.cast::<CrossLink>().write(CrossLink { target, context, unused: [0; 2] }) };
         // SAFETY: as above.
         unsafe { (*stub).handler = cross };
     }

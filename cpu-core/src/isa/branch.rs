@@ -248,12 +248,12 @@ impl<F: Form> Semantics for Call<F> {
         match push_64::<F>(m, back) {
             Ok(Stored::Ram) => {
                 // SAFETY: a call's op is followed by a data slot that holds the link of its return address.
-                let after = unsafe { (*m.op.add(1)).imm } as *const Op;
+                let after = unsafe { Op::link_behind(m.op) };
                 ras_push(m, back, after);
                 To::Op(op.imm as *const Op)
             }
             // The link leads to a head, which sees that attention is wanted.
-            Ok(Stored::Elsewhere) => To::LeaveTo(op.imm as *const Op),
+            Ok(Stored::Elsewhere) => To::LeaveFor(op.imm as *const Op),
             Err(to) => to,
         }
     }
@@ -349,7 +349,7 @@ fn call_indirect_to<F: Form>(m: &mut Machine, target: u64) -> To {
     let back = m.get::<u64>(crate::cpu::SLOT_TRACE_IP).wrapping_add(u64::from(op.off) + u64::from(op.len));
     attempt!(push_64::<F>(m, back));
     // SAFETY: an indirect call's op is followed by a data slot that holds the link of its return address.
-    let after = unsafe { (*m.op.add(1)).imm } as *const Op;
+    let after = unsafe { Op::link_behind(m.op) };
     ras_push(m, back, after);
     // A store into code or a device is noticed on the way: the lookup sees `leave`, and a head sees the epoch.
     To::IndirectChecked(target)

@@ -13,7 +13,7 @@ use crate::op::Op;
 use crate::state::{Gpr, Seg};
 
 pub(super) const ROWS: &[Row] = &[
-    codes(&[C::Mov_r32_cr, C::Mov_r64_cr], |d| from_control(d)),
+    codes(&[C::Mov_r32_cr, C::Mov_r64_cr], from_control),
     codes(&[C::Mov_cr_r32, C::Mov_cr_r64], function_ends(mov_to_cr)),
     codes(&[C::Mov_r32_dr, C::Mov_r64_dr], function_ends(mov_from_dr)),
     codes(&[C::Mov_dr_r32, C::Mov_dr_r64], function_ends(mov_to_dr)),

@@ -234,7 +234,9 @@ fn passthrough_shares_the_backing_file() {
     backing.seek(SeekFrom::Start(4096)).unwrap();
     backing.write_all(b"seen").unwrap();
     // SAFETY: inside the mapping of 8192 bytes made above.
-    assert_eq!(unsafe { map.add(4098).read_volatile() }, b'e');
+    let at = unsafe { map.add(4098) };
+    // SAFETY: as above.
+    assert_eq!(unsafe { at.read_volatile() }, b'e');
     // SAFETY: as above.
     unsafe { map.write_volatile(b'!') };
     backing.rewind().unwrap();

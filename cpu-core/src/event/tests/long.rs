@@ -448,9 +448,12 @@ fn swapgs_exchanges_bases() {
     assert_eq!(run(3, |a| a.swapgs().unwrap()), Event(GP, Some(0), 0));
 }
 
+/// A name and what assembles it.
+type Named = (&'static str, fn(&mut CodeAssembler));
+
 #[test]
 fn umip_keeps_the_tables_secret() {
-    let table: &[(&str, fn(&mut CodeAssembler))] = &[
+    let table: &[Named] = &[
         ("SGDT", |a| a.sgdt(ptr(rsp)).unwrap()),
         ("SIDT", |a| a.sidt(ptr(rsp)).unwrap()),
         ("SLDT", |a| a.sldt(eax).unwrap()),
