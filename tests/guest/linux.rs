@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use assets::qemu::Machine;
 use assets::{Quiet, initramfs, iso, kernel};
-use softkvm_tests::qemu;
+use softkvm_tests::{long, qemu};
 
 const MEMORY_MIB: u32 = 256;
 /// Generous: a loaded machine must not fail a test. What is slow is the benchmark's business.
 const FIRMWARE: Duration = Duration::from_secs(120);
-const KERNEL: Duration = Duration::from_secs(180);
+const KERNEL: Duration = Duration::from_secs(240);
 
 /// `-kernel`: the shortest way to user space, and back out through ACPI.
 #[test]
@@ -25,13 +25,21 @@ fn linux_reaches_user_space_and_powers_off() {
     assert!(console.finish(FIRMWARE).expect("QEMU ends").success());
 }
 
-/// A CD through the BIOS: disk services, GRUB between real and protected mode, its menu as VGA text, the kernel from it.
+/// An ISO through the BIOS: disk services, GRUB between real and protected mode, its menu as VGA text, the kernel from it.
+/// The image is a CD and a hard disk at once; as a CD it costs an exit per two bytes, so that is the longer form.
 #[test]
 fn grub_shows_its_menu_and_boots_linux() {
     let kernel = kernel::ensure(&Quiet).expect("the kernel");
     let initrd = initramfs::ensure(&Quiet).expect("the initramfs");
     let iso = iso::ensure(&kernel, &initrd, &Quiet).expect("the ISO");
-    let mut console = qemu::start(|accel| Machine::new(accel, MEMORY_MIB).cdrom(&iso)).expect("QEMU starts");
+    boots_by_grub(|machine| machine.disk(&iso));
+    if long() {
+        boots_by_grub(|machine| machine.cdrom(&iso));
+    }
+}
+
+fn boots_by_grub(with: impl Fn(Machine) -> Machine) {
+    let mut console = qemu::start(|accel| with(Machine::new(accel, MEMORY_MIB))).expect("QEMU starts");
     console.expect("GNU GRUB", FIRMWARE).expect("the head of the menu");
     console.expect(iso::MENU_ENTRY, FIRMWARE).expect("the entry of the menu");
     console.expect("Linux version", KERNEL).expect("the kernel that GRUB loaded");
