@@ -7,7 +7,7 @@
 
 use std::cell::OnceCell;
 use std::fs;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -58,7 +58,10 @@ impl Place {
             let worker = worker.get_or_init(Worker::register);
             worker.move_to(cpu);
             let begin = worker.clock();
-            worker.since.store(if cpu == NOWHERE { 0 } else { begin }, Ordering::Release);
+            if cpu != NOWHERE {
+                worker.since.store(begin, Ordering::SeqCst);
+                WATCHDOG.wake();
+            }
             Run { place: self, begin, worker: Arc::clone(worker) }
         })
     }
@@ -122,7 +125,8 @@ impl Drop for Run<'_> {
 #[derive(Debug)]
 struct Worker {
     tid: Pid,
-    cpu: AtomicI32,
+    /// Held while the thread is moved: the watchdog does so, too.
+    cpu: Mutex<i32>,
     /// When the run that keeps it on `cpu` began; 0: none.
     since: AtomicU64,
     start: Instant,
@@ -134,9 +138,9 @@ thread_local! {
 
 impl Worker {
     fn register() -> Arc<Self> {
-        let (cpu, since) = (AtomicI32::new(NOWHERE), AtomicU64::new(0));
+        let (cpu, since) = (Mutex::new(NOWHERE), AtomicU64::new(0));
         let worker = Arc::new(Self { tid: gettid(), cpu, since, start: start() });
-        WATCHDOG.watched.lock().workers.push(Arc::downgrade(&worker));
+        WATCHDOG.workers.lock().push(Arc::downgrade(&worker));
         worker
     }
 
@@ -146,37 +150,33 @@ impl Worker {
     }
 
     fn move_to(&self, cpu: i32) {
-        if self.cpu.swap(cpu, Ordering::Relaxed) == cpu {
-            return;
-        }
-        let set = if cpu == NOWHERE { *everywhere() } else { only(cpu) };
-        if let Err(errno) = sched_setaffinity(self.tid, &set) {
-            tracing::debug!(%errno, cpu, "the worker stays where it is");
-        }
-        if cpu != NOWHERE {
-            WATCHDOG.wake();
+        let mut now = self.cpu.lock();
+        if *now != cpu {
+            *now = cpu;
+            let set = if cpu == NOWHERE { *everywhere() } else { only(cpu) };
+            if let Err(errno) = sched_setaffinity(self.tid, &set) {
+                tracing::debug!(%errno, cpu, "the worker stays where it is");
+            }
         }
     }
 }
 
-/// Lets go of workers whose run takes long.
+/// Lets go of workers whose run takes long. Its thread exists while there are placed runs.
 struct Watchdog {
-    watched: Mutex<Watched>,
+    workers: Mutex<Vec<Weak<Worker>>>,
+    is_awake: AtomicBool,
 }
 
-struct Watched {
-    workers: Vec<Weak<Worker>>,
-    thread: bool,
-}
-
-static WATCHDOG: Watchdog = Watchdog { watched: Mutex::new(Watched { workers: Vec::new(), thread: false }) };
+static WATCHDOG: Watchdog = Watchdog { workers: Mutex::new(Vec::new()), is_awake: AtomicBool::new(false) };
 
 impl Watchdog {
     fn wake(&'static self) {
-        let mut watched = self.watched.lock();
-        if !watched.thread {
-            let spawned = thread::Builder::new().name("placement".into()).spawn(|| self.watch());
-            watched.thread = spawned.is_ok();
+        if self.is_awake.load(Ordering::SeqCst) || self.is_awake.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let spawned = thread::Builder::new().name("placement".into()).spawn(|| self.watch());
+        if spawned.is_err() {
+            self.is_awake.store(false, Ordering::SeqCst);
         }
     }
 
@@ -184,24 +184,32 @@ impl Watchdog {
         let mut used = Instant::now();
         loop {
             thread::sleep(LONG);
-            let mut watched = self.watched.lock();
-            watched.workers.retain(|worker| worker.strong_count() > 0);
-            let mut placed = false;
-            for worker in watched.workers.iter().filter_map(Weak::upgrade) {
-                placed |= worker.cpu.load(Ordering::Relaxed) != NOWHERE;
-                let since = worker.since.load(Ordering::Acquire);
-                if since != 0 && worker.clock() - since > LONG.as_nanos() as u64 {
-                    worker.since.store(0, Ordering::Release);
-                    worker.move_to(NOWHERE);
-                }
-            }
-            if placed {
+            if self.look() {
                 used = Instant::now();
             } else if used.elapsed() > LINGER {
-                watched.thread = false;
-                return;
+                self.is_awake.store(false, Ordering::SeqCst);
+                // A run that began before that store saw it awake; one that begins later wakes it.
+                if !self.look() || self.is_awake.swap(true, Ordering::SeqCst) {
+                    return;
+                }
             }
         }
+    }
+
+    /// Is there a placed run?
+    fn look(&self) -> bool {
+        let mut workers = self.workers.lock();
+        workers.retain(|worker| worker.strong_count() > 0);
+        let mut placed = false;
+        for worker in workers.iter().filter_map(Weak::upgrade) {
+            let since = worker.since.load(Ordering::SeqCst);
+            placed |= since != 0;
+            if since != 0 && worker.clock().saturating_sub(since) > LONG.as_nanos() as u64 {
+                worker.since.store(0, Ordering::Release);
+                worker.move_to(NOWHERE);
+            }
+        }
+        placed
     }
 }
 
@@ -281,5 +289,10 @@ mod tests {
         }
         drop(end);
         client.join().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while WATCHDOG.is_awake.load(Ordering::SeqCst) {
+            assert!(Instant::now() < deadline, "the watchdog ends with nothing to watch");
+            thread::sleep(LONG);
+        }
     }
 }
