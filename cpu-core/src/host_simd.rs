@@ -103,7 +103,8 @@ pub(crate) const CONTROL: u32 = 0xffc0;
 pub(crate) const DEFAULT: u32 = 0x1f80;
 
 /// While guest code runs and the guest's control bits are [`DEFAULT`], the host's MXCSR is the guest's: a handler then
-/// need not load it, and stores it behind the instruction. Under other control bits the host's is [`DEFAULT`].
+/// need not load it, and stores it behind the instruction. Under other control bits the host's is [`DEFAULT`]. Nothing
+/// else computes with floats between the guest's instructions; a [`crate::Platform`] that does would leave PE behind.
 #[inline(always)]
 pub(crate) fn follow(guest: u32) {
     let value = if guest & CONTROL == DEFAULT { guest } else { DEFAULT };

@@ -36,6 +36,10 @@ const KERNELS: &[Kernel] = &[
     ("sort", sort),
     ("vm", vm),
     ("hash", hash),
+    ("sse-copy", sse_copy),
+    ("strlen", strlen),
+    ("double", double),
+    ("x87", x87),
 ];
 
 fn main() -> Result<()> {
@@ -132,7 +136,7 @@ fn guest(code: &[u8]) -> Result<Box<Cpu>> {
         segments,
         cr0: Cr0::PE | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::PG,
         cr3: PML4,
-        cr4: Cr4::PAE,
+        cr4: Cr4::PAE | Cr4::OSFXSR,
         efer: Efer::LME | Efer::LMA,
         ..cpu.sregs()
     });
@@ -390,6 +394,108 @@ fn hash(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.add(rsi, 8)?;
     a.sub(ecx, 1)?;
     a.jne(word)?;
+    a.dec(r9d)?;
+    a.jnz(again)?;
+    a.hlt()
+}
+
+/// Copies 256 KiB with MOVUPS and MOVAPS, four to a round.
+fn sse_copy(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut again, mut copy) = (a.create_label(), a.create_label());
+    a.mov(r9d, 100)?;
+    a.set_label(&mut again)?;
+    a.xor(ecx, ecx)?;
+    a.mov(esi, DATA as u32)?;
+    a.mov(edi, DATA_2 as u32)?;
+    a.set_label(&mut copy)?;
+    a.movups(xmm0, xmmword_ptr(rsi + rcx))?;
+    a.movups(xmm1, xmmword_ptr(rsi + rcx + 16))?;
+    a.movups(xmm2, xmmword_ptr(rsi + rcx + 32))?;
+    a.movups(xmm3, xmmword_ptr(rsi + rcx + 48))?;
+    a.movaps(xmmword_ptr(rdi + rcx), xmm0)?;
+    a.movaps(xmmword_ptr(rdi + rcx + 16), xmm1)?;
+    a.movaps(xmmword_ptr(rdi + rcx + 32), xmm2)?;
+    a.movaps(xmmword_ptr(rdi + rcx + 48), xmm3)?;
+    a.add(rcx, 64)?;
+    a.cmp(rcx, 0x4_0000)?;
+    a.jb(copy)?;
+    a.dec(r9d)?;
+    a.jnz(again)?;
+    a.hlt()
+}
+
+/// The inner loop of strlen: compare, mask, test.
+fn strlen(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut again, mut scan, mut found) = (a.create_label(), a.create_label(), a.create_label());
+    a.mov(r9d, 200)?;
+    a.pcmpeqb(xmm1, xmm1)?;
+    a.mov(edi, DATA as u32)?;
+    a.xor(ecx, ecx)?;
+    let mut fill = a.create_label();
+    a.set_label(&mut fill)?;
+    a.movaps(xmmword_ptr(rdi + rcx), xmm1)?;
+    a.add(rcx, 16)?;
+    a.cmp(rcx, 0x1_0000)?;
+    a.jb(fill)?;
+    a.mov(byte_ptr(rdi + rcx - 1), 0)?;
+    a.pxor(xmm0, xmm0)?;
+    a.set_label(&mut again)?;
+    a.xor(ecx, ecx)?;
+    a.set_label(&mut scan)?;
+    a.movdqa(xmm1, xmmword_ptr(rdi + rcx))?;
+    a.pcmpeqb(xmm1, xmm0)?;
+    a.pmovmskb(eax, xmm1)?;
+    a.test(eax, eax)?;
+    a.jnz(found)?;
+    a.add(rcx, 16)?;
+    a.jmp(scan)?;
+    a.set_label(&mut found)?;
+    a.dec(r9d)?;
+    a.jnz(again)?;
+    a.hlt()
+}
+
+/// `y[i] += a * x[i]` in doubles, as gcc compiles it without vectors.
+fn double(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut again, mut next) = (a.create_label(), a.create_label());
+    a.mov(eax, 3)?;
+    a.cvtsi2sd(xmm2, eax)?;
+    a.mov(esi, DATA as u32)?;
+    a.mov(edi, DATA_2 as u32)?;
+    a.mov(r9d, 400)?;
+    a.set_label(&mut again)?;
+    a.xor(ecx, ecx)?;
+    a.set_label(&mut next)?;
+    a.movsd_2(xmm0, qword_ptr(rsi + rcx * 8))?;
+    a.mulsd(xmm0, xmm2)?;
+    a.addsd(xmm0, qword_ptr(rdi + rcx * 8))?;
+    a.movsd_2(qword_ptr(rdi + rcx * 8), xmm0)?;
+    a.inc(rcx)?;
+    a.cmp(rcx, 0x1000)?;
+    a.jb(next)?;
+    a.dec(r9d)?;
+    a.jnz(again)?;
+    a.hlt()
+}
+
+/// The same in x87.
+fn x87(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut again, mut next) = (a.create_label(), a.create_label());
+    a.fninit()?;
+    a.fldpi()?;
+    a.mov(esi, DATA as u32)?;
+    a.mov(edi, DATA_2 as u32)?;
+    a.mov(r9d, 100)?;
+    a.set_label(&mut again)?;
+    a.xor(ecx, ecx)?;
+    a.set_label(&mut next)?;
+    a.fld(qword_ptr(rsi + rcx * 8))?;
+    a.fmul_2(st0, st1)?;
+    a.fadd(qword_ptr(rdi + rcx * 8))?;
+    a.fstp(qword_ptr(rdi + rcx * 8))?;
+    a.inc(rcx)?;
+    a.cmp(rcx, 0x1000)?;
+    a.jb(next)?;
     a.dec(r9d)?;
     a.jnz(again)?;
     a.hlt()
