@@ -157,7 +157,7 @@ impl Cpu {
 
     fn load_efer(&mut self, new: Efer) {
         let old = self.efer;
-        self.efer = new - Efer::LMA | old & Efer::LMA;
+        self.efer = (new - Efer::LMA) | (old & Efer::LMA);
         if (old ^ self.efer).contains(Efer::NXE) {
             self.flush_tlb();
         }

@@ -108,7 +108,7 @@ pub(crate) fn handle(vcpu: &mut Vcpu, exit: &Exit) -> Outcome {
         Exit::Io(ref io) => (&io::ROW, io::handle(vcpu, io)),
         Exit::EntryFailure => (&entry_failure::ROW, entry_failure::handle(vcpu)),
         Exit::Mmio(ref mmio) => (&mmio::ROW, mmio::handle(vcpu, mmio)),
-        Exit::Undeliverable { .. } => (&unimplemented::ROW, unimplemented::handle(vcpu, &[])),
+        Exit::Undeliverable { vector } => (&unimplemented::ROW, unimplemented::handle_undeliverable(vcpu, vector)),
         Exit::Unimplemented { ref bytes, len } => {
             (&unimplemented::ROW, unimplemented::handle(vcpu, &bytes[..usize::from(len)]))
         }

@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use kvm_abi::consts::{
-    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
 };
 
 use super::{Outcome, Reason, Row};
@@ -33,6 +34,17 @@ pub(super) fn handle(vcpu: &mut Vcpu, instruction: &[u8]) -> Outcome {
     }
     data.resize(data.len() + DEBUG_WORDS, 0);
     vcpu.page.set_internal(KVM_INTERNAL_ERROR_EMULATION, &data);
+    vcpu.page.set_exit_reason(KVM_EXIT_INTERNAL_ERROR);
+    Outcome::User
+}
+
+/// An event whose tables or TSS lie where there is no RAM: suberror `KVM_INTERNAL_ERROR_DELIVERY_EV`, as `vmx_handle_exit`
+/// has it. data: IDT-vectoring information (valid, hardware exception or external interrupt), basic exit reason 48 (EPT
+/// violation), qualification and CPU, both 0.
+pub(super) fn handle_undeliverable(vcpu: &mut Vcpu, vector: u8) -> Outcome {
+    let kind = if vector < 32 { 3 << 8 } else { 0 };
+    let vectoring = 1 << 31 | kind | u64::from(vector);
+    vcpu.page.set_internal(KVM_INTERNAL_ERROR_DELIVERY_EV, &[vectoring, 48, 0, 0]);
     vcpu.page.set_exit_reason(KVM_EXIT_INTERNAL_ERROR);
     Outcome::User
 }
