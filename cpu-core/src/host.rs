@@ -8,7 +8,7 @@
 use crate::word::Word;
 use std::arch::asm;
 
-/// Widths that [`load`] and [`store`] move in one instruction.
+/// Widths that `load` and `store` move in one instruction.
 pub(crate) trait HostWord: Word {
     unsafe fn load(host: u64) -> Self;
     unsafe fn store(host: u64, value: Self);
