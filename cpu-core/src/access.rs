@@ -98,7 +98,7 @@ impl Cpu {
     }
 
     /// As [`Self::check_canonical`], for every byte of an access: #GP or #SS comes before a #PF of its first page.
-    fn check_span(&mut self, la: u64, size: u32, seg: Seg) -> Result<(), Stop> {
+    pub(crate) fn check_span(&mut self, la: u64, size: u32, seg: Seg) -> Result<(), Stop> {
         self.check_canonical(la, seg)?;
         self.check_canonical(la.wrapping_add(u64::from(size) - 1), seg)
     }
@@ -388,6 +388,7 @@ impl Cpu {
     #[cold]
     fn read_bytes_slow(&mut self, la: u64, out: &mut [u8], seg: Seg) -> Result<(), Stop> {
         self.check_span(la, out.len() as u32, seg)?;
+        self.check_alignment(la, wide_alignment(out.len()), By::Code)?;
         self.note_watch(la, out.len() as u32, false);
         let mut at = 0;
         while at < out.len() {
@@ -416,6 +417,8 @@ impl Cpu {
 
     #[cold]
     fn write_bytes_slow(&mut self, la: u64, bytes: &[u8], seg: Seg) -> Result<(), Stop> {
+        self.check_span(la, bytes.len() as u32, seg)?;
+        self.check_alignment(la, wide_alignment(bytes.len()), By::Code)?;
         self.probe_write(la, bytes.len() as u32, seg)?;
         let mut at = 0;
         while at < bytes.len() {
@@ -573,6 +576,16 @@ impl Cpu {
     /// Misaligned data accesses raise #AC.
     pub(crate) fn alignment_checked(&self) -> bool {
         self.cpl == 3 && self.cr0.contains(x86_defs::Cr0::AM) && self.rflags & Rflags::AC.bits() != 0
+    }
+}
+
+/// What #AC asks of an x87 environment or image (SDM Vol. 3 "Alignment Requirements by Data Type"). For vectors it is the
+/// instruction's own rule that counts.
+fn wide_alignment(bytes: usize) -> u32 {
+    match bytes {
+        14 | 94 => 2,
+        28 | 108 => 4,
+        _ => 1,
     }
 }
 

@@ -189,6 +189,7 @@ impl Cpu {
         let (seg, at) = (op.segment(), self.ea(op));
         let first = u32::from(op.aux).min(8);
         let la = self.linear(seg, at, first, true)?;
+        self.check_span(la, first, seg)?;
         self.check_alignment(la, first, By::Code)?;
         self.probe_write(la, first, seg)?;
         if op.aux > 8 {
