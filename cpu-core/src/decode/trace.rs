@@ -601,8 +601,8 @@ mod tests {
     use crate::testing::Machine;
     use crate::vmx::Exit;
 
-    /// Comparisons, branches and jumps over little, NOPs between, memory that the TLB has not seen: all that a trace
-    /// takes together. Ends in GETSEC, which no core has.
+    /// Comparisons, branches and jumps over little, NOPs between, calls, the stack, memory that the TLB has not seen: all
+    /// that a trace takes together. Ends in GETSEC, which no core has.
     fn program(a: &mut CodeAssembler, mut seed: u64) -> Result<(), iced_x86::IcedError> {
         let mut next = |below: u64| {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -616,7 +616,33 @@ mod tests {
         a.set_label(&mut top)?;
         for _ in 0..60 {
             let (i, j, imm) = (next(6) as usize, next(6) as usize, next(256) as i32 - 128);
-            match next(12) {
+            match next(16) {
+                12 => {
+                    a.push(registers[i])?;
+                    a.push(registers[j])?;
+                    a.mov(registers[i], registers[j])?;
+                    a.pop(registers[j])?;
+                    a.pop(registers[i])?;
+                }
+                13 => {
+                    a.mov(qword_ptr(rsi + imm * 64), registers[i])?;
+                    a.mov(narrow[j], dword_ptr(rsi + imm * 64 + 4))?;
+                }
+                14 => {
+                    a.mov(narrow[i], narrow[j])?;
+                    a.mov(registers[j], qword_ptr(rsi + imm * 64))?;
+                }
+                15 => {
+                    let (mut function, mut behind) = (a.create_label(), a.create_label());
+                    a.call(function)?;
+                    a.jmp(behind)?;
+                    a.set_label(&mut function)?;
+                    a.push(registers[j])?;
+                    a.mov(registers[i], registers[j])?;
+                    a.pop(registers[j])?;
+                    a.ret()?;
+                    a.set_label(&mut behind)?;
+                }
                 0 => a.cmp(registers[i], registers[j])?,
                 1 => a.cmp(narrow[i], imm)?,
                 2 => a.test(registers[i], registers[j])?,
