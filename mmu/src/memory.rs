@@ -1,7 +1,7 @@
 //! The memory of one VM, and how a change of it reaches running vCPUs.
 //!
 //! A change makes a new [`Slots`] and bumps the generation; nothing in the old picture is modified. A vCPU works on the
-//! picture in its [`View`] and takes a new one between two instructions. Whoever changes memory and must know that
+//! picture in its [`crate::View`] and takes a new one between two instructions. Whoever changes memory and must know that
 //! nobody uses the old state any more (the RAM of a deleted slot, a harvested dirty bit) changes, kicks the vCPUs and calls
 //! [`Memory::wait_until_seen`]. Guest execution pays nothing for this: no lock, no counter.
 

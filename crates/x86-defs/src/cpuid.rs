@@ -54,7 +54,7 @@ impl fmt::Debug for Feature {
 macro_rules! features {
     ($($leaf:literal . $subleaf:literal $register:ident { $($name:ident $bit:literal)* })*) => {
         $($(
-            #[doc = concat!("CPUID.", $leaf, ".", $subleaf, ":", stringify!($register), "[", $bit, "]")]
+            #[doc = concat!("CPUID.", $leaf, ".", $subleaf, ":", stringify!($register), "\\[", $bit, "\\]")]
             pub const $name: Feature = Feature {
                 name: stringify!($name), leaf: $leaf, subleaf: $subleaf, register: Register::$register, bit: $bit,
             };
