@@ -95,7 +95,7 @@ pub(crate) const GDT: [u64; 16] = [
     0,
     0,
     0,
-    0x0000_f500_0000_0000,
+    0x0040_f500_0000_0000,
 ];
 /// Bytes of Linux's GDT less one.
 pub(crate) const GDT_LIMIT: u16 = 0x7f;

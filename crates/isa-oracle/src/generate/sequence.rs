@@ -72,7 +72,7 @@ fn is_plain(instruction: &Instruction, case: &Case) -> bool {
         && !vendor::has_notes(instruction.mnemonic())
         && instruction.len() == case.bytes.len()
         && !instruction.op0_register().is_segment_register()
-        && !matches!(instruction.mnemonic(), M::Lss | M::Popf | M::Popfd | M::Popfq)
+        && !matches!(instruction.mnemonic(), M::Lar | M::Lsl | M::Lss | M::Popf | M::Popfd | M::Popfq)
 }
 
 /// RFLAGS bits that may be undefined behind the run, or where it stopped if it was not `done`; None where an instruction
