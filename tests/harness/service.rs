@@ -43,7 +43,12 @@ impl Service {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "--"]).arg(softkvm::binary()?).arg("serve");
         let service = Self { console: Console::start(&mut command)?, _one: one };
-        if !eventually(Duration::from_secs(10), || service.status().is_ok()) {
+        // Until its device is in place, the answer is of whatever daemons the host runs.
+        let own = |status: &Value| {
+            let daemons = status["daemons"].as_array();
+            daemons.is_some_and(|all| all.len() == 1 && all[0]["pid"] == service.pid().as_raw())
+        };
+        if !eventually(Duration::from_secs(10), || service.status().is_ok_and(|status| own(&status))) {
             bail!("softkvm serve does not answer: {:?}\n{}", service.status().err(), service.console.tail());
         }
         Ok(service)
