@@ -27,6 +27,11 @@ pub struct Kvm {
 impl Kvm {
     /// No VM yet.
     pub fn new() -> Arc<Self> {
+        // Measuring the host's counter takes a moment, which no VM should wait for.
+        let measure = || _ = crate::machine::host_tsc_khz();
+        if let Err(err) = std::thread::Builder::new().name("tsc".into()).spawn(measure) {
+            tracing::debug!(%err, "the first VM measures the time-stamp counter");
+        }
         Arc::default()
     }
 
