@@ -7,11 +7,11 @@ use std::marker::PhantomData;
 use iced_x86::Mnemonic as M;
 
 use super::branch::{fuse_compare, fuse_result};
-use super::{FormOf, Row, by_form, by_width, form_of, row};
+use super::{FormOf, Row, by_form, by_width, form_of, plain_handler, row};
 use crate::decode::digest::{Digest, Fuse, Lowered, not_fused};
 use crate::flags::{AF, CF, Flags, OF, kind};
 use crate::host::HostWord;
-use crate::op::{BaseDisp, BaseIndex, Form, Handler, Machine, Semantics, To, attempt, handler, plain};
+use crate::op::{BaseDisp, BaseIndex, Form, Handler, Machine, Semantics, To, attempt, handler};
 use crate::word::Word;
 
 pub(super) const ROWS: &[Row] = &[
@@ -301,9 +301,9 @@ fn alu2<A: Alu2>(d: &Digest<'_>) -> Option<Lowered> {
     let (loud, quiet) = match (d.is_mem(0), d.is_mem(1), d.is_imm(1)) {
         _ if d.ins.has_lock_prefix() => {
             let lowered = if d.is_imm(1) {
-                by_width!(bytes, W => d.lower(plain_of(locked_imm::<A, W>)))
+                by_width!(bytes, W => d.lower(plain_handler(locked_imm::<A, W>)))
             } else {
-                by_width!(bytes, W => d.lower(plain_of(locked_reg::<A, W>)))
+                by_width!(bytes, W => d.lower(plain_handler(locked_reg::<A, W>)))
             };
             return Some(Lowered { flags: crate::decode::digest::FlagsOut::Unknown, ..lowered });
         }
@@ -333,12 +333,6 @@ fn alu2<A: Alu2>(d: &Digest<'_>) -> Option<Lowered> {
         debug_assert!(d.is_reg(1));
     }
     Some(lowered)
-}
-
-const fn plain_of<F: Fn(&mut crate::cpu::Cpu, &crate::op::Op) -> crate::cpu::Done + Copy + 'static>(
-    _: F,
-) -> crate::op::Handler {
-    plain::<F>
 }
 
 fn locked<A: Alu2, W: HostWord>(cpu: &mut crate::cpu::Cpu, op: &crate::op::Op, src: W) -> crate::cpu::Done {
@@ -455,7 +449,7 @@ impl<A: Alu1, W: HostWord, F: Form, const FLAGS: bool> Semantics for OneMem<A, W
 fn alu1<A: Alu1>(d: &Digest<'_>) -> Option<Lowered> {
     let bytes = d.bytes(0);
     if d.ins.has_lock_prefix() {
-        return Some(by_width!(bytes, W => d.lower(plain_of(locked_one::<A, W>))));
+        return Some(by_width!(bytes, W => d.lower(plain_handler(locked_one::<A, W>))));
     }
     let (loud, quiet) = if d.is_mem(0) {
         by_width!(bytes, W => by_form!(d, F =>

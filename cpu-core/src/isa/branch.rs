@@ -6,13 +6,13 @@ use std::marker::PhantomData;
 use iced_x86::{Code as C, Mnemonic as M};
 
 use super::stack::push_64;
-use super::{Row, by_form, by_stack, codes, row};
+use super::{Row, by_form, by_stack, codes, plain_handler, row};
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{Branch, Digest, Lowered};
 use crate::fault::Fault;
 use crate::flags::{Flags, kind};
 use crate::host::HostWord;
-use crate::op::{Form, Handler, Machine, Op, Semantics, Stored, To, attempt, handler, plain, ras_pop, ras_push};
+use crate::op::{Form, Handler, Machine, Op, Semantics, Stored, To, attempt, handler, ras_pop, ras_push};
 use crate::state::{Gpr, Seg};
 
 use super::mov::ANY;
@@ -103,7 +103,7 @@ impl Semantics for Jump {
 fn jmp(d: &Digest<'_>) -> Option<Lowered> {
     let width = operand_bytes(d);
     if !is_linkable(d) {
-        let mut lowered = quiet(d, plain_of(jmp_checked)).ends();
+        let mut lowered = quiet(d, plain_handler(jmp_checked)).ends();
         lowered.op.imm = target_of(d, width);
         return Some(lowered);
     }
@@ -112,10 +112,6 @@ fn jmp(d: &Digest<'_>) -> Option<Lowered> {
         barrier: true,
         ..quiet(d, handler::<Jump>).ends()
     })
-}
-
-const fn plain_of<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(_: F) -> Handler {
-    plain::<F>
 }
 
 /// An op that leaves the flags alone.
@@ -210,7 +206,7 @@ fn side_exit(branch: *const Op, m: &mut Machine) -> To {
 fn jcc<const CC: u8>(d: &Digest<'_>) -> Option<Lowered> {
     let width = operand_bytes(d);
     if !is_linkable(d) {
-        let mut lowered = quiet(d, plain_of(jcc_checked::<CC>)).reads_flags();
+        let mut lowered = quiet(d, plain_handler(jcc_checked::<CC>)).reads_flags();
         lowered.op.imm = target_of(d, width);
         return Some(lowered);
     }
@@ -265,9 +261,9 @@ fn call(d: &Digest<'_>) -> Option<Lowered> {
         let mut lowered = quiet(
             d,
             match width {
-                2 => plain_of(call_checked::<u16>),
-                4 => plain_of(call_checked::<u32>),
-                _ => plain_of(call_checked::<u64>),
+                2 => plain_handler(call_checked::<u16>),
+                4 => plain_handler(call_checked::<u32>),
+                _ => plain_handler(call_checked::<u64>),
             },
         );
         lowered.op.imm = target_of(d, width);
@@ -317,8 +313,8 @@ fn jmp_indirect(d: &Digest<'_>) -> Option<Lowered> {
     let h: Handler = match (indirect_bytes(d), d.is_mem(0)) {
         (8, false) => handler::<JumpReg>,
         (8, true) => by_form!(d, F => handler::<JumpMem<F>>),
-        (4, _) => plain_of(jmp_any::<u32>),
-        _ => plain_of(jmp_any::<u16>),
+        (4, _) => plain_handler(jmp_any::<u32>),
+        _ => plain_handler(jmp_any::<u16>),
     };
     Some(from(d, quiet(d, h).ends()))
 }
@@ -387,8 +383,8 @@ fn call_indirect(d: &Digest<'_>) -> Option<Lowered> {
     let h: Handler = match (indirect_bytes(d), d.is_mem(0)) {
         (8, false) => by_stack!(d, F => handler::<CallReg<F>>),
         (8, true) => by_form!(d, F => handler::<CallMem<F>>),
-        (4, _) => return Some(from(d, quiet(d, plain_of(call_any::<u32>)).ends())),
-        _ => return Some(from(d, quiet(d, plain_of(call_any::<u16>)).ends())),
+        (4, _) => return Some(from(d, quiet(d, plain_handler(call_any::<u32>)).ends())),
+        _ => return Some(from(d, quiet(d, plain_handler(call_any::<u16>)).ends())),
     };
     Some(Lowered { branch: Some(Branch::CallIndirect), data: true, ..quiet(d, h).ends() })
 }
@@ -427,8 +423,8 @@ impl<F: Form> Semantics for Ret64<F> {
 fn ret(d: &Digest<'_>) -> Option<Lowered> {
     let h: Handler = match d.ins.code() {
         C::Retnq | C::Retnq_imm16 => by_stack!(d, F => handler::<Ret64<F>>),
-        C::Retnd | C::Retnd_imm16 => plain_of(ret_any::<u32>),
-        _ => plain_of(ret_any::<u16>),
+        C::Retnd | C::Retnd_imm16 => plain_handler(ret_any::<u32>),
+        _ => plain_handler(ret_any::<u16>),
     };
     let mut lowered = quiet(d, h).ends();
     lowered.op.seg = Seg::Ss as u8;
@@ -454,9 +450,9 @@ fn counted<const KIND: u8>(d: &Digest<'_>) -> Option<Lowered> {
         _ => 4,
     };
     let h = match bytes {
-        2 => plain_of(count::<u16, KIND>),
-        4 => plain_of(count::<u32, KIND>),
-        _ => plain_of(count::<u64, KIND>),
+        2 => plain_handler(count::<u16, KIND>),
+        4 => plain_handler(count::<u32, KIND>),
+        _ => plain_handler(count::<u64, KIND>),
     };
     let mut lowered = quiet(d, h).reads_flags();
     lowered.op.imm = target_of(d, operand_bytes(d));

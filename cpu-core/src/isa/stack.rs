@@ -6,11 +6,11 @@ use std::marker::PhantomData;
 
 use iced_x86::{Code as C, Mnemonic as M, Register};
 
-use super::{Row, by_stack, codes, row};
+use super::{Row, by_stack, codes, plain_handler, row};
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{Digest, Lowered, function};
 use crate::host::HostWord;
-use crate::op::{Form, Handler, Machine, Op, Semantics, Stored, To, attempt, handler, plain};
+use crate::op::{Form, Handler, Machine, Op, Semantics, Stored, To, attempt, handler};
 use crate::state::{Gpr, Seg};
 
 pub(super) const ROWS: &[Row] = &[
@@ -133,9 +133,9 @@ fn push(d: &Digest<'_>) -> Option<Lowered> {
     let h: Handler = match (bytes, d.mode.is_64bit()) {
         (8, true) if d.is_reg(0) => by_stack!(d, F => handler::<PushReg64<F>>),
         (8, true) if d.is_imm(0) => by_stack!(d, F => handler::<PushImm64<F>>),
-        (2, _) => plain_of(push_any::<u16>),
-        (4, _) => plain_of(push_any::<u32>),
-        (8, _) => plain_of(push_any::<u64>),
+        (2, _) => plain_handler(push_any::<u16>),
+        (4, _) => plain_handler(push_any::<u32>),
+        (8, _) => plain_handler(push_any::<u64>),
         _ => return None,
     };
     let mut lowered = on_stack(d, h);
@@ -168,20 +168,16 @@ fn pop(d: &Digest<'_>) -> Option<Lowered> {
     let bytes = d.ins.stack_pointer_increment().unsigned_abs();
     let h: Handler = match (bytes, d.is_mem(0)) {
         (8, false) if d.mode.is_64bit() => by_stack!(d, F => handler::<PopReg64<F>>),
-        (2, false) => plain_of(pop_reg::<u16>),
-        (4, false) => plain_of(pop_reg::<u32>),
-        (2, true) => plain_of(pop_mem::<u16>),
-        (4, true) => plain_of(pop_mem::<u32>),
-        (8, true) => plain_of(pop_mem::<u64>),
+        (2, false) => plain_handler(pop_reg::<u16>),
+        (4, false) => plain_handler(pop_reg::<u32>),
+        (2, true) => plain_handler(pop_mem::<u16>),
+        (4, true) => plain_handler(pop_mem::<u32>),
+        (8, true) => plain_handler(pop_mem::<u64>),
         _ => return None,
     };
     let mut lowered = on_stack(d, h);
     lowered.op.aux = u8::from(matches!(d.ins.memory_base(), Register::ESP | Register::RSP));
     Some(lowered)
-}
-
-const fn plain_of<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(_: F) -> Handler {
-    plain::<F>
 }
 
 fn pop_reg<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
