@@ -25,7 +25,7 @@ mod vmx;
 mod word;
 
 pub use cpu::{Cpu, Kick};
-pub use isa::is_implemented;
+pub use isa::{FEATURES, families, is_implemented};
 pub use platform::{HostPlatform, Platform};
 pub use state::{
     CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment, Sregs,

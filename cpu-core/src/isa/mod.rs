@@ -8,6 +8,7 @@ mod control;
 mod decimal;
 mod exchange;
 mod far;
+mod feature;
 mod flag;
 mod io;
 mod mov;
@@ -20,6 +21,8 @@ mod string;
 mod system;
 mod table;
 mod x87;
+
+pub use feature::FEATURES;
 
 pub(crate) use far::has_room;
 
@@ -61,43 +64,50 @@ pub(crate) const fn codes(codes: &'static [Code], select: Select) -> Row {
     Row { key: Key::Codes(codes), select }
 }
 
-/// Every family's rows.
-const FAMILIES: &[&[Row]] = &[
-    alu::ROWS,
-    bit::ROWS,
-    branch::ROWS,
-    call::ROWS,
-    control::ROWS,
-    far::ROWS,
-    flag::ROWS,
-    io::ROWS,
-    decimal::ROWS,
-    exchange::ROWS,
-    mov::ROWS,
-    muldiv::ROWS,
-    segment::ROWS,
-    shift::ROWS,
-    stack::ROWS,
-    system::ROWS,
-    table::ROWS,
-    simd::convert::ROWS,
-    simd::float::ROWS,
-    simd::integer::ROWS,
-    simd::moves::ROWS,
-    simd::shuffle::ROWS,
-    simd::sse4::ROWS,
-    simd::state::ROWS,
-    simd::xsave::ROWS,
-    x87::arith::ROWS,
-    x87::control::ROWS,
-    x87::moves::ROWS,
-    string::ROWS,
+/// Pairs each family's name with its rows.
+macro_rules! families {
+    ($($first:ident $(:: $second:ident)?,)*) => {
+        &[$((concat!(stringify!($first) $(, "::", stringify!($second))?), $first $(::$second)? ::ROWS),)*]
+    };
+}
+
+/// Every family: the module it is in, and its rows.
+const FAMILIES: &[(&str, &[Row])] = families![
+    alu,
+    bit,
+    branch,
+    call,
+    control,
+    far,
+    flag,
+    io,
+    decimal,
+    exchange,
+    mov,
+    muldiv,
+    segment,
+    shift,
+    stack,
+    system,
+    table,
+    simd::convert,
+    simd::float,
+    simd::integer,
+    simd::moves,
+    simd::shuffle,
+    simd::sse4,
+    simd::state,
+    simd::xsave,
+    x87::arith,
+    x87::control,
+    x87::moves,
+    string,
 ];
 
 /// The selector of each of iced's codes.
 static BY_CODE: LazyLock<Vec<Option<Select>>> = LazyLock::new(|| {
     let mut selectors = vec![None; Code::values().len()];
-    for row in FAMILIES.iter().copied().flatten() {
+    for row in FAMILIES.iter().flat_map(|family| family.1) {
         match row.key {
             Key::Codes(codes) => codes.iter().for_each(|code| selectors[*code as usize] = Some(row.select)),
             Key::Mnemonic(mnemonic) => {
@@ -113,6 +123,17 @@ static BY_CODE: LazyLock<Vec<Option<Select>>> = LazyLock::new(|| {
 /// Whether the core executes instructions of this encoding.
 pub fn is_implemented(code: Code) -> bool {
     BY_CODE[code as usize].is_some()
+}
+
+/// The families of the core, and which encodings each has rows for.
+pub fn families() -> impl Iterator<Item = (&'static str, Vec<Code>)> {
+    FAMILIES.iter().map(|(name, rows)| {
+        let encodings = rows.iter().flat_map(|row| match row.key {
+            Key::Codes(codes) => codes.to_vec(),
+            Key::Mnemonic(mnemonic) => Code::values().filter(|code| code.mnemonic() == mnemonic).collect(),
+        });
+        (*name, encodings.collect())
+    })
 }
 
 /// Features that no guest is told of: their opcodes do not exist for it, as on a CPU without them.

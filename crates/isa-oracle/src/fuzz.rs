@@ -73,7 +73,7 @@ pub struct Report {
     pub time: Duration,
 }
 
-/// Encodings that `filter` names.
+/// Encodings that `filter` names and the host has.
 pub fn forms(filter: &[String]) -> Vec<(Code, Mode)> {
     let wanted = |code: Code| {
         filter.is_empty()
@@ -84,7 +84,8 @@ pub fn forms(filter: &[String]) -> Vec<(Code, Mode)> {
     };
     let mut found = Vec::new();
     for mode in [Mode::Bits64, Mode::Bits32, Mode::Bits16] {
-        found.extend(generate::all(mode, wanted).into_iter().map(|code| (code, mode)));
+        let codes = generate::all(mode, wanted).into_iter().filter(|code| generate::host_has(*code));
+        found.extend(codes.map(|code| (code, mode)));
     }
     found
 }
@@ -164,6 +165,17 @@ fn minimise(oracle: &mut Oracle, subject: &mut dyn Subject, vector: Vector) -> R
             best = plainer(oracle, subject, case, best)?;
         }
     }
+    let mut at = 0;
+    while is_prefix(&best.vector.case, at) {
+        let mut case = best.vector.case.clone();
+        case.bytes.remove(at);
+        let fewer = case.bytes.len();
+        // What follows may have become another instruction.
+        if decode(&case).mnemonic() == decode(&best.vector.case).mnemonic() {
+            best = plainer(oracle, subject, case, best)?;
+        }
+        at += usize::from(best.vector.case.bytes.len() != fewer);
+    }
     let plain = Case::in_mode(best.vector.case.mode, &[]).state;
     for simplify in simplifications() {
         let mut case = best.vector.case.clone();
@@ -173,6 +185,19 @@ fn minimise(oracle: &mut Oracle, subject: &mut dyn Subject, vector: Vector) -> R
         }
     }
     Ok(best)
+}
+
+/// Whether byte `at` of the case's only instruction is a prefix.
+fn is_prefix(case: &Case, at: usize) -> bool {
+    let instruction = decode(case);
+    let alone = instruction.is_invalid() || instruction.len() == case.bytes.len();
+    let rex = case.mode == Mode::Bits64;
+    let prefix = |byte: &u8| match byte {
+        0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3 => true,
+        0x40..=0x4f => rex,
+        _ => false,
+    };
+    alone && at + 1 < case.bytes.len() && case.bytes[..=at].iter().all(prefix)
 }
 
 /// The case without instruction `number`; None where branches would miss their targets.
@@ -241,6 +266,11 @@ fn simplifications() -> Vec<Simplify> {
 }
 
 impl Failure {
+    /// Under what name its vector file goes: that of its mnemonic.
+    pub fn stem(&self) -> String {
+        tally_name(&self.vector.case)
+    }
+
     /// The vector line, and below it what the subject said.
     pub fn text(&self) -> String {
         let mut text = vector::line(&self.vector);

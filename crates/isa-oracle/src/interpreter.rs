@@ -259,7 +259,7 @@ fn kernel_sregs(reset: Sregs) -> Sregs {
         cr0: Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::AM | Cr0::PG,
         cr2: 0,
         cr3: gpa::PML4,
-        cr4: Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT,
+        cr4: Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::FSGSBASE,
         efer: Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE,
         ..reset
     }

@@ -1,6 +1,7 @@
 //! Runs single instructions on the host CPU in a sandboxed child, records vectors, fuzzes the interpreter against it.
 
 pub mod compare;
+pub mod coverage;
 pub mod fuzz;
 pub mod generate;
 pub mod host;

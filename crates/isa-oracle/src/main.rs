@@ -1,14 +1,14 @@
 //! Command line of the oracle.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use isa_oracle::fuzz::{self, Plan};
+use isa_oracle::fuzz::{self, Failure, Plan};
 use isa_oracle::host::Oracle;
 use isa_oracle::interpreter::Interpreter;
-use isa_oracle::record;
+use isa_oracle::{record, vector};
 
 /// Asks the host CPU what instructions do.
 #[derive(Parser)]
@@ -45,20 +45,23 @@ enum Command {
         /// At most this many cases.
         #[arg(long, default_value_t = u64::MAX)]
         cases: u64,
+        /// Where the vectors of what differs are added, a file a mnemonic: ready to go beside the recorded ones.
+        #[arg(long)]
+        corpus: Option<PathBuf>,
     },
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Record { directory, mnemonics } => record_files(&directory, &mnemonics),
-        Command::Fuzz { minutes, seed, filter, show, cases } => {
+        Command::Fuzz { minutes, seed, filter, show, cases, corpus } => {
             let time = Duration::from_secs_f64(minutes * 60.0);
-            fuzz_interpreter(&Plan { seed, filter, cases, time, keep: show })
+            fuzz_interpreter(&Plan { seed, filter, cases, time, keep: show }, corpus.as_deref())
         }
     }
 }
 
-fn fuzz_interpreter(plan: &Plan) -> anyhow::Result<()> {
+fn fuzz_interpreter(plan: &Plan, corpus: Option<&Path>) -> anyhow::Result<()> {
     let mut oracle = Oracle::new()?;
     let mut interpreter = Interpreter::new();
     let mut told = Instant::now();
@@ -71,6 +74,9 @@ fn fuzz_interpreter(plan: &Plan) -> anyhow::Result<()> {
     let report = fuzz::run(&mut oracle, &mut interpreter, plan, &mut progress)?;
     for failure in report.tallies.values().flat_map(|tally| &tally.failures) {
         println!("{}", failure.text());
+        if let Some(directory) = corpus {
+            keep(directory, failure)?;
+        }
     }
     let mut different = 0;
     for (stem, tally) in report.tallies.iter().filter(|(_, tally)| tally.different + tally.missing > 0) {
@@ -86,7 +92,20 @@ fn fuzz_interpreter(plan: &Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn record_files(directory: &std::path::Path, mnemonics: &[String]) -> anyhow::Result<()> {
+/// Adds the failure's vector to the file of its mnemonic, unless the file has it.
+fn keep(directory: &Path, failure: &Failure) -> anyhow::Result<()> {
+    std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let path = directory.join(format!("{}.vec", failure.stem()));
+    let line = vector::line(&failure.vector);
+    let old = std::fs::read_to_string(&path).unwrap_or_default();
+    if old.lines().any(|known| known == line) {
+        return Ok(());
+    }
+    let text = format!("{old}# found by `cargo xtask fuzz isa` on {}\n{line}\n", record::host_cpu());
+    std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn record_files(directory: &Path, mnemonics: &[String]) -> anyhow::Result<()> {
     let mut oracle = Oracle::new()?;
     let all = record::mnemonics();
     for wanted in mnemonics {

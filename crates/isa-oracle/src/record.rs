@@ -14,8 +14,8 @@ use crate::{decode, vendor};
 
 /// Vectors of each encoding.
 const PER_FORM: usize = 11;
-/// Vectors of a mnemonic at least, as far as its forms give them.
-const PER_MNEMONIC: usize = 50;
+/// Vectors of a mnemonic at least; [`crate::coverage`] names those that have no fifty cases, and why.
+pub const PER_MNEMONIC: usize = 50;
 
 /// Mnemonics that have vectors, with their encodings.
 pub fn mnemonics() -> BTreeMap<String, Vec<(Code, Mode)>> {
@@ -26,8 +26,8 @@ pub fn mnemonics() -> BTreeMap<String, Vec<(Code, Mode)>> {
         }
     };
     put(Mode::Bits64, &|_| true);
-    // Compatibility mode for what 64-bit mode has not.
-    put(Mode::Bits32, &|code| !generate::is_tested(code, Mode::Bits64));
+    // Compatibility mode for what 64-bit mode has not, and for what vendors do not agree on there.
+    put(Mode::Bits32, &|code| !generate::is_tested(code, Mode::Bits64) || matches!(code, Code::Iretw | Code::Retfw));
     put(Mode::Bits16, &|code| code.op_code().address_size() == 16);
     found
 }
@@ -41,25 +41,42 @@ pub fn file_stem(mnemonic: Mnemonic) -> String {
 pub fn record(oracle: &mut Oracle, stem: &str, forms: &[(Code, Mode)]) -> Result<String, Error> {
     let seed = stem.bytes().fold(0u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
     let mut generator = Generator::new(seed, Breadth::Used);
-    let per_form = PER_FORM.max(PER_MNEMONIC.div_ceil(forms.len()));
     let mut lines = String::new();
-    for (code, mode) in forms {
-        // Half a kilobyte of image makes long lines, and few of them say it all.
-        let count = if code.op_code().is_save_restore() { per_form / 4 } else { per_form };
-        let cases: Vec<Case> = distinct(&mut generator, *code, *mode, count);
-        for (case, outcome) in cases.iter().zip(oracle.run(&cases)?) {
-            if matches!(outcome.end, End::Lost(_)) {
-                continue;
-            }
-            let vector = Vector { case: case.clone(), expected: outcome };
-            let line = vector::line(&vector);
-            let read_back = vector::parse(&line).expect("a written line is a line");
-            let lost = differences(case, &vector.expected, &read_back[0].expected);
-            assert!(lost.is_empty(), "the format keeps what is compared: {line}: {lost:?}");
-            let _ = writeln!(lines, "{line}");
+    let mut cases: Vec<Vec<Case>> = vec![Vec::new(); forms.len()];
+    let mut per_form = PER_FORM.max(PER_MNEMONIC.div_ceil(forms.len()));
+    let mut written = 0;
+    // Some forms give fewer than others: further rounds make up for them, as long as they give any.
+    loop {
+        let before = written;
+        for ((code, mode), cases) in forms.iter().zip(&mut cases) {
+            let known = cases.len();
+            add_distinct(&mut generator, *code, *mode, per_form, cases);
+            written += write(oracle, &cases[known..], &mut lines)?;
         }
+        if written >= PER_MNEMONIC || written == before {
+            break;
+        }
+        per_form += (PER_MNEMONIC - written).div_ceil(forms.len());
     }
     Ok(format!("{}{lines}", header(stem, forms)))
+}
+
+/// Runs `cases` and writes the lines of those that can be compared; how many these are.
+fn write(oracle: &mut Oracle, cases: &[Case], lines: &mut String) -> Result<usize, Error> {
+    let mut written = 0;
+    for (case, outcome) in cases.iter().zip(oracle.run(cases)?) {
+        if matches!(outcome.end, End::Lost(_)) {
+            continue;
+        }
+        let vector = Vector { case: case.clone(), expected: outcome };
+        let line = vector::line(&vector);
+        let read_back = vector::parse(&line).expect("a written line is a line");
+        let lost = differences(case, &vector.expected, &read_back[0].expected);
+        assert!(lost.is_empty(), "the format keeps what is compared: {line}: {lost:?}");
+        let _ = writeln!(lines, "{line}");
+        written += 1;
+    }
+    Ok(written)
 }
 
 fn header(stem: &str, forms: &[(Code, Mode)]) -> String {
@@ -80,11 +97,10 @@ fn header(stem: &str, forms: &[(Code, Mode)]) -> String {
     out
 }
 
-/// Cases of `code`, no two alike. Fewer where the encoding has fewer.
-fn distinct(generator: &mut Generator, code: Code, mode: Mode, count: usize) -> Vec<Case> {
-    let mut cases: Vec<Case> = Vec::with_capacity(count);
+/// Adds cases of `code` until there are `count`, no two alike. Fewer where the encoding has fewer.
+fn add_distinct(generator: &mut Generator, code: Code, mode: Mode, count: usize, cases: &mut Vec<Case>) {
     for _ in 0..count * 200 {
-        if cases.len() == count {
+        if cases.len() >= count {
             break;
         }
         let Some(case) = generator.case(code, mode) else { continue };
@@ -93,7 +109,6 @@ fn distinct(generator: &mut Generator, code: Code, mode: Mode, count: usize) -> 
             cases.push(case);
         }
     }
-    cases
 }
 
 /// `AuthenticAMD 1a-02-01`: vendor, family, model, stepping of the CPU this runs on.

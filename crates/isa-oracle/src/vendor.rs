@@ -113,6 +113,11 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
         M::Loope | M::Loopne => bytes.iter().any(|byte| matches!(byte, 0xf2 | 0xf3)),
         // F3 41 90 is XCHG R8, rAX to the CPU and PAUSE to the decoder.
         M::Pause => bytes.iter().any(|byte| matches!(byte, 0x41 | 0x43 | 0x45 | 0x47 | 0x49 | 0x4b | 0x4d | 0x4f)),
+        // 0F 0D with a register: a reserved no-op on Intel's CPUs, #UD on AMD's (APM Vol. 3 "PREFETCH").
+        M::Reservednop => matches!(
+            instruction.code(),
+            Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+        ),
         // AMD's CPUs read four bytes where Intel's read two.
         M::Movsxd => instruction.code() == Code::Movsxd_r16_rm16,
         // Far pointers with 64-bit offsets are Intel's alone.
@@ -142,8 +147,13 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
         M::Iret | M::Iretd | M::Iretq | M::Retf => {
             matches!(expected.vector, 12..=14 | 17) && matches!(actual.vector, 12..=14 | 17)
         }
-        // Which end of a long operand, or which of two accesses, is looked at first.
+        // Which end of a long operand, or which of two accesses, is looked at first. CMPS: Zen 3 looks at ES:rDI first, Zen
+        // 5 at DS:rSI; SDM Vol. 2 "CMPS" only names the order of the subtraction.
         M::Arpl
+        | M::Cmpsb
+        | M::Cmpsw
+        | M::Cmpsd
+        | M::Cmpsq
         | M::Fldenv
         | M::Fnsave
         | M::Fnstenv

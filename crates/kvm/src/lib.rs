@@ -25,5 +25,6 @@ mod vm;
 mod xsave;
 
 pub use caps::Capability;
+pub use cpuid::OFFERED as OFFERED_FEATURES;
 pub use run_page::SIZE as VCPU_MMAP_SIZE;
 pub use system::{Kvm, system_file};

@@ -1,9 +1,12 @@
-//! `cargo xtask`: what a checkout can do with itself. `demo` shows it, `test` proves it, `bench` measures it.
+//! `cargo xtask`: what a checkout can do with itself. `demo` shows it, `test` proves it, `bench` measures it, `isa` says what
+//! it executes, `fuzz` looks for what it gets wrong.
 
 mod bench;
 mod cargo;
 mod console;
 mod demo;
+mod fuzz;
+mod isa;
 mod progress;
 mod record;
 mod test;
@@ -29,6 +32,8 @@ enum Command {
     Test(test::Args),
     Bench(bench::Args),
     Record(record::Args),
+    Isa(isa::Args),
+    Fuzz(fuzz::Args),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +42,8 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Record(args) => record::run(&args),
+        Command::Isa(args) => isa::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

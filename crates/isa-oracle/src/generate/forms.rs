@@ -36,11 +36,30 @@ pub(crate) const FEATURES: &[CpuidFeature] = {
         F::SSE4_1,
         F::SSE4_2,
         F::CLFSH,
+        F::ADX,
+        F::AES,
+        F::BMI1,
+        F::BMI2,
+        F::CET_IBT,
+        F::CLDEMOTE,
+        F::CLFLUSHOPT,
+        F::CLWB,
+        F::FSGSBASE,
+        F::LZCNT,
+        F::MOVBE,
+        F::PCLMULQDQ,
+        F::PREFETCHITI,
+        F::PREFETCHW,
+        F::PREFETCHWT1,
+        F::RDPID,
+        F::RDRAND,
+        F::RDSEED,
+        F::RDTSCP,
     ]
 };
 
 /// Left out, and why: what they do is not decided by the state of a case.
-const EXCLUDED: &[(Mnemonic, &str)] = {
+pub(crate) const EXCLUDED: &[(Mnemonic, &str)] = {
     use Mnemonic as M;
     &[
         (M::Syscall, "enters the kernel"),
@@ -51,6 +70,10 @@ const EXCLUDED: &[(Mnemonic, &str)] = {
         (M::Int, "the kernel's IDT decides"),
         (M::Cpuid, "answers what softkvm offers, not what the host is"),
         (M::Rdtsc, "time"),
+        (M::Rdtscp, "time"),
+        (M::Rdpid, "the number of the CPU that the kernel chose"),
+        (M::Rdrand, "random"),
+        (M::Rdseed, "random"),
         (M::Rdpmc, "the kernel's CR4.PCE decides"),
         (M::Sgdt, "the kernel emulates it under UMIP"),
         (M::Sidt, "the kernel emulates it under UMIP"),
@@ -90,8 +113,25 @@ pub(crate) fn is_tested(code: Code, mode: Mode) -> bool {
         && by_features
         && decoded
         && !info.is_privileged()
-        && !info.is_reserved_nop()
+        // WAIT and another instruction to the CPU and to the decoder.
+        && !info.fwait()
         && !is_excluded(code.mnemonic())
+}
+
+/// Features whose instructions are reserved no-ops to a CPU without them, and hints or markers to one with.
+const NO_OPS: &[CpuidFeature] =
+    &[CpuidFeature::CET_IBT, CpuidFeature::CLDEMOTE, CpuidFeature::PREFETCHITI, CpuidFeature::PREFETCHWT1];
+
+/// Whether the CPU that this runs on has every feature of `code` that CPUID tells of, or does nothing without it.
+pub(crate) fn host_has(code: Code) -> bool {
+    let bit = |wanted: &CpuidFeature| cpu_core::FEATURES.iter().find(|(feature, _)| feature == wanted);
+    code.cpuid_features().iter().filter_map(bit).all(|(feature, bit)| {
+        if NO_OPS.contains(feature) {
+            return true;
+        }
+        let answer = std::arch::x86_64::__cpuid_count(bit.leaf, bit.subleaf);
+        bit.is_in([answer.eax, answer.ebx, answer.ecx, answer.edx])
+    })
 }
 
 /// All encodings that tests may run in `mode` and `keep` wants.
@@ -103,13 +143,12 @@ pub(crate) fn all(mode: Mode, keep: impl Fn(Code) -> bool) -> Vec<Code> {
 /// decoder tells how many of them belong to it, and what it became where the random bytes chose something else.
 pub(crate) fn bytes(rng: &mut Rng, code: Code, mode: Mode) -> Option<Vec<u8>> {
     let info = code.op_code();
-    if info.encoding() != EncodingKind::Legacy {
-        return None;
+    match info.encoding() {
+        EncodingKind::Legacy => {}
+        EncodingKind::VEX => return Some(vex_bytes(rng, info, mode)),
+        _ => return None,
     }
     let mut out = Vec::with_capacity(15);
-    if info.fwait() {
-        out.push(0x9b);
-    }
     if info.address_size() != 0 && info.address_size() != mode.bitness() || rng.one_in(24) {
         out.push(0x67);
     }
@@ -151,6 +190,51 @@ pub(crate) fn bytes(rng: &mut Rng, code: Code, mode: Mode) -> Option<Vec<u8>> {
     }
     put_opcode(rng, info, &mut out);
     Some(out)
+}
+
+/// The same for VEX encodings: of two bytes where that is possible and chance wants it, else of three.
+fn vex_bytes(rng: &mut Rng, info: &OpCodeInfo, mode: Mode) -> Vec<u8> {
+    use OpCodeOperandKind as K;
+    let mut out = Vec::with_capacity(15);
+    if rng.one_in(24) {
+        out.push(0x67);
+    }
+    if rng.one_in(12) {
+        out.push(rng.pick(&[0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65]));
+    }
+    // R, X, B and vvvv are inverted. Outside 64-bit mode R and X are 1, or the opcode is LES or LDS.
+    let [r, x, b] = [(); 3].map(|()| mode == Mode::Bits64 && rng.one_in(2));
+    let in_vvvv = |kind: &K| {
+        matches!(kind, K::k_vvvv | K::r32_vvvv | K::r64_vvvv | K::tmm_vvvv | K::xmm_vvvv | K::ymm_vvvv | K::zmm_vvvv)
+    };
+    let vvvv = match info.op_kinds().iter().any(in_vvvv) {
+        true => rng.below(if mode == Mode::Bits64 { 16 } else { 8 }) as u8,
+        false => 0,
+    };
+    let w = if info.is_wig() || info.is_wig32() && mode != Mode::Bits64 { rng.one_in(4) } else { info.w() == 1 };
+    let l = if info.is_lig() { rng.one_in(4) } else { info.l() == 1 };
+    let (map, pp) = (
+        match info.table() {
+            OpCodeTableKind::T0F38 => 2,
+            OpCodeTableKind::T0F3A => 3,
+            _ => 1,
+        },
+        match info.mandatory_prefix() {
+            MandatoryPrefix::P66 => 1,
+            MandatoryPrefix::PF3 => 2,
+            MandatoryPrefix::PF2 => 3,
+            _ => 0,
+        },
+    );
+    let low = (!vvvv & 15) << 3 | u8::from(l) << 2 | pp;
+    if map == 1 && !x && !b && !w && rng.one_in(2) {
+        out.extend([0xc5, u8::from(!r) << 7 | low]);
+    } else {
+        let high = u8::from(!r) << 7 | u8::from(!x) << 6 | u8::from(!b) << 5 | map;
+        out.extend([0xc4, high, u8::from(w) << 7 | low]);
+    }
+    put_opcode(rng, info, &mut out);
+    out
 }
 
 fn put_opcode(rng: &mut Rng, info: &OpCodeInfo, out: &mut Vec<u8>) {

@@ -14,7 +14,7 @@ use iced_x86::{
 pub use rng::Rng;
 
 pub(crate) use address::operand_address;
-pub(crate) use forms::{all, is_tested};
+pub(crate) use forms::{EXCLUDED, all, host_has, is_tested};
 pub(crate) use sequence::open_flags;
 
 use crate::layout::CODE_BYTES;
