@@ -258,6 +258,13 @@ impl Cpu {
                     }
                 })
             }
+            Target::Device { gpa } if self.variant.natural_mmio && !size.is_power_of_two() => {
+                let mut value = 0;
+                for (at, len) in natural_parts(gpa, size) {
+                    value |= self.load_device(gpa + u64::from(at), len as u8)? << (8 * at);
+                }
+                Ok(value)
+            }
             Target::Device { gpa } => self.load_device(gpa, size as u8),
         }
     }
@@ -350,6 +357,13 @@ impl Cpu {
                 if code {
                     self.code_written(gpa, size);
                 }
+            }
+            Target::Device { gpa } if self.variant.natural_mmio && !size.is_power_of_two() => {
+                for (at, len) in natural_parts(gpa, size) {
+                    let part = value >> (8 * at) & ((1 << (8 * len)) - 1);
+                    self.mmio.writes.push_back(Mmio { gpa: gpa + u64::from(at), len: len as u8, write: Some(part) });
+                }
+                self.leave = true;
             }
             Target::Device { gpa } => {
                 self.mmio.writes.push_back(Mmio { gpa, len: size as u8, write: Some(value) });
@@ -577,6 +591,17 @@ impl Cpu {
     pub(crate) fn alignment_checked(&self) -> bool {
         self.cpl == 3 && self.cr0.contains(x86_defs::Cr0::AM) && self.rflags & Rflags::AC.bits() != 0
     }
+}
+
+/// Offset and bytes of the pieces that `size` bytes, below 8, at `gpa` are made of: powers of two, each at a multiple of itself.
+fn natural_parts(gpa: u64, size: u32) -> impl Iterator<Item = (u32, u32)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let left = (size - at).checked_ilog2()?;
+        let part = (at, 1 << left.min((gpa + u64::from(at)).trailing_zeros()));
+        at += part.1;
+        Some(part)
+    })
 }
 
 /// What #AC asks of an x87 environment or image (SDM Vol. 3 "Alignment Requirements by Data Type"). For vectors it is the

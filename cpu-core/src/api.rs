@@ -1,7 +1,7 @@
 //! Single pieces of state that the KVM layer reads or loads often.
 
 use crate::cpu::Cpu;
-use crate::state::Seg;
+use crate::state::{Seg, Variant};
 
 impl Cpu {
     /// Linear address of the next instruction.
@@ -17,6 +17,11 @@ impl Cpu {
     /// Loads the task priority; the caller has checked that it is below 16.
     pub fn set_cr8(&mut self, value: u64) {
         self.cr8 = value;
+    }
+
+    /// Makes the CPU differ as its VMM expects.
+    pub fn set_variant(&mut self, variant: Variant) {
+        self.variant = variant;
     }
 
     /// Sets MAXPHYADDR, bits. Translations made with another width go.

@@ -17,7 +17,9 @@ use crate::fault::Fault;
 use crate::flags::{Flags, STATUS};
 use crate::op::{Op, RasEntry};
 use crate::platform::Platform;
-use crate::state::{CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, Regs, Seg, Segment, Sregs};
+use crate::state::{
+    CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, Regs, Seg, Segment, Sregs, Variant,
+};
 use crate::vmx::{Exit, Io, Mmio};
 use crate::word::Word;
 
@@ -161,7 +163,7 @@ pub struct Cpu {
     pub(crate) keep_rf: bool,
     /// The running instruction takes no single-step trap (MOV SS, or it was delivered as an exception).
     pub(crate) suppress_step: bool,
-    /// Length of the IN or OUT that exited.
+    /// Length of the IN, OUT, INS or OUTS that exited.
     pub(crate) io_len: u8,
     /// #DB causes to be reported once the current instruction is done.
     pub(crate) debug_pending: u64,
@@ -175,8 +177,11 @@ pub struct Cpu {
     pub(crate) intercepts: u32,
     pub(crate) mmio: MmioLog,
     pub(crate) io_pending: Option<Io>,
-    /// Elements that a device gave for INS, the next one last; for OUTS one, whose value says nothing.
+    /// Elements that a device gave for INS, the next one last; for OUTS as many as it took, whose values say nothing.
     pub(crate) io_elements: Vec<u32>,
+    /// What an exit of OUTS with several elements hands over.
+    pub(crate) outs_data: Vec<u8>,
+    pub(crate) variant: Variant,
     pub(crate) traces: Traces,
     /// The memory generation that host pointers in `tlb` and `traces` belong to.
     pub(crate) view: View,
@@ -335,6 +340,8 @@ impl Cpu {
             mmio: MmioLog::default(),
             io_pending: None,
             io_elements: Vec::new(),
+            outs_data: Vec::new(),
+            variant: Variant::default(),
             traces: Traces::new(),
             view,
             platform,

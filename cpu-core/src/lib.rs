@@ -29,6 +29,6 @@ pub use isa::{FEATURES, families, is_implemented};
 pub use platform::{HostPlatform, Platform};
 pub use state::{
     CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment, Sregs,
-    VectorRegister, XSAVE_LEGACY_BYTES,
+    Variant, VectorRegister, XSAVE_LEGACY_BYTES,
 };
-pub use vmx::{Exit, IO_BYTES, Io, Mmio};
+pub use vmx::{Exit, Io, Mmio};

@@ -28,10 +28,14 @@ impl Cpu {
 
     /// Executes at most one instruction, events before it included. `None`: nothing needs the KVM layer.
     pub fn step(&mut self) -> Option<Exit> {
+        if self.unchecked && self.entry_check().is_some() {
+            return Some(Exit::EntryFailure);
+        }
+        self.unchecked = false;
         self.enter();
         let exit = self.take_events().or_else(|| self.run_one());
         self.view.leave();
-        exit
+        exit.or_else(|| self.next_mmio_write().map(Exit::Mmio))
     }
 
     fn enter(&mut self) {
@@ -350,19 +354,34 @@ impl Cpu {
         self.skip_io();
     }
 
-    /// The VMM has taken the value of OUT or OUTS: the instruction, or the element, is done.
+    /// The VMM has taken the value of OUT, or the elements of OUTS: they are done.
     pub fn complete_io_out(&mut self) {
         let Some(io) = self.io_pending.take() else { return };
         if io.string {
-            self.io_elements.push(0);
+            self.io_elements.resize(io.count as usize, 0);
             return;
         }
         self.skip_io();
     }
 
+    /// The elements of the OUTS that exited, `size` × `count` bytes, if they are several.
+    pub fn outs_data(&self) -> &[u8] {
+        &self.outs_data
+    }
+
+    /// RIP behind the port access that waits to be completed, if what it waits for is its last.
+    pub fn rip_behind_io(&self) -> Option<u64> {
+        let io = self.io_pending?;
+        (!io.string || io.last).then(|| self.behind_io())
+    }
+
+    fn behind_io(&self) -> u64 {
+        self.rip.wrapping_add(u64::from(self.io_len)) & self.ip_mask()
+    }
+
     /// RIP moves behind the IN or OUT that exited.
     fn skip_io(&mut self) {
-        self.rip = self.rip.wrapping_add(u64::from(self.io_len)) & self.ip_mask();
+        self.rip = self.behind_io();
         self.instructions += 1;
         self.rflags &= !Rflags::RF.bits();
         if self.rflags & Rflags::TF.bits() != 0 {
@@ -382,11 +401,12 @@ impl Cpu {
         self.io_pending
     }
 
-    /// Reads guest memory at a linear address with supervisor rights and no side effects; `None` if it is not mapped.
-    pub fn debug_translate(&mut self, la: u64) -> Option<u64> {
+    /// Guest-physical address that a supervisor's read of `la` would reach; `None` if it is not mapped. The walk sets
+    /// accessed bits, as KVM's does (`kvm_mmu_gva_to_gpa_system`).
+    pub fn translate(&mut self, la: u64) -> Option<u64> {
         self.refresh_memory();
         let access = mmu::Access { kind: mmu::AccessKind::Read, user: false, implicit: false };
-        mmu::translate_only(&self.view, &self.paging(), x86_defs::LinearAddr(la), access).ok().map(|found| found.gpa.0)
+        mmu::walk(&self.view, &self.paging(), x86_defs::LinearAddr(la), access).ok().map(|found| found.gpa.0)
     }
 
     /// #UD, for rows that find their operands invalid only when run.
@@ -576,9 +596,9 @@ mod tests {
         sregs.cr4 = x86_defs::Cr4::PAE;
         sregs.cr3 = 0x1000;
         cpu.set_sregs(&sregs);
-        assert_eq!(cpu.debug_translate(0x1234), Some(0x1234));
+        assert_eq!(cpu.translate(0x1234), Some(0x1234));
         memory.delete_slot(0).unwrap();
-        assert_eq!(cpu.debug_translate(0x1234), None);
+        assert_eq!(cpu.translate(0x1234), None);
     }
 
     /// SeaBIOS makes its ROM area RAM, and back, while it runs there: QEMU deletes the slot and adds it again.

@@ -40,9 +40,6 @@ pub enum Exit {
     },
 }
 
-/// Most bytes that one INS exit asks for, as Linux's emulator reads ahead (`pio_in_emulated`).
-pub const IO_BYTES: usize = 1024;
-
 /// One port access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Io {
@@ -54,9 +51,11 @@ pub struct Io {
     pub input: bool,
     /// INS or OUTS.
     pub string: bool,
-    /// Elements: of INS, as many as fit the page and a buffer of [`IO_BYTES`]; otherwise 1.
+    /// Elements: of a repeated INS or OUTS upwards as many as lie in the page and [`crate::Variant`] allows; otherwise 1.
     pub count: u32,
-    /// OUT and OUTS: the value, zero-extended. IN: EAX as it is. INS: 0.
+    /// The instruction is done with them: no further exit of it follows.
+    pub last: bool,
+    /// OUT and OUTS: the value, or the first of [`crate::Cpu::outs_data`], zero-extended. IN: EAX as it is. INS: 0.
     pub data: u32,
 }
 

@@ -52,6 +52,8 @@ const CR4_FEATURES: &[(Cr4, Feature)] = &[
 ];
 /// Bits that need no feature: machine checks and RDPMC may be enabled on any CPU that has them at all.
 const CR4_ALWAYS: Cr4 = Cr4::MCE.union(Cr4::PCE);
+/// Bits 10:0, see [`crate::Variant::ungated_controls`].
+const CR4_UNGATED: Cr4 = Cr4::from_bits_retain(0x7ff);
 
 impl Cpu {
     /// The guest's CPUID offers `feature`. An empty table (nobody has set one) offers everything.
@@ -138,7 +140,8 @@ impl Cpu {
         let new = Cr4::from_bits_retain(value);
         let old = self.cr4;
         let changed = old ^ new;
-        let offered = CR4_FEATURES.iter().filter(|row| self.offers(&row.1)).fold(CR4_ALWAYS, |all, row| all | row.0);
+        let always = if self.variant.ungated_controls { CR4_UNGATED } else { CR4_ALWAYS };
+        let offered = CR4_FEATURES.iter().filter(|row| self.offers(&row.1)).fold(always, |all, row| all | row.0);
         let on = |bit: Cr4| new.contains(bit) && !old.contains(bit);
         let long = self.is_long();
         let invalid = new.bits() & !offered.bits() != 0

@@ -12,7 +12,7 @@ use crate::fault::Fault;
 use crate::host::HostWord;
 use crate::op::{Handler, Op};
 use crate::state::{Gpr, Seg};
-use crate::vmx::{Exit, IO_BYTES, Io};
+use crate::vmx::{Exit, Io};
 
 pub(super) const ROWS: &[Row] = &[
     codes(&[C::In_AL_imm8, C::In_AL_DX], |d| port(d, super::plain_handler(input::<u8>))),
@@ -102,7 +102,7 @@ fn input<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.check_port(port, W::BYTES)?;
     cpu.note_port(port, W::BYTES);
     let data = cpu.reg(Gpr::Rax) as u32;
-    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: true, string: false, count: 1, data }))
+    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: true, string: false, count: 1, last: true, data }))
 }
 
 /// SDM Vol. 2 "OUT".
@@ -111,7 +111,7 @@ fn output<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.check_port(port, W::BYTES)?;
     cpu.note_port(port, W::BYTES);
     let data = cpu.get::<W>(Gpr::Rax as u8 * 8).zext() as u32;
-    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: false, string: false, count: 1, data }))
+    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: false, string: false, count: 1, last: true, data }))
 }
 
 /// Elements that are left: 1 without REP.
@@ -157,8 +157,9 @@ fn ins<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     if cpu.io_elements.is_empty() {
         // A store that cannot be made must not have taken the data from the device.
         cpu.probe_write(la, W::BYTES, Seg::Es)?;
-        let count = read_ahead::<W>(cpu, op, la, offset);
-        return Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: true, string: true, count, data: 0 }));
+        let (count, last) =
+            elements::<W>(cpu, op, la, offset, cpu.write_bound[Seg::Es as usize], cpu.variant.ins_bytes);
+        return Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: true, string: true, count, last, data: 0 }));
     }
     while let Some(&value) = cpu.io_elements.last() {
         let offset = cpu.reg(Gpr::Rdi) & op.address_mask();
@@ -173,18 +174,20 @@ fn ins<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Again)
 }
 
-/// Elements to ask the device for at once: those that REP will store into the page of `la`, upwards. Fewer where somebody
-/// looks at every element.
-fn read_ahead<W: HostWord>(cpu: &Cpu, op: &Op, la: u64, offset: u64) -> u32 {
+/// Elements that one exit is about, and whether they are all that is left: those that REP moves upwards from `offset` on,
+/// inside the page of `la` and below `bound`, in `most` bytes. One where somebody looks at every element.
+fn elements<W: HostWord>(cpu: &Cpu, op: &Op, la: u64, offset: u64, bound: u64, most: u16) -> (u32, bool) {
+    let left = remaining(cpu, op);
     let watched = cpu.rflags & (Rflags::DF | Rflags::TF).bits() != 0 || cpu.has_breakpoints();
     if watched {
-        return 1;
+        return (1, left == 1);
     }
     let page = 0x1000 - (la & 0xfff);
-    let segment = cpu.write_bound[Seg::Es as usize].saturating_sub(offset);
+    let segment = bound.saturating_sub(offset);
     let wrap = op.address_mask() - offset;
-    let bytes = page.min(segment).min(wrap).min(IO_BYTES as u64);
-    remaining(cpu, op).min(bytes / u64::from(W::BYTES)).max(1) as u32
+    let bytes = page.min(segment).min(wrap).min(most.into());
+    let count = left.min(bytes / u64::from(W::BYTES)).max(1);
+    (count as u32, count == left)
 }
 
 /// SDM Vol. 2 "OUTS/OUTSB/OUTSW/OUTSD".
@@ -193,13 +196,30 @@ fn outs<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
         return Ok(Then::Leave);
     }
     let port = cpu.reg(Gpr::Rdx) as u16;
-    if cpu.io_elements.pop().is_some() {
+    if !cpu.io_elements.is_empty() {
+        let mut then = Then::Again;
+        while then == Then::Again && cpu.io_elements.pop().is_some() {
+            cpu.note_port(port, W::BYTES);
+            then = advance::<W>(cpu, op, Gpr::Rsi);
+        }
         cpu.forget_answers();
-        cpu.note_port(port, W::BYTES);
-        return Ok(advance::<W>(cpu, op, Gpr::Rsi));
+        return Ok(then);
     }
     cpu.check_port(port, W::BYTES)?;
     let offset = cpu.reg(Gpr::Rsi) & op.address_mask();
-    let value = cpu.read::<W>(op.segment(), offset)?;
-    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: false, string: true, count: 1, data: value.zext() as u32 }))
+    let la = cpu.linear(op.segment(), offset, W::BYTES, false)?;
+    let value = cpu.load::<W>(la, op.segment())?;
+    // What the TLB names is RAM, to the end of the page; a device is asked for each element.
+    let ram = cpu.tlb.read(la, W::BYTES.into()).is_some();
+    let most = if ram { cpu.variant.outs_bytes } else { 0 };
+    let (count, last) = elements::<W>(cpu, op, la, offset, cpu.read_bound[op.segment() as usize], most);
+    cpu.outs_data.clear();
+    if count > 1 {
+        for element in 0..u64::from(count) {
+            let value = cpu.load::<W>(la + element * u64::from(W::BYTES), op.segment())?;
+            cpu.outs_data.extend_from_slice(&value.zext().to_le_bytes()[..W::BYTES as usize]);
+        }
+    }
+    let data = value.zext() as u32;
+    Err(cpu.ask(op, Io { port, size: W::BYTES as u8, input: false, string: true, count, last, data }))
 }

@@ -140,6 +140,9 @@ impl Cpu {
     /// What CPUID answers, the bits that follow other state included. SDM Vol. 2 "CPUID": a leaf above the highest basic one
     /// shows that one; AMD's shows zeros. As KVM's `kvm_cpuid`.
     pub fn cpuid_answer(&mut self, leaf: u32, index: u32) -> [u32; 4] {
+        if self.variant.plain_cpuid {
+            return self.plain_cpuid(leaf);
+        }
         let mut leaf = leaf;
         let mut found = self.cpuid_row(leaf, index);
         if found.is_none()
@@ -175,6 +178,13 @@ impl Cpu {
             set(&mut regs[3], cpuid::APIC.bit, base & x86_defs::msr::apic_base::EN != 0);
         }
         regs
+    }
+
+    /// See [`crate::Variant::plain_cpuid`].
+    fn plain_cpuid(&self, leaf: u32) -> [u32; 4] {
+        let half = self.cpuid.iter().filter(|entry| (entry.function ^ leaf) >> 31 == 0);
+        let exact = half.clone().find(|entry| entry.function == leaf);
+        exact.or_else(|| half.max_by_key(|entry| entry.function)).map_or([0; 4], |entry| entry.regs)
     }
 
     /// The highest basic leaf, for a leaf that lies above all of its range.

@@ -3,11 +3,13 @@
 mod events;
 mod msr;
 mod segment;
+mod variant;
 mod vector;
 
 pub use events::{Events, PendingException};
 pub use msr::Msrs;
 pub use segment::{DescriptorTable, Segment};
+pub use variant::Variant;
 pub use vector::{Fpu, VectorRegister, XSAVE_LEGACY_BYTES};
 
 use x86_defs::{Cr0, Cr4, Efer};

@@ -146,7 +146,9 @@ impl Cpu {
             (Efer::FFXSR, cpuid::FFXSR),
         ];
         let new = Efer::from_bits(value)?;
-        let offered = FEATURES.iter().filter(|row| self.offers(&row.1)).fold(Efer::empty(), |all, row| all | row.0);
+        const UNGATED: Efer = Efer::SCE.union(Efer::LME).union(Efer::LMA).union(Efer::NXE);
+        let always = if self.variant.ungated_controls { UNGATED } else { Efer::empty() };
+        let offered = FEATURES.iter().filter(|row| self.offers(&row.1)).fold(always, |all, row| all | row.0);
         let switches = (new ^ self.efer).contains(Efer::LME) && self.cr0.contains(Cr0::PG);
         if !offered.contains(new) || switches {
             return None;
