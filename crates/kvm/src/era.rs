@@ -2,7 +2,14 @@
 //!
 //! A VM that gets its memory through `KVM_SET_MEMORY_REGION` is one of 2007; modern user space never calls that, and
 //! 2007's calls it before `KVM_CREATE_VCPU`. Everything not named here is the same.
+//!
+//! Where 2.6.22 only lacked something, a VM of 2007 gets what today's has: more than one vCPU and four memory slots, no
+//! three pages at the end of slot 0, `KVM_CHECK_EXTENSION` and the MSR list of today, ioctls that came later. Where it was
+//! wrong and no client could use it, the manual counts: string I/O downwards, exceptions and HLT in real mode, what a
+//! doubleword IN leaves in RAX bits 63:32 (nothing), CPL and page faults of string I/O. The paravirtual MSR 87655678H is
+//! absent: no client names it, and its guests take #GP as the answer of a host without it.
 
+use cpu_core::Variant;
 use nix::errno::Errno;
 
 /// Which API a VM speaks. Decided once: by the first ioctl that only one of them has, or by the first vCPU.
@@ -15,6 +22,8 @@ pub(crate) enum Era {
 }
 
 impl Era {
+    // Files
+
     /// What an unknown request on a VM file gets.
     pub(crate) fn unknown_vm_request(self) -> Errno {
         match self {
@@ -28,6 +37,13 @@ impl Era {
         self == Self::Modern
     }
 
+    /// vCPU files are closed on exec today.
+    pub(crate) fn vcpu_cloexec(self) -> bool {
+        self == Self::Modern
+    }
+
+    // State
+
     /// CS base after reset. 2007's VMMs have no memory below 4 GiB and expect to start in the first mebibyte.
     pub(crate) fn reset_cs_base(self) -> u64 {
         match self {
@@ -36,19 +52,87 @@ impl Era {
         }
     }
 
+    /// 2007's MSRs are all 0 after reset, IA32_MISC_ENABLE too.
+    pub(crate) fn resets_misc_enable(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// What the API of 2007 made of the processor: control bits and CPUID as the client says, I/O in the portions that its
+    /// VMMs take (string I/O by page; devices in 1, 2, 4 or 8 bytes).
+    pub(crate) fn variant(self) -> Variant {
+        match self {
+            Self::Legacy => Variant {
+                ungated_controls: true,
+                plain_cpuid: true,
+                natural_mmio: true,
+                ins_bytes: 4096,
+                outs_bytes: 4096,
+            },
+            Self::Modern => Variant::default(),
+        }
+    }
+
     /// 2007 took any state in `KVM_SET_SREGS`; today what VM entry would refuse is `EINVAL`.
     pub(crate) fn validates_sregs(self) -> bool {
         self == Self::Modern
     }
 
-    /// 2007's `KVM_INTERRUPT` collects vectors, lowest delivered first; today's holds one, the last.
-    pub(crate) fn collects_interrupts(self) -> bool {
+    /// IA32_APIC_BASE is looked at: reserved bits are refused, and CPUID's APIC bit follows its enable bit.
+    pub(crate) fn decodes_apic_base(self) -> bool {
+        self == Self::Modern
+    }
+
+    /// 2007's `KVM_SET_MSRS` of a bad EFER counts as done and leaves #GP(0) to the guest.
+    pub(crate) fn bad_efer_faults_in_guest(self) -> bool {
         self == Self::Legacy
     }
+
+    /// 2007 answers a few more MSRs, with constants.
+    pub(crate) fn has_constant_msrs(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// 2007's `KVM_GET_MSRS` and `KVM_SET_MSRS` of no entry fail to allocate nothing.
+    pub(crate) fn no_msr_is_enomem(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// Entries that `KVM_SET_CPUID` takes at most.
+    pub(crate) fn max_cpuid_entries(self) -> u32 {
+        match self {
+            Self::Legacy => kvm_abi::legacy::KVM_MAX_CPUID_ENTRIES,
+            Self::Modern => crate::cpuid::MAX_ENTRIES,
+        }
+    }
+
+    // KVM_RUN
 
     /// 2007 enters the guest before it looks for signals, so a pending one never stops progress; and it knows no
     /// `immediate_exit`.
     pub(crate) fn enters_despite_signal(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// 2007 executes an instruction again as soon as its MMIO read is answered, before all else. A write that follows is
+    /// reported at once: `if_flag`, `ready_for_interrupt_injection`, `cr8` and `apic_base` stay as they were.
+    pub(crate) fn finishes_mmio_before_entry(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// 2.6.23 moved RIP before a port exit, the last one of INS or OUTS; other registers move at the next `KVM_RUN`. Today
+    /// all of them do. An STI or MOV SS shadow ends with it.
+    pub(crate) fn io_moves_rip_at_exit(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// 2007 puts EAX into the data page of IN and OUT alike, whatever their size: VMMs may hand it back as it is. Today's
+    /// IN finds zeros.
+    pub(crate) fn io_shows_eax(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// 2007's `KVM_INTERRUPT` collects vectors, lowest delivered first; today's holds one, the last.
+    pub(crate) fn collects_interrupts(self) -> bool {
         self == Self::Legacy
     }
 
@@ -62,16 +146,24 @@ impl Era {
         self == Self::Modern
     }
 
-    /// Entries that `KVM_SET_CPUID` takes at most.
-    pub(crate) fn max_cpuid_entries(self) -> u32 {
-        match self {
-            Self::Legacy => kvm_abi::legacy::KVM_MAX_CPUID_ENTRIES,
-            Self::Modern => crate::cpuid::MAX_ENTRIES,
-        }
+    /// 2007 sets TF and RF at every `KVM_RUN` while it single-steps, so a step gets past a breakpoint.
+    pub(crate) fn steps_resume(self) -> bool {
+        self == Self::Legacy
     }
 
-    /// vCPU files are closed on exec today.
-    pub(crate) fn vcpu_cloexec(self) -> bool {
-        self == Self::Modern
+    /// 2007 hands hypercalls to user space; `exit_reason` still 3 at the next `KVM_RUN` means RAX ← `hypercall.ret`.
+    pub(crate) fn exits_on_hypercalls(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// Guest state that VM entry refuses was `KVM_EXIT_UNKNOWN` in 2007, when `KVM_EXIT_FAIL_ENTRY` stood for errors of the
+    /// VM instructions.
+    pub(crate) fn bad_state_is_unknown(self) -> bool {
+        self == Self::Legacy
+    }
+
+    /// 2007's `KVM_EXIT_EXCEPTION` is where today has `KVM_EXIT_INTERNAL_ERROR`: what cannot be emulated.
+    pub(crate) fn shows_exceptions(self) -> bool {
+        self == Self::Legacy
     }
 }

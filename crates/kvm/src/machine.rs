@@ -9,8 +9,9 @@ use cpu_core::{HostPlatform, Platform};
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
 
+use crate::era::Era;
 use crate::mce::Mce;
-use crate::msr::{Bank, is_apic_base};
+use crate::msr::{self as msrs, Bank, is_apic_base};
 
 /// Fraction bits of the TSC ratio, as VMX's multiplier has.
 const RATIO_BITS: u32 = 48;
@@ -65,6 +66,7 @@ impl Clock {
 /// State that the core's platform and the API's handlers share. Only the thread that holds the vCPU writes it.
 pub(crate) struct Machine {
     clock: Clock,
+    era: Era,
     /// Guest's TSC = host's × ratio + offset.
     tsc_ratio: AtomicU64,
     tsc_offset: AtomicU64,
@@ -81,9 +83,10 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// After reset; `bsp`: bootstrap processor.
-    pub(crate) fn new(clock: Clock, bsp: bool) -> Self {
+    pub(crate) fn new(clock: Clock, bsp: bool, era: Era) -> Self {
         let machine = Self {
             clock,
+            era,
             tsc_ratio: AtomicU64::new(RATIO_ONE),
             tsc_offset: AtomicU64::new(0),
             tsc_khz: AtomicU64::new(host_tsc_khz().into()),
@@ -92,6 +95,9 @@ impl Machine {
             mce: Mutex::new(Mce::new()),
             msrs: Bank::new(),
         };
+        if era.resets_misc_enable() {
+            machine.msrs.write(msr::IA32_MISC_ENABLE, 0, false).expect("a register of these bits");
+        }
         machine.set_tsc(0);
         machine
     }
@@ -161,14 +167,14 @@ impl Platform for VcpuPlatform {
         match index {
             msr::IA32_APIC_BASE => Some(self.0.apic_base.load(Relaxed)),
             _ if Mce::has(index) => self.0.mce.lock().read(index, true),
-            _ => self.0.msrs.read(index),
+            _ => self.0.msrs.read(index).or_else(|| msrs::constant_of(self.0.era, index)),
         }
     }
 
     /// The guest may move and disable its APIC; x2APIC mode needs one in the kernel.
     fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
         match index {
-            msr::IA32_APIC_BASE if !is_apic_base(value, self.0.phys_bits.load(Relaxed)) => return None,
+            msr::IA32_APIC_BASE if !is_apic_base(self.0.era, value, self.0.phys_bits.load(Relaxed)) => return None,
             msr::IA32_APIC_BASE => self.0.apic_base.store(value, Relaxed),
             // Moves the counter by as much as it changes.
             msr::IA32_TSC_ADJUST => {
@@ -177,6 +183,7 @@ impl Platform for VcpuPlatform {
                 return self.0.msrs.write(index, value, true);
             }
             _ if Mce::has(index) => return self.0.mce.lock().write(index, value, true),
+            _ if msrs::constant_of(self.0.era, index).is_some() => {}
             _ => return self.0.msrs.write(index, value, true),
         }
         Some(())
@@ -201,7 +208,7 @@ mod tests {
 
     #[test]
     fn another_rate_goes_on_from_where_the_counter_is() {
-        let machine = Machine::new(Clock::default(), true);
+        let machine = Machine::new(Clock::default(), true, Era::Modern);
         let before = machine.tsc();
         assert!(machine.set_tsc_khz(host_tsc_khz() / 2));
         let after = machine.tsc();

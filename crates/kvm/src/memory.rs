@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use kvm_abi::consts::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
-use kvm_abi::legacy::{KVM_ALIAS_SLOTS, KVM_MEMORY_SLOTS, kvm_memory_alias, kvm_memory_region};
+use kvm_abi::legacy::{KVM_ALIAS_SLOTS, kvm_memory_alias, kvm_memory_region};
 use kvm_abi::{DirtyLog, kvm_userspace_memory_region};
 use mmu::mapping::Piece;
 use mmu::{Alias, Backing, Change, Mapping, SlotError, SlotFlags, SlotSpec};
@@ -89,7 +89,8 @@ impl Vm {
         Ok(())
     }
 
-    /// `KVM_GET_DIRTY_LOG`: bit n of byte n / 8 is page n of the slot; whole 64-bit words. Cleared by being read.
+    /// `KVM_GET_DIRTY_LOG`: bit n of byte n / 8 is page n of the slot; whole 64-bit words. Cleared by being read, and only
+    /// by that: what cannot be stored is kept.
     pub(crate) fn get_dirty_log(&self, client: &dyn Client, log: &DirtyLog) -> Result<(), Errno> {
         if log.slot >= NR_MEMSLOTS {
             return Err(Errno::EINVAL);
@@ -97,16 +98,29 @@ impl Vm {
         let layout = self.layout.lock();
         let words = self.memory.take_dirty(log.slot).map_err(errno)?;
         self.quiesce();
-        drop(layout);
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        client.write(log.dirty_bitmap, &bytes)
+        let stored = client.write(log.dirty_bitmap, &bytes);
+        if stored.is_err() {
+            self.mark_dirty(log.slot, &words);
+        }
+        drop(layout);
+        stored
+    }
+
+    /// Marks pages of a slot that logs, 64 to a word.
+    fn mark_dirty(&self, slot: u32, words: &[u64]) {
+        let slots = self.memory.slots();
+        let Some(dirty) = slots.by_id(slot).and_then(mmu::Slot::dirty) else { return };
+        for (at, word) in (0..).zip(words) {
+            (0..64).filter(|bit| word >> bit & 1 != 0).for_each(|bit| dirty.mark(64 * at + bit));
+        }
     }
 
     /// `KVM_SET_MEMORY_REGION` of 2007: zeroed RAM; the same size elsewhere moves it, size 0 frees it.
     pub(crate) fn set_memory_region(&self, region: &kvm_memory_region) -> Result<(), Errno> {
         let &kvm_memory_region { slot, flags, guest_phys_addr, memory_size } = region;
         let end = guest_phys_addr.checked_add(memory_size).ok_or(Errno::EINVAL)?;
-        if !aligned(&[memory_size, guest_phys_addr]) || slot >= KVM_MEMORY_SLOTS {
+        if !aligned(&[memory_size, guest_phys_addr]) || slot >= NR_MEMSLOTS {
             return Err(Errno::EINVAL);
         }
         let mut layout = self.layout.lock();
@@ -143,6 +157,9 @@ impl Vm {
         if memory_size != 0 {
             copy(&window, old_gpa, guest_phys_addr, old_len).ok_or(Errno::ENOMEM)?;
             self.put_region(&window, slot, guest_phys_addr, memory_size, flags)?;
+            // A log that goes on keeps what it has.
+            let logged = slots.by_id(slot).and_then(mmu::Slot::dirty).map(|log| log.take());
+            self.mark_dirty(slot, &logged.unwrap_or_default());
         }
         // What the new place does not cover goes back to the host, and reads as zero when it is RAM again.
         let kept = guest_phys_addr..guest_phys_addr + memory_size;

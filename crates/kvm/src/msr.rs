@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use cpu_core::Cpu;
 use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
+use x86_defs::{Cr0, Efer, vector};
 
 use crate::cpuid;
+use crate::era::Era;
 use crate::mce::Mce;
 use crate::vcpu::Vcpu;
 
@@ -137,6 +139,19 @@ const _: () = {
     }
 };
 
+/// What 2.6.22 answers beyond the rows, and its value; a write is taken and forgotten (`kvm_get_msr_common`).
+const OF_2007: &[(std::ops::RangeInclusive<u32>, u64)] = &[
+    (0xcd..=0xcd, /* FSB_FREQ */ 3),
+    // MTRRs and what lies between them.
+    (0x200..=0x2ff, 0),
+];
+
+/// An MSR that reads as a constant in this era alone.
+pub(crate) fn constant_of(era: Era, index: u32) -> Option<u64> {
+    let row = OF_2007.iter().find(|row| row.0.contains(&index)).filter(|_| era.has_constant_msrs())?;
+    Some(row.1)
+}
+
 /// MSRs that `KVM_GET_SREGS` carries.
 const IN_SREGS: [u32; 3] = [msr::IA32_EFER, msr::IA32_FS_BASE, msr::IA32_GS_BASE];
 
@@ -198,10 +213,13 @@ pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
 pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
     match index {
         msr::IA32_TIME_STAMP_COUNTER => vcpu.machine.set_tsc(value),
-        msr::IA32_APIC_BASE if !is_apic_base(value, cpuid::phys_bits(&vcpu.cpuid)) => return None,
+        msr::IA32_APIC_BASE if !is_apic_base(vcpu.era, value, cpuid::phys_bits(&vcpu.cpuid)) => return None,
         msr::IA32_APIC_BASE => {
             vcpu.machine.apic_base.store(value, Relaxed);
             vcpu.load_cpuid();
+        }
+        msr::IA32_EFER if vcpu.era.bad_efer_faults_in_guest() && is_bad_efer(vcpu, value) => {
+            vcpu.cpu.queue_exception(vector::GP, Some(0));
         }
         _ if Mce::has(index) => return vcpu.machine.mce.lock().write(index, value, false),
         _ if vcpu.machine.msrs.read(index).is_some() => return vcpu.machine.msrs.write(index, value, false),
@@ -210,9 +228,17 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
     Some(())
 }
 
+/// What WRMSR of 2.6.22 refuses (`set_efer`): a bit that it does not know, a change of LME under paging.
+fn is_bad_efer(vcpu: &Vcpu, value: u64) -> bool {
+    const KNOWN: Efer = Efer::SCE.union(Efer::LME).union(Efer::LMA).union(Efer::NXE);
+    let sregs = vcpu.cpu.sregs();
+    let switches = (value ^ sregs.efer.bits()) & Efer::LME.bits() != 0 && sregs.cr0.contains(Cr0::PG);
+    value & !KNOWN.bits() != 0 || switches
+}
+
 /// `kvm_set_apic_base` without a local APIC in the kernel: no reserved bit, no x2APIC mode.
-pub(crate) fn is_apic_base(value: u64, phys_bits: u8) -> bool {
-    value & (0x2ff | apic_base::EXTD | u64::MAX << phys_bits) == 0
+pub(crate) fn is_apic_base(era: Era, value: u64, phys_bits: u8) -> bool {
+    !era.decodes_apic_base() || value & (0x2ff | apic_base::EXTD | u64::MAX << phys_bits) == 0
 }
 
 #[cfg(test)]

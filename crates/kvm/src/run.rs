@@ -3,14 +3,15 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use cpu_core::Exit;
-use kvm_abi::consts::{KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN};
+use cpu_core::{Exit, Gpr};
+use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN};
 use nix::errno::Errno;
 use x86_defs::Rflags;
 
 use crate::client::Client;
+use crate::debug;
 use crate::era::Era;
-use crate::exit::{self, Outcome};
+use crate::exit::{self, Outcome, Pending};
 use crate::vcpu::Vcpu;
 
 /// Instructions that a VM of 2007 executes before it looks for a signal that was pending at entry. Its VMMs retry with the
@@ -20,6 +21,15 @@ const STEPS_DESPITE_SIGNAL: u32 = 256;
 /// CR8 that exists: the task priority, bits 3:0.
 const CR8_MAX: u64 = 15;
 
+/// What a return shows in `if_flag`, `ready_for_interrupt_injection`, `cr8` and `apic_base`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    /// The state of now.
+    Now,
+    /// Whatever stood there.
+    Before,
+}
+
 impl Vcpu {
     /// Runs the guest. Ok: `kvm_run` tells what user space is to do. EINTR: a signal or `immediate_exit`.
     pub(crate) fn run(&mut self, client: &dyn Client) -> Result<(), Errno> {
@@ -28,30 +38,36 @@ impl Vcpu {
             self.page.set_flags(0);
         }
         let result = self.run_once(client, immediate_exit);
-        self.show_state();
+        if result != Ok(Shown::Before) {
+            self.show_state();
+        }
+        let result = result.map(|_| ());
         if result.is_ok() || result == Err(Errno::EINTR) && !immediate_exit {
             self.counters.kvm_exit(self.page.exit_reason());
         }
         result
     }
 
-    fn run_once(&mut self, client: &dyn Client, immediate_exit: bool) -> Result<(), Errno> {
+    fn run_once(&mut self, client: &dyn Client, immediate_exit: bool) -> Result<Shown, Errno> {
         if self.era == Era::Modern && self.page.sync_regs() != (0, 0) {
             return Err(Errno::EINVAL);
         }
         self.take_cr8()?;
         // What the last exit waits for comes before everything else, so no return loses or repeats it.
         if let Some(pending) = self.pending.take()
-            && exit::complete(self, pending) == Outcome::User
+            && let Some(shown) = self.complete(pending)
         {
-            return Ok(());
+            return Ok(shown);
+        }
+        if self.era.exits_on_hypercalls() && self.page.exit_reason() == KVM_EXIT_HYPERCALL {
+            self.cpu.set_reg(Gpr::Rax, self.page.legacy_hypercall_ret());
         }
         if immediate_exit {
             return Err(Errno::EINTR);
         }
         if std::mem::take(&mut self.triple_fault) {
             exit::handle(self, &Exit::TripleFault);
-            return Ok(());
+            return Ok(Shown::Now);
         }
         let _guard = client.on_interrupt(self.on_signal.clone(), self.signal_mask);
         self.counters.running.store(true, Relaxed);
@@ -60,7 +76,21 @@ impl Vcpu {
             Era::Legacy => self.run_legacy(client),
         };
         self.counters.running.store(false, Relaxed);
-        result
+        result.map(|()| Shown::Now)
+    }
+
+    /// Finishes the last exit. Some: something else is for user space before the guest goes on.
+    fn complete(&mut self, pending: Pending) -> Option<Shown> {
+        let at_once = self.era.finishes_mmio_before_entry();
+        if exit::complete(self, pending) == Outcome::User {
+            return Some(if at_once { Shown::Before } else { Shown::Now });
+        }
+        if !at_once || !matches!(pending, Pending::MmioRead { .. }) {
+            return None;
+        }
+        let exit = self.step_guest()?;
+        let shown = if matches!(exit, Exit::Mmio(_)) { Shown::Before } else { Shown::Now };
+        (exit::handle(self, &exit) == Outcome::User).then_some(shown)
     }
 
     /// Today: no instruction runs while a signal is pending, and an open window that user space asked for goes first.
@@ -84,6 +114,15 @@ impl Vcpu {
     /// 2007: the guest is entered first. Signals, and a window that is open, are looked at after exits that were answered
     /// here; both end with EINTR.
     fn run_legacy(&mut self, client: &dyn Client) -> Result<(), Errno> {
+        if self.era.steps_resume() {
+            self.cpu.set_rflags(self.cpu.rflags() | debug::hidden_flags(self));
+        }
+        let result = self.run_legacy_loop(client);
+        self.requeue_interrupt();
+        result
+    }
+
+    fn run_legacy_loop(&mut self, client: &dyn Client) -> Result<(), Errno> {
         let mut steps = if client.interrupted() { STEPS_DESPITE_SIGNAL } else { 0 };
         loop {
             if self.cpu.interrupt_window_open()
@@ -91,7 +130,14 @@ impl Vcpu {
             {
                 self.cpu.queue_interrupt(vector);
             }
-            self.cpu.set_interrupt_window_exiting(!self.interrupts.is_empty() || self.wants_interrupt_window());
+            let wanted = self.wants_interrupt_window();
+            let open = self.interrupts.is_empty() && self.cpu.interrupt_window_open();
+            if wanted && open {
+                // No exit comes of a window that is open at entry; the next look around, which a tick of the host's timer
+                // might have brought as soon as this, ends with EINTR.
+                steps = steps.max(1);
+            }
+            self.cpu.set_interrupt_window_exiting(!self.interrupts.is_empty() || wanted && !open);
             let exit = if steps > 0 {
                 steps -= 1;
                 self.step_guest()
@@ -164,9 +210,25 @@ impl Vcpu {
             self.ready_for_interrupt()
         } else {
             let events = self.cpu.events();
-            !events.shadow_sti && !events.shadow_mov_ss && events.interrupt.is_none() && self.interrupts.is_empty()
+            let shadow = (events.shadow_sti || events.shadow_mov_ss) && self.rip_behind_io().is_none();
+            !shadow && self.interrupts.is_empty()
         };
         self.page.set_state(ready, if_flag, self.cpu.cr8(), self.machine.apic_base.load(Relaxed));
+    }
+
+    /// A vector that was not delivered before an exit waits with the others.
+    pub(crate) fn requeue_interrupt(&mut self) {
+        let events = self.cpu.events();
+        if let (Some(vector), false) = (events.interrupt, events.soft) {
+            self.interrupts.insert(vector);
+            self.cpu.set_events(cpu_core::Events { interrupt: None, ..events });
+        }
+    }
+
+    /// RIP as a VM of 2007 shows it while a port access waits for user space: behind the instruction, if it is done then.
+    pub(crate) fn rip_behind_io(&self) -> Option<u64> {
+        let waits = self.era.io_moves_rip_at_exit() && matches!(self.pending, Some(Pending::Io { .. }));
+        if waits { self.cpu.rip_behind_io() } else { None }
     }
 
     /// Linear address of the next instruction.

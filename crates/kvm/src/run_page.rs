@@ -104,6 +104,13 @@ impl RunPage {
         }
     }
 
+    /// Copies what OUTS hands over; at most a page.
+    pub(crate) fn write_pio_data(&self, data: &[u8]) {
+        for (i, byte) in data.iter().take(PAGE).enumerate() {
+            self.u8(PIO_DATA + i).store(*byte, Relaxed);
+        }
+    }
+
     /// Return value of a 2007 hypercall.
     pub(crate) fn legacy_hypercall_ret(&self) -> u64 {
         self.u64(kvm_abi::legacy::hypercall::RET).load(Relaxed)
@@ -130,6 +137,12 @@ impl RunPage {
     /// `hw`: `KVM_EXIT_UNKNOWN`.
     pub(crate) fn set_hw(&self, hardware_exit_reason: u64) {
         self.u64(EXIT).store(hardware_exit_reason, Relaxed);
+    }
+
+    /// `ex`: `KVM_EXIT_EXCEPTION`.
+    pub(crate) fn set_ex(&self, exception: u32, error_code: u32) {
+        self.u32(EXIT).store(exception, Relaxed);
+        self.u32(EXIT + 4).store(error_code, Relaxed);
     }
 
     /// `fail_entry`: `KVM_EXIT_FAIL_ENTRY`.

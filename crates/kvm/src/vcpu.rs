@@ -66,8 +66,9 @@ impl VcpuFile {
     /// A vCPU after reset. EEXIST: the id is taken.
     pub(crate) fn new(vm: Arc<Vm>, id: u32, era: Era) -> Result<Arc<Self>, Errno> {
         let page = RunPage::new().map_err(|_| Errno::ENOMEM)?;
-        let machine = Arc::new(Machine::new(vm.clock.clone(), id == 0));
+        let machine = Arc::new(Machine::new(vm.clock.clone(), id == 0, era));
         let mut cpu = Cpu::new(vm.memory.clone(), machine.platform(), cpuid::phys_bits(&[]));
+        cpu.set_variant(era.variant());
         let mut sregs = cpu.sregs();
         sregs.segments[cpu_core::Seg::Cs as usize].base = era.reset_cs_base();
         cpu.set_sregs(&sregs);
@@ -124,10 +125,12 @@ impl File for VcpuFile {
 }
 
 impl Vcpu {
-    /// Hands the guest's CPUID table to the core, with the bits that follow other state: APIC its enable bit.
+    /// Hands the guest's CPUID table to the core, with the bit that follows other state: APIC its enable bit.
     pub(crate) fn load_cpuid(&mut self) {
-        let enabled = self.machine.apic_base.load(Relaxed) & apic_base::EN != 0;
-        cpuid::change(&mut self.cpuid, bit::APIC, enabled);
+        if self.era.decodes_apic_base() {
+            let enabled = self.machine.apic_base.load(Relaxed) & apic_base::EN != 0;
+            cpuid::change(&mut self.cpuid, bit::APIC, enabled);
+        }
         let table: Vec<_> = self.cpuid.iter().map(crate::state::to_core_cpuid).collect();
         self.cpu.set_cpuid(&table);
         let phys_bits = cpuid::phys_bits(&self.cpuid);

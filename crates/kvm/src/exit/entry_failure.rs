@@ -6,7 +6,6 @@
 use kvm_abi::consts::{KVM_EXIT_FAIL_ENTRY, KVM_EXIT_UNKNOWN};
 
 use super::{Outcome, Reason, Row};
-use crate::era::Era;
 use crate::vcpu::Vcpu;
 
 pub(super) const ROW: Row = Row { reason: Reason::EntryFailure, vmx: Some(33), shows: &["FAIL_ENTRY", "UNKNOWN"] };
@@ -15,15 +14,12 @@ pub(super) const ROW: Row = Row { reason: Reason::EntryFailure, vmx: Some(33), s
 const FAILED_VMENTRY: u64 = 0x8000_0021;
 
 pub(super) fn handle(vcpu: &mut Vcpu) -> Outcome {
-    match vcpu.era {
-        Era::Modern => {
-            vcpu.page.set_fail_entry(FAILED_VMENTRY, 0);
-            vcpu.page.set_exit_reason(KVM_EXIT_FAIL_ENTRY);
-        }
-        Era::Legacy => {
-            vcpu.page.set_hw(FAILED_VMENTRY);
-            vcpu.page.set_exit_reason(KVM_EXIT_UNKNOWN);
-        }
+    if vcpu.era.bad_state_is_unknown() {
+        vcpu.page.set_hw(FAILED_VMENTRY);
+        vcpu.page.set_exit_reason(KVM_EXIT_UNKNOWN);
+    } else {
+        vcpu.page.set_fail_entry(FAILED_VMENTRY, 0);
+        vcpu.page.set_exit_reason(KVM_EXIT_FAIL_ENTRY);
     }
     Outcome::User
 }

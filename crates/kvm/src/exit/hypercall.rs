@@ -7,8 +7,7 @@
 use cpu_core::{Gpr, Seg};
 use kvm_abi::consts::KVM_EXIT_HYPERCALL;
 
-use super::{Outcome, Pending, Reason, Row};
-use crate::era::Era;
+use super::{Outcome, Reason, Row};
 use crate::vcpu::Vcpu;
 
 pub(super) const ROW: Row = Row { reason: Reason::Vmcall, vmx: Some(18), shows: &["HYPERCALL"] };
@@ -21,14 +20,13 @@ const VAPIC_POLL_IRQ: u64 = 1;
 
 pub(super) fn handle(vcpu: &mut Vcpu) -> Outcome {
     let long = vcpu.cpu.is_64bit();
-    if vcpu.era == Era::Legacy {
+    if vcpu.era.exits_on_hypercalls() {
         use Gpr::*;
         let registers = if long { [Rdi, Rsi, Rdx, Rcx, R8, R9] } else { [Rax, Rcx, Rdx, Rsi, Rdi, Rbp] };
         let mask = if long { u64::MAX } else { 0xffff_ffff };
         let args = registers.map(|register| vcpu.cpu.reg(register) & mask);
         vcpu.page.set_legacy_hypercall(&args, long);
         vcpu.page.set_exit_reason(KVM_EXIT_HYPERCALL);
-        vcpu.pending = Some(Pending::Hypercall);
         return Outcome::User;
     }
     let mask = if long { u64::MAX } else { 0xffff_ffff };
@@ -39,13 +37,5 @@ pub(super) fn handle(vcpu: &mut Vcpu) -> Outcome {
         _ => -ENOSYS,
     };
     vcpu.cpu.set_reg(Gpr::Rax, result as u64 & mask);
-    Outcome::Resume
-}
-
-pub(super) fn complete(vcpu: &mut Vcpu) -> Outcome {
-    if vcpu.page.exit_reason() == KVM_EXIT_HYPERCALL {
-        let ret = vcpu.page.legacy_hypercall_ret();
-        vcpu.cpu.set_reg(Gpr::Rax, ret);
-    }
     Outcome::Resume
 }

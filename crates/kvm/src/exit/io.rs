@@ -1,16 +1,16 @@
 //! IN and OUT (SDM Vol. 3 App. C, reason 30), string forms too: no port is answered here, all are `KVM_EXIT_IO`.
 //!
-//! size: bytes, 1|2|4. count: elements; more than 1 for INS only, which Linux's emulator reads ahead.
+//! size: bytes, 1|2|4. count: elements; more than 1 for INS, which Linux's emulator reads ahead, and for OUTS of a VM of 2007.
 //! data_offset: bytes from the start of `kvm_run`. api.rst §5, `io`.
 //! IN is finished by the next KVM_RUN, before any instruction runs and before signals are looked at. RIP moves then too,
-//! unless user space has moved it. For OUT a VM of 2007 (as of 2.6.23) finds it moved at the exit already, and so does a
-//! modern one at port 7EH, where Linux keeps a quirk for old VMMs.
+//! unless user space has moved it. A VM of 2007 (as of 2.6.23) finds it moved at the exit already, and so does a modern one
+//! for OUT to port 7EH, where Linux keeps a quirk for old VMMs.
 
-use cpu_core::{IO_BYTES, Io};
+use cpu_core::{Gpr, Io};
 use kvm_abi::consts::{KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT};
+use smallvec::{SmallVec, smallvec};
 
 use super::{Outcome, Pending, Reason, Row};
-use crate::era::Era;
 use crate::run_page::IoExit;
 use crate::vcpu::Vcpu;
 
@@ -21,11 +21,17 @@ const QUIRK_PORT: u16 = 0x7e;
 
 pub(super) fn handle(vcpu: &mut Vcpu, io: &Io) -> Outcome {
     let direction = if io.input { KVM_EXIT_IO_IN } else { KVM_EXIT_IO_OUT } as u8;
-    // 2007 shows EAX on IN too, and its VMMs may hand it back unchanged; today's Linux clears the data.
-    let data = if io.input && vcpu.era == Era::Modern { 0 } else { io.data };
+    let data = match io.string {
+        false if vcpu.era.io_shows_eax() => vcpu.cpu.reg(Gpr::Rax) as u32,
+        _ if io.input => 0,
+        _ => io.data,
+    };
     vcpu.page.set_io(&IoExit { direction, size: io.size, port: io.port, count: io.count }, data);
+    if io.count > 1 && !io.input {
+        vcpu.page.write_pio_data(vcpu.cpu.outs_data());
+    }
     vcpu.page.set_exit_reason(KVM_EXIT_IO);
-    if !io.input && (vcpu.era == Era::Legacy || io.port == QUIRK_PORT) {
+    if !io.input && !io.string && (vcpu.era.io_moves_rip_at_exit() || io.port == QUIRK_PORT) {
         vcpu.cpu.complete_io_out();
     } else {
         let bytes = io.count * u32::from(io.size);
@@ -40,9 +46,8 @@ pub(super) fn complete(vcpu: &mut Vcpu, input: Option<u32>) -> Outcome {
         vcpu.cpu.complete_io_out();
         return Outcome::Resume;
     };
-    let mut data = [0; IO_BYTES];
-    let data = &mut data[..(bytes as usize).min(IO_BYTES)];
-    vcpu.page.read_pio_data(data);
-    vcpu.cpu.complete_io_in(data);
+    let mut data: SmallVec<[u8; 4]> = smallvec![0; bytes as usize];
+    vcpu.page.read_pio_data(&mut data);
+    vcpu.cpu.complete_io_in(&data);
     Outcome::Resume
 }

@@ -36,8 +36,6 @@ pub(crate) enum Pending {
     MmioRead { rip: u64 },
     /// A write to it, done but for further parts.
     MmioWrite,
-    /// A hypercall of 2007.
-    Hypercall,
 }
 
 /// One basic exit reason and what becomes of it.
@@ -127,7 +125,6 @@ pub(crate) fn complete(vcpu: &mut Vcpu, pending: Pending) -> Outcome {
         Pending::Io { input, .. } => io::complete(vcpu, input),
         Pending::MmioRead { .. } => mmio::complete_read(vcpu),
         Pending::MmioWrite => mmio::complete_write(vcpu),
-        Pending::Hypercall => hypercall::complete(vcpu),
     }
 }
 

@@ -4,26 +4,40 @@
 //!
 //! data: flags, then `insn_size` and 15 bytes of instruction padded with NOP, then five words of debugging information
 //! that are not ABI: exit reason, two qualifications, interruption information and error code; zero here.
+//!
+//! A VM of 2007 sees `KVM_EXIT_EXCEPTION`, which was what its emulator could not do: the page fault that a fetch or an event
+//! met where there is no memory, #UD for an instruction that is missing.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use kvm_abi::consts::{
-    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_EXIT_EXCEPTION, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
 };
+
+use x86_defs::{pf::PfError, vector};
 
 use super::{Outcome, Reason, Row};
 use crate::vcpu::Vcpu;
 
-pub(super) const ROW: Row = Row { reason: Reason::Unimplemented, vmx: None, shows: &["INTERNAL_ERROR"] };
+pub(super) const ROW: Row = Row { reason: Reason::Unimplemented, vmx: None, shows: &["INTERNAL_ERROR", "EXCEPTION"] };
 
 /// Words of debugging information behind the instruction.
 const DEBUG_WORDS: usize = 5;
 
 pub(super) fn handle(vcpu: &mut Vcpu, instruction: &[u8]) -> Outcome {
     log(vcpu, instruction);
+    if vcpu.era.shows_exceptions() {
+        let user = vcpu.cpu.sregs().segments[cpu_core::Seg::Ss as usize].dpl == 3;
+        let fetch = if user { PfError::US } else { PfError::empty() };
+        return if instruction.is_empty() {
+            show_exception(vcpu, vector::PF, fetch.bits())
+        } else {
+            show_exception(vcpu, vector::UD, 0)
+        };
+    }
     let mut data = vec![0];
     if !instruction.is_empty() {
         data[0] = u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES);
@@ -42,10 +56,23 @@ pub(super) fn handle(vcpu: &mut Vcpu, instruction: &[u8]) -> Outcome {
 /// has it. data: IDT-vectoring information (valid, hardware exception or external interrupt), basic exit reason 48 (EPT
 /// violation), qualification and CPU, both 0.
 pub(super) fn handle_undeliverable(vcpu: &mut Vcpu, vector: u8) -> Outcome {
+    if vcpu.era.shows_exceptions() {
+        if vector >= 32 {
+            // An interrupt that did not arrive waits again.
+            vcpu.interrupts.insert(vector);
+        }
+        return show_exception(vcpu, vector::PF, 0);
+    }
     let kind = if vector < 32 { 3 << 8 } else { 0 };
     let vectoring = 1 << 31 | kind | u64::from(vector);
     vcpu.page.set_internal(KVM_INTERNAL_ERROR_DELIVERY_EV, &[vectoring, 48, 0, 0]);
     vcpu.page.set_exit_reason(KVM_EXIT_INTERNAL_ERROR);
+    Outcome::User
+}
+
+fn show_exception(vcpu: &mut Vcpu, exception: u8, error_code: u32) -> Outcome {
+    vcpu.page.set_ex(exception.into(), error_code);
+    vcpu.page.set_exit_reason(KVM_EXIT_EXCEPTION);
     Outcome::User
 }
 

@@ -38,6 +38,7 @@ pub(super) fn run(vcpu: &mut Vcpu, client: &dyn Client, arg: u64) -> Result<(), 
 /// Reads RAX–R15, RIP and RFLAGS. api.rst `KVM_GET_REGS`. TF and RF of a debugger are hidden.
 pub(super) fn get_regs(vcpu: &mut Vcpu) -> Result<kvm_regs, Errno> {
     let mut regs = state::from_core_regs(&vcpu.cpu.regs());
+    regs.rip = vcpu.rip_behind_io().unwrap_or(regs.rip);
     regs.rflags &= !debug::hidden_flags(vcpu);
     Ok(regs)
 }
@@ -48,6 +49,15 @@ pub(super) fn set_regs(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<(), Errno> {
     let mut regs = state::to_core_regs(regs);
     if vcpu.era == Era::Legacy && !vcpu.cpu.sregs().cr0.contains(Cr0::PE) {
         regs.rflags &= !Rflags::VM.bits();
+    }
+    if let Some(behind) = vcpu.rip_behind_io() {
+        if regs.rip == behind {
+            // As shown by `get_regs`: the instruction still has to be finished.
+            regs.rip = vcpu.cpu.regs().rip;
+        } else {
+            vcpu.cpu.abandon_exit();
+            vcpu.pending = None;
+        }
     }
     regs.rflags |= debug::forced_flags(vcpu);
     vcpu.cpu.set_regs(&regs);
@@ -73,7 +83,8 @@ pub(super) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
 pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno> {
     let mut loaded = state::to_core_sregs(sregs);
     if vcpu.era.validates_sregs() {
-        if !is_valid_sregs(vcpu, sregs) || !msr::is_apic_base(sregs.apic_base, cpuid::phys_bits(&vcpu.cpuid)) {
+        if !is_valid_sregs(vcpu, sregs) || !msr::is_apic_base(vcpu.era, sregs.apic_base, cpuid::phys_bits(&vcpu.cpuid))
+        {
             return Err(Errno::EINVAL);
         }
     } else {
@@ -84,6 +95,7 @@ pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno>
     vcpu.load_cpuid();
     let mut queue = InterruptQueue::of_bitmap(sregs.interrupt_bitmap);
     if vcpu.era.collects_interrupts() {
+        vcpu.requeue_interrupt();
         vcpu.interrupts = queue;
     } else if let Some(vector) = queue.pop() {
         vcpu.cpu.queue_interrupt(vector);
@@ -125,25 +137,38 @@ const CR4_FEATURES: &[(Cr4, bit::Feature)] = &[
 /// CR4 bits that no guest has here.
 const CR4_ABSENT: Cr4 = Cr4::VMXE.union(Cr4::SMXE);
 
-/// 2007 takes any segments: all attributes 0 means unusable, and in real mode the reset base is in the first mebibyte.
+/// 2007 takes any segments. In real mode their attributes are those of real mode, whatever user space sends: a data type in
+/// CS, none in TR; and the reset base is in the first mebibyte.
 fn legacy_segments(sregs: &mut cpu_core::Sregs) {
-    let real = !sregs.cr0.contains(Cr0::PE);
+    if sregs.cr0.contains(Cr0::PE) {
+        return;
+    }
+    let large = |limit: u32| limit >> 20 != 0;
     for segment in &mut sregs.segments {
-        if real && segment.selector == 0xf000 && segment.base == 0xffff_0000 {
+        if segment.selector == 0xf000 && segment.base == 0xffff_0000 {
             segment.base = Era::Legacy.reset_cs_base();
         }
-        if real {
-            // Attributes of real mode: user space sends any.
-            *segment = cpu_core::Segment { base: segment.base, ..cpu_core::Segment::real_mode(segment.selector) };
-        }
+        let cpu_core::Segment { base, limit, selector, .. } = *segment;
+        *segment = cpu_core::Segment { base, limit, g: large(limit), ..cpu_core::Segment::real_mode(selector) };
     }
+    let cpu_core::Segment { base, limit, selector, .. } = sregs.tr;
+    let busy = x86_defs::descriptor::system_type::TSS32_BUSY;
+    sregs.tr = cpu_core::Segment {
+        base,
+        limit,
+        selector,
+        type_: busy,
+        present: true,
+        g: large(limit),
+        ..cpu_core::Segment::default()
+    };
 }
 
-/// Walks the guest's tables as a supervisor's read. api.rst `KVM_TRANSLATE`. `physical_address` is ~0 where nothing is
+/// Walks the guest's tables as a supervisor's read, accessed bits included. api.rst `KVM_TRANSLATE`. `physical_address` is ~0 where nothing is
 /// mapped; `writeable` and `usermode` are constants, as in Linux.
 pub(super) fn translate(vcpu: &mut Vcpu, translation: &mut kvm_translation) -> Result<(), Errno> {
     // Without paging any address is its own translation; ~0 still says that there is none.
-    let gpa = vcpu.cpu.debug_translate(translation.linear_address).filter(|&gpa| gpa != u64::MAX);
+    let gpa = vcpu.cpu.translate(translation.linear_address).filter(|&gpa| gpa != u64::MAX);
     translation.physical_address = gpa.unwrap_or(u64::MAX);
     translation.valid = gpa.is_some().into();
     translation.writeable = 1;
@@ -209,8 +234,7 @@ pub(super) fn set_msrs(vcpu: &mut Vcpu, list: &Fam<'_, kvm_msr_entry>) -> Result
 
 fn msr_entries(vcpu: &Vcpu, list: &Fam<'_, kvm_msr_entry>) -> Result<Vec<kvm_msr_entry>, Errno> {
     match list.count() {
-        // 2007 fails to allocate nothing.
-        0 if vcpu.era == Era::Legacy => Err(Errno::ENOMEM),
+        0 if vcpu.era.no_msr_is_enomem() => Err(Errno::ENOMEM),
         MAX_IO_MSRS.. => Err(Errno::E2BIG),
         _ => list.read(),
     }

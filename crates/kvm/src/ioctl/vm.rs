@@ -43,7 +43,7 @@ pub(super) fn get_dirty_log(vm: &Caller<'_, Vm>, log: &DirtyLog) -> Result<(), E
     vm.file.get_dirty_log(vm.client, log)
 }
 
-/// RAM of a 2007 VM. EINVAL: misaligned, slot above 3, another size than before. EEXIST: overlap. ENOMEM.
+/// RAM of a 2007 VM. EINVAL: misaligned, no such slot number, another size than before. EEXIST: overlap. ENOMEM.
 pub(super) fn set_memory_region(vm: &Caller<'_, Vm>, region: &kvm_memory_region) -> Result<(), Errno> {
     vm.require(Era::Legacy)?;
     vm.file.set_memory_region(region)

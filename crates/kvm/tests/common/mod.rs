@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvm::client::{AddressSpace, Client, File, InterruptAction, SharedPiece};
+use kvm::client::{AddressSpace, Client, File, InterruptAction, SharedPiece, SignalMask};
 use kvm::{Kvm, system_file};
 use kvm_abi::Plain;
 use kvm_abi::request::{READ, WRITE, direction, size};
@@ -25,6 +25,10 @@ pub struct FakeClient {
     pub files: Mutex<Vec<Arc<dyn File>>>,
     pub pid: u32,
     pub signal: AtomicBool,
+    /// Close-on-exec of the descriptors, from 1.
+    pub cloexec: Mutex<Vec<bool>>,
+    /// The mask of every action that was registered.
+    pub masks: Mutex<Vec<Option<SignalMask>>>,
     action: Mutex<Option<InterruptAction>>,
 }
 
@@ -40,6 +44,8 @@ impl FakeClient {
             files: Mutex::new(vec![system_file(kvm)]),
             pid: 1000,
             signal: AtomicBool::new(false),
+            cloexec: Mutex::default(),
+            masks: Mutex::default(),
             action: Mutex::default(),
         })
     }
@@ -51,6 +57,8 @@ impl FakeClient {
             files: Mutex::new(self.files.lock().clone()),
             pid: self.pid + 1,
             signal: AtomicBool::new(false),
+            cloexec: Mutex::default(),
+            masks: Mutex::default(),
             action: Mutex::default(),
         })
     }
@@ -138,8 +146,9 @@ impl Client for FakeClient {
         self.memory.write(addr.wrapping_sub(BASE), buf).ok_or(Errno::EFAULT)
     }
 
-    fn install(&self, file: Arc<dyn File>, _cloexec: bool) -> Result<i32, Errno> {
+    fn install(&self, file: Arc<dyn File>, cloexec: bool) -> Result<i32, Errno> {
         let mut files = self.files.lock();
+        self.cloexec.lock().push(cloexec);
         files.push(file);
         Ok(files.len() as i32 - 1)
     }
@@ -158,6 +167,9 @@ impl Client for FakeClient {
 
     fn set_interrupt_action(&self, action: Option<InterruptAction>) {
         let mut slot = self.action.lock();
+        if let Some(action) = &action {
+            self.masks.lock().push(action.mask);
+        }
         if let (Some(action), true) = (&action, self.interrupted()) {
             (action.run)();
         }
