@@ -3,6 +3,51 @@
 //! The rest of that header still has today's numbers and layouts: exit reasons 0 to 10, `kvm_run` up to byte 96 except
 //! for `hypercall`, and every request that is not in this module.
 
+use crate::request::*;
+
+/// The requests of 2.6.22, by file.
+pub const REQUESTS: [(&str, &[u32]); 3] = [
+    (
+        "System",
+        &[KVM_GET_API_VERSION, KVM_CREATE_VM, KVM_GET_MSR_INDEX_LIST, KVM_CHECK_EXTENSION, KVM_GET_VCPU_MMAP_SIZE],
+    ),
+    ("Vm", &[KVM_SET_MEMORY_REGION, KVM_CREATE_VCPU, KVM_GET_DIRTY_LOG, KVM_SET_MEMORY_ALIAS]),
+    (
+        "Vcpu",
+        &[
+            KVM_RUN,
+            KVM_GET_REGS,
+            KVM_SET_REGS,
+            KVM_GET_SREGS,
+            KVM_SET_SREGS,
+            KVM_TRANSLATE,
+            KVM_INTERRUPT,
+            KVM_DEBUG_GUEST,
+            KVM_GET_MSRS,
+            KVM_SET_MSRS,
+            KVM_SET_CPUID,
+            KVM_SET_SIGNAL_MASK,
+            KVM_GET_FPU,
+            KVM_SET_FPU,
+        ],
+    ),
+];
+
+/// The exit reasons of 2.6.22, numbered from 0.
+pub const EXIT_REASONS: [&str; 11] = [
+    "UNKNOWN",
+    "EXCEPTION",
+    "IO",
+    "HYPERCALL",
+    "DEBUG",
+    "HLT",
+    "MMIO",
+    "IRQ_WINDOW_OPEN",
+    "SHUTDOWN",
+    "FAIL_ENTRY",
+    "INTR",
+];
+
 /// `KVM_SET_MEMORY_REGION`: RAM that the kernel allocates, reached through mmap of the VM file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]

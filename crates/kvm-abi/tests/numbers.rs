@@ -76,6 +76,8 @@ fn request_numbers_are_the_headers() {
         assert_eq!(ours, header, "{ours:#010x} {header:#010x}");
     }
     assert_eq!(NAMES.len(), OF_2007.len() + OF_TODAY.len());
+    let of_2007: Vec<u32> = OF_2007.iter().map(|&(_, header)| header).collect();
+    assert_eq!(REQUESTS.map(|(_, requests)| requests).concat(), of_2007);
 }
 
 #[test]
@@ -130,4 +132,5 @@ fn exit_reasons_of_2007_kept_their_numbers() {
         KVM_EXIT_INTR,
     ];
     assert!(reasons.iter().zip(0..).all(|(&reason, number)| reason == number));
+    assert_eq!(EXIT_REASONS.len(), reasons.len());
 }

@@ -9,6 +9,7 @@ mod cpuid;
 mod debug;
 mod era;
 pub mod exit;
+pub mod header;
 mod interrupt;
 pub mod ioctl;
 mod machine;

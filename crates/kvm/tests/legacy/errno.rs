@@ -2,38 +2,17 @@
 
 use kvm::ioctl::ROWS;
 use kvm_abi::consts::*;
+use kvm_abi::legacy::REQUESTS;
 use kvm_abi::request::*;
 use kvm_abi::*;
 use nix::errno::Errno;
 
 use crate::machine::{Machine, alias, empty, region};
 
-/// The 23 requests of 2007.
-const OF_2007: [u32; 23] = [
-    KVM_GET_API_VERSION,
-    KVM_CREATE_VM,
-    KVM_GET_MSR_INDEX_LIST,
-    KVM_CHECK_EXTENSION,
-    KVM_GET_VCPU_MMAP_SIZE,
-    KVM_SET_MEMORY_REGION,
-    KVM_CREATE_VCPU,
-    KVM_GET_DIRTY_LOG,
-    KVM_SET_MEMORY_ALIAS,
-    KVM_RUN,
-    KVM_GET_REGS,
-    KVM_SET_REGS,
-    KVM_GET_SREGS,
-    KVM_SET_SREGS,
-    KVM_TRANSLATE,
-    KVM_INTERRUPT,
-    KVM_DEBUG_GUEST,
-    KVM_GET_MSRS,
-    KVM_SET_MSRS,
-    KVM_SET_CPUID,
-    KVM_SET_SIGNAL_MASK,
-    KVM_GET_FPU,
-    KVM_SET_FPU,
-];
+/// The requests of 2007 and the files that take them.
+fn of_2007() -> impl Iterator<Item = (&'static str, u32)> {
+    REQUESTS.iter().flat_map(|&(file, requests)| requests.iter().map(move |&request| (file, request)))
+}
 
 #[test]
 fn unknown_requests_are_einval_on_every_file() {
@@ -56,7 +35,7 @@ fn unknown_requests_are_einval_on_every_file() {
 #[test]
 fn requests_to_the_wrong_file_are_einval() {
     let m = Machine::new();
-    for request in OF_2007 {
+    for (_, request) in of_2007() {
         for (fd, file) in [(0, "System"), (m.vm, "Vm"), (m.vcpu, "Vcpu")] {
             if !ROWS.iter().any(|row| row.request == request && row.file == file) {
                 let result = m.client.ioctl_bytes(fd, request, vec![0; 0x200]).map(|_| ());
@@ -70,13 +49,13 @@ fn requests_to_the_wrong_file_are_einval() {
 fn bad_pointers_are_efault_and_change_nothing() {
     let m = Machine::new();
     let (regs, sregs) = (m.regs(), m.sregs());
-    for row in ROWS.iter().filter(|row| OF_2007.contains(&row.request) && direction(row.request) != NONE) {
-        let fd = match row.file {
+    for (file, request) in of_2007().filter(|&(_, request)| direction(request) != NONE) {
+        let fd = match file {
             "System" => 0,
             "Vm" => m.vm,
             _ => m.vcpu,
         };
-        assert_eq!(m.client.ioctl(fd, row.request, 0x1000), Err(Errno::EFAULT), "{}", row.name);
+        assert_eq!(m.client.ioctl(fd, request, 0x1000), Err(Errno::EFAULT), "{request:#x}");
     }
     assert_eq!((m.regs(), m.sregs()), (regs, sregs));
 }
