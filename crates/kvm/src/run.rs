@@ -82,10 +82,11 @@ impl Vcpu {
     /// Finishes the last exit. Some: something else is for user space before the guest goes on.
     fn complete(&mut self, pending: Pending) -> Option<Shown> {
         let at_once = self.era.finishes_mmio_before_entry();
+        let read = matches!(pending, Pending::MmioRead { rip } if rip == self.linear_rip());
         if exit::complete(self, pending) == Outcome::User {
             return Some(if at_once { Shown::Before } else { Shown::Now });
         }
-        if !at_once || !matches!(pending, Pending::MmioRead { .. }) {
+        if !at_once || !read {
             return None;
         }
         let exit = self.step_guest()?;
@@ -125,7 +126,7 @@ impl Vcpu {
     fn run_legacy_loop(&mut self, client: &dyn Client) -> Result<(), Errno> {
         let mut steps = if client.interrupted() { STEPS_DESPITE_SIGNAL } else { 0 };
         loop {
-            if self.cpu.interrupt_window_open()
+            if self.ready_for_interrupt()
                 && let Some(vector) = self.interrupts.pop()
             {
                 self.cpu.queue_interrupt(vector);

@@ -31,6 +31,8 @@ pub fn run(backend: &mut dyn Backend) -> Vec<String> {
     cases.vcpu();
     cases.state();
     cases.lists();
+    cases.pointers();
+    cases.numbers();
     cases.lines
 }
 
@@ -350,5 +352,92 @@ impl Cases<'_> {
         self.bytes("cpuid: get into three", vcpu, KVM_GET_CPUID2, &counted(3, 8, &[0; 120]));
         self.bytes("cpuid: 2007's, one", vcpu, KVM_SET_CPUID, &counted(1, 8, &[0; 24]));
         self.bytes("cpuid: 2007's, 257", vcpu, KVM_SET_CPUID, &counted(257, 8, &[0; 24 * 257]));
+    }
+
+    /// Where there is no memory.
+    fn pointers(&mut self) {
+        const NOWHERE: u64 = 0x1000;
+        let system = self.backend.system();
+        let vm = self.file(system, KVM_CREATE_VM, 0);
+        let vcpu = self.file(vm, KVM_CREATE_VCPU, 0);
+        for (name, fd, request) in [
+            ("msr list", system, KVM_GET_MSR_INDEX_LIST),
+            ("supported cpuid", system, KVM_GET_SUPPORTED_CPUID),
+            ("memory region", vm, KVM_SET_USER_MEMORY_REGION),
+            ("dirty log", vm, KVM_GET_DIRTY_LOG),
+            ("get regs", vcpu, KVM_GET_REGS),
+            ("set regs", vcpu, KVM_SET_REGS),
+            ("get sregs", vcpu, KVM_GET_SREGS),
+            ("set sregs", vcpu, KVM_SET_SREGS),
+            ("translate", vcpu, KVM_TRANSLATE),
+            ("interrupt", vcpu, KVM_INTERRUPT),
+            ("get msrs", vcpu, KVM_GET_MSRS),
+            ("set msrs", vcpu, KVM_SET_MSRS),
+            ("set cpuid", vcpu, KVM_SET_CPUID),
+            ("set cpuid2", vcpu, KVM_SET_CPUID2),
+            ("get cpuid2", vcpu, KVM_GET_CPUID2),
+            ("signal mask", vcpu, KVM_SET_SIGNAL_MASK),
+            ("get fpu", vcpu, KVM_GET_FPU),
+            ("set fpu", vcpu, KVM_SET_FPU),
+            ("guest debug", vcpu, KVM_SET_GUEST_DEBUG),
+            ("get events", vcpu, KVM_GET_VCPU_EVENTS),
+            ("set events", vcpu, KVM_SET_VCPU_EVENTS),
+        ] {
+            self.value(&format!("nowhere: {name}"), fd, request, NOWHERE);
+        }
+        self.value("nowhere: get regs at 0", vcpu, KVM_GET_REGS, 0);
+        self.value("nowhere: set regs at 0", vcpu, KVM_SET_REGS, 0);
+        self.value("nowhere: set regs in the kernel's half", vcpu, KVM_SET_REGS, 0xffff_8880_0000_0000);
+    }
+
+    /// Request numbers that are nearly right, and arguments by value.
+    fn numbers(&mut self) {
+        let system = self.backend.system();
+        let vm = self.file(system, KVM_CREATE_VM, 0);
+        let vcpu = self.file(vm, KVM_CREATE_VCPU, 0);
+        for (name, fd, request) in [
+            ("get regs as a write", vcpu, KVM_GET_REGS ^ 3 << 30),
+            ("get regs of another size", vcpu, KVM_GET_REGS + (8 << 16)),
+            ("set sregs of another size", vcpu, KVM_SET_SREGS - (8 << 16)),
+            ("translate as a write", vcpu, KVM_TRANSLATE & !(2 << 30)),
+            ("2007's debugging of an i386 caller", vcpu, 0x404c_ae87),
+            ("memory region of another size", vm, KVM_SET_USER_MEMORY_REGION + (8 << 16)),
+            ("dirty log as a read", vm, KVM_GET_DIRTY_LOG ^ 3 << 30),
+            ("msr list as a write", system, KVM_GET_MSR_INDEX_LIST & !(2 << 30)),
+            ("number 0", system, 0),
+            ("number 0", vm, 0),
+            ("number 0", vcpu, 0),
+        ] {
+            let file = if fd == system {
+                "system"
+            } else if fd == vm {
+                "vm"
+            } else {
+                "vcpu"
+            };
+            self.bytes(&format!("{file}: {name}"), fd, request, &[0; 0x400]);
+        }
+        for len in [0u32, 7, 9, 16] {
+            self.bytes(&format!("vcpu: signal mask of {len}"), vcpu, KVM_SET_SIGNAL_MASK, &counted(len, 4, &[0; 16]));
+        }
+        self.bytes("vcpu: interrupt 0", vcpu, KVM_INTERRUPT, &0u32.to_le_bytes());
+        self.bytes("vcpu: interrupt of 32 bits", vcpu, KVM_INTERRUPT, &u32::MAX.to_le_bytes());
+        self.bytes("vcpu: interrupt again", vcpu, KVM_INTERRUPT, &0x20u32.to_le_bytes());
+        self.bytes("vcpu: interrupt on top of it", vcpu, KVM_INTERRUPT, &0x21u32.to_le_bytes());
+        self.bytes("vcpu: translate what no table can", vcpu, KVM_TRANSLATE, &[0xff; 24]);
+        for arg in [1, 0x8000_0000, u64::MAX] {
+            self.value(&format!("vcpu: run with {arg:#x}"), vcpu, KVM_RUN, arg);
+        }
+        for arg in [1 << 31, 1 << 32, u64::MAX] {
+            self.value(&format!("system: extension {arg:#x}"), system, KVM_CHECK_EXTENSION, arg);
+            self.value(&format!("vm: vcpu {arg:#x}"), vm, KVM_CREATE_VCPU, arg | 0x8000_0000);
+        }
+        self.bytes("msrs: get 255", vcpu, KVM_GET_MSRS, &counted(255, 8, &[0; 16 * 255]));
+        self.bytes("msrs: set none", vcpu, KVM_SET_MSRS, &counted(0, 8, &[]));
+        self.bytes("cpuid: 2007's, none", vcpu, KVM_SET_CPUID, &counted(0, 8, &[]));
+        self.bytes("cpuid: 2007's, 41", vcpu, KVM_SET_CPUID, &counted(41, 8, &[0; 24 * 41]));
+        let fpu: kvm_fpu = self.get(vcpu, KVM_GET_FPU);
+        self.bytes("fpu: as it was", vcpu, KVM_SET_FPU, fpu.as_bytes());
+        self.bytes("fpu: every bit", vcpu, KVM_SET_FPU, &[0xff; 416]);
     }
 }
