@@ -9,10 +9,24 @@ use crate::word::Word;
 use std::arch::asm;
 
 /// Widths that `load` and `store` move in one instruction.
+///
+/// A host address of this module is one that `mmu` gave out for guest RAM: `n` bytes from it lie in one mapping, which
+/// the picture of memory that it came from keeps alive. Others may write them at any time.
 pub(crate) trait HostWord: Word {
+    /// MOV from memory.
+    ///
+    /// # Safety
+    /// `host` is the host address of `Self::BYTES` bytes of guest RAM.
     unsafe fn load(host: u64) -> Self;
+    /// MOV to memory.
+    ///
+    /// # Safety
+    /// `host` is the host address of `Self::BYTES` bytes of guest RAM that may be written.
     unsafe fn store(host: u64, value: Self);
     /// LOCK CMPXCHG; the value found, and whether `new` went in.
+    ///
+    /// # Safety
+    /// `host` is the host address of `Self::BYTES` bytes of guest RAM that may be written.
     unsafe fn compare_exchange(host: u64, old: Self, new: Self) -> Result<Self, Self>;
 }
 
@@ -40,7 +54,8 @@ macro_rules! host_word {
             #[inline(always)]
             unsafe fn compare_exchange(host: u64, old: Self, new: Self) -> Result<Self, Self> {
                 let found: Self;
-                // SAFETY: as for `store`; LOCK makes it atomic for every alignment.
+                // SAFETY: the caller's: `host..host + size` is mapped, writable guest RAM, outside the Rust heap. LOCK makes it
+                // atomic for every alignment.
                 unsafe {
                     asm!(concat!("lock cmpxchg [{1}], {0", $reg, "}"), in($class) new, in(reg) host,
                          inout($ax) old => found, options(nostack));
@@ -58,6 +73,9 @@ host_word! {
 }
 
 /// REP MOVS upwards: `count` elements of `W` one after the other, so that overlap repeats as it does for the guest.
+///
+/// # Safety
+/// `to` and `from` are host addresses of `count` elements of guest RAM each; those at `to` may be written.
 #[inline(always)]
 pub(crate) unsafe fn copy_up<W: Word>(to: u64, from: u64, count: u64) {
     macro_rules! rep {
@@ -78,6 +96,9 @@ pub(crate) unsafe fn copy_up<W: Word>(to: u64, from: u64, count: u64) {
 }
 
 /// REP STOS upwards: `count` elements.
+///
+/// # Safety
+/// `to` is the host address of `count` elements of guest RAM that may be written.
 #[inline(always)]
 pub(crate) unsafe fn fill_up<W: Word>(to: u64, value: W, count: u64) {
     macro_rules! rep {
@@ -97,7 +118,10 @@ pub(crate) unsafe fn fill_up<W: Word>(to: u64, value: W, count: u64) {
     }
 }
 
-/// LOCK CMPXCHG16B. `host` is 16-byte aligned (the guest's #GP otherwise).
+/// LOCK CMPXCHG16B.
+///
+/// # Safety
+/// `host` is the host address of 16 bytes of guest RAM that may be written, 16-byte aligned (the guest's #GP otherwise).
 #[inline(always)]
 pub(crate) unsafe fn compare_exchange_16(host: u64, old: u128, new: u128) -> Result<u128, u128> {
     let (low, high): (u64, u64);
@@ -112,6 +136,9 @@ pub(crate) unsafe fn compare_exchange_16(host: u64, old: u128, new: u128) -> Res
 }
 
 /// Loads 16 bytes in one instruction where the host's SSE does.
+///
+/// # Safety
+/// `host` is the host address of 16 bytes of guest RAM.
 #[inline(always)]
 pub(crate) unsafe fn load_16(host: u64) -> [u8; 16] {
     let mut out = [0; 16];
@@ -124,6 +151,9 @@ pub(crate) unsafe fn load_16(host: u64) -> [u8; 16] {
 }
 
 /// Stores 16 bytes in one instruction where the host's SSE does.
+///
+/// # Safety
+/// `host` is the host address of 16 bytes of guest RAM that may be written.
 #[inline(always)]
 pub(crate) unsafe fn store_16(host: u64, value: [u8; 16]) {
     // SAFETY: the caller's: 16 bytes of mapped, writable guest RAM; `value` is ours.
@@ -134,6 +164,9 @@ pub(crate) unsafe fn store_16(host: u64, value: [u8; 16]) {
 }
 
 /// Compares `expected` with the guest bytes at `host`, in pieces that tear at worst as a fetch would.
+///
+/// # Safety
+/// `host` is the host address of `expected.len()` bytes of guest RAM.
 pub(crate) unsafe fn equals(host: u64, expected: &[u8]) -> bool {
     let mut chunks = expected.chunks_exact(8);
     let mut at = host;
@@ -154,6 +187,9 @@ pub(crate) unsafe fn equals(host: u64, expected: &[u8]) -> bool {
 }
 
 /// Copies guest bytes at `host` into `out`.
+///
+/// # Safety
+/// `host` is the host address of `out.len()` bytes of guest RAM.
 pub(crate) unsafe fn copy_out(host: u64, out: &mut [u8]) {
     for (i, byte) in out.iter_mut().enumerate() {
         // SAFETY: the caller's: `out.len()` bytes of mapped guest RAM at `host`.

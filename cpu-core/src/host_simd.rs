@@ -20,11 +20,14 @@ pub(crate) fn to_u128(value: V) -> u128 {
 /// The number as a vector.
 #[inline(always)]
 pub(crate) fn from_u128(value: u128) -> V {
-    // SAFETY: as above.
+    // SAFETY: 16 bytes without padding on both sides; every bit pattern is a value.
     unsafe { std::mem::transmute::<u128, V>(value) }
 }
 
 /// Loads 16 bytes in one instruction.
+///
+/// # Safety
+/// `host` is the host address of 16 bytes of guest RAM, as in [`crate::host`].
 #[inline(always)]
 pub(crate) unsafe fn load(host: u64) -> V {
     let value;
@@ -36,6 +39,9 @@ pub(crate) unsafe fn load(host: u64) -> V {
 }
 
 /// Stores 16 bytes in one instruction.
+///
+/// # Safety
+/// `host` is the host address of 16 bytes of guest RAM that may be written, as in [`crate::host`].
 #[inline(always)]
 pub(crate) unsafe fn store(host: u64, value: V) {
     // SAFETY: the caller's: 16 bytes of mapped, writable guest RAM, outside the Rust heap.
@@ -129,7 +135,10 @@ pub(crate) trait Float: 'static {
     /// Result.
     type Out: Copy;
 
-    /// Computes under the host's MXCSR and stores that to `mxcsr`, which is writable.
+    /// Computes under the host's MXCSR and stores that to `mxcsr`.
+    ///
+    /// # Safety
+    /// `mxcsr` may be written. The host has the instruction: what lies above SSE2 is selected only after a look.
     unsafe fn eval(a: V, b: Self::In, imm: u8, mxcsr: *mut u32) -> Self::Out;
 
     /// Computes under `under.run`.
@@ -228,7 +237,7 @@ macro_rules! float_xmm_impl {
                 a
             }
             fn eval_under(mut a: Self::Out, b: Self::In, _: u8, under: &mut $crate::host_simd::Under) -> Self::Out {
-                // SAFETY: as above; MXCSR ends as `back`, whose control bits are those that Rust code runs under.
+                // SAFETY: registers, and `under`, which is ours; MXCSR ends as `back`: the control bits of Rust code.
                 unsafe {
                     std::arch::asm!("ldmxcsr [{p}]", concat!($name, " {a}, {b}", $tail), "stmxcsr [{p} + 4]",
                         "ldmxcsr [{p} + 8]", a = inout(xmm_reg) a, b = in(xmm_reg) b,
@@ -262,7 +271,7 @@ macro_rules! float_from_general_impl {
                 a
             }
             fn eval_under(mut a: Self::Out, b: Self::In, _: u8, under: &mut $crate::host_simd::Under) -> Self::Out {
-                // SAFETY: as above; MXCSR ends as `back`, whose control bits are those that Rust code runs under.
+                // SAFETY: registers, and `under`, which is ours; MXCSR ends as `back`: the control bits of Rust code.
                 unsafe {
                     std::arch::asm!("ldmxcsr [{p}]", concat!($name, " {a}, ", $b), "stmxcsr [{p} + 4]",
                         "ldmxcsr [{p} + 8]", a = inout(xmm_reg) a, b = in(reg) b,
@@ -297,7 +306,7 @@ macro_rules! float_to_general_impl {
                 under: &mut $crate::host_simd::Under,
             ) -> Self::Out {
                 let out;
-                // SAFETY: as above; MXCSR ends as `back`, whose control bits are those that Rust code runs under.
+                // SAFETY: registers, and `under`, which is ours; MXCSR ends as `back`: the control bits of Rust code.
                 unsafe {
                     std::arch::asm!("ldmxcsr [{p}]", concat!($name, " ", $o, ", {b}"), "stmxcsr [{p} + 4]",
                         "ldmxcsr [{p} + 8]", o = out(reg) out, b = in(xmm_reg) b,
@@ -337,7 +346,7 @@ macro_rules! float_compare_impl {
                 under: &mut $crate::host_simd::Under,
             ) -> Self::Out {
                 let (z, p, c): (u8, u8, u8);
-                // SAFETY: as above; MXCSR ends as `back`, whose control bits are those that Rust code runs under.
+                // SAFETY: registers, and `under`, which is ours; MXCSR ends as `back`: the control bits of Rust code.
                 unsafe {
                     std::arch::asm!("ldmxcsr [{p}]", concat!($name, " {a}, {b}"), "setz {z}", "setp {f}", "setb {c}",
                         "stmxcsr [{p} + 4]", "ldmxcsr [{p} + 8]", a = in(xmm_reg) a, b = in(xmm_reg) b,

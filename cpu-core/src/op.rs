@@ -15,6 +15,12 @@ use crate::state::Seg;
 
 /// A handler: the CPU, its op, the two flag operands, and the instructions left in the quantum. All five stay in
 /// registers from handler to handler.
+///
+/// # Safety
+/// The CPU is the running one: valid, its caller's alone, and no reference to it or into it is used again before the
+/// handler returns. The op is initialised, lies in that CPU's arena, names this handler, and whatever its handler expects
+/// behind it (the next op, a data slot, a link) was written by `decode::trace`. The arena is freed only between traces,
+/// so the op outlives the call. The loop vouches for this at the first head; each handler passes it on to the next.
 pub(crate) type Handler = unsafe fn(*mut Cpu, *const Op, u64, u64, i64);
 
 /// Most instructions between two looks at the world. Without tail calls each handler holds a stack frame until the
@@ -70,11 +76,14 @@ pub(crate) struct Head {
 
 impl Op {
     /// The slot behind a call's op: its `imm` is the link of the return address.
+    ///
+    /// # Safety
+    /// `op` is the op of a call in an arena that is alive: `decode::trace` puts a data slot behind each.
     #[inline(always)]
     pub(crate) unsafe fn link_behind(op: *const Op) -> *const Op {
-        // SAFETY: the caller's: the op is a call's, which has a data slot.
+        // SAFETY: the caller's: the data slot lies in the same arena.
         let data = unsafe { op.add(1) };
-        // SAFETY: as above.
+        // SAFETY: the slot was written when the trace was; nobody writes ops while a handler reads one.
         unsafe { (*data).imm as *const Op }
     }
 }
@@ -123,6 +132,9 @@ impl Op {
 }
 
 /// What the semantics of an instruction see: one CPU, its op, and the state that lives in host registers.
+///
+/// Made by handlers only, from their own arguments, and gone when they end: `cpu` and `op` are as a [`Handler`]'s
+/// contract says, which is what the methods below rely on.
 pub(crate) struct Machine {
     pub(crate) cpu: *mut Cpu,
     pub(crate) op: *const Op,
@@ -169,7 +181,8 @@ pub(crate) trait Semantics: 'static {
     /// Executes one instruction.
     ///
     /// # Safety
-    /// `m.cpu` is the running CPU, `m.op` an op of its arena. No reference to the CPU outlives a statement.
+    /// `m` holds the arguments of the [`Handler`] that calls, whose contract is in force: no reference to the CPU is
+    /// alive, and none that the semantics make outlives a statement.
     unsafe fn run(m: &mut Machine) -> To;
 }
 
@@ -184,6 +197,9 @@ macro_rules! dispatch {
 }
 
 /// The handler of `S`.
+///
+/// # Safety
+/// That of a [`Handler`].
 pub(crate) unsafe fn handler<S: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let mut m = Machine { cpu, op, fa, fb, budget };
     // SAFETY: handlers are called with the running CPU and one of its ops.
@@ -229,6 +245,9 @@ const MISS_WRITE: u32 = 1 << 31;
 
 /// The access in [`Cpu::miss`] was not in the TLB. If a walk puts it there the op starts again; a device, a page end or
 /// decoded code cannot be put there, and the exact path takes over.
+///
+/// # Safety
+/// That of a [`Handler`], for the op that stopped.
 #[cold]
 #[inline(never)]
 unsafe fn miss(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
@@ -259,6 +278,9 @@ impl Cpu {
 }
 
 /// Back to the loop, which runs the op's instruction by itself, on the exact path.
+///
+/// # Safety
+/// That of a [`Handler`], for the op that stopped.
 #[cold]
 #[inline(never)]
 unsafe fn alone(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
@@ -269,6 +291,9 @@ unsafe fn alone(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
 }
 
 /// Back to the loop with RIP at the op's instruction, which has not happened.
+///
+/// # Safety
+/// That of a [`Handler`], for the op that stopped.
 #[cold]
 pub(crate) unsafe fn stop(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     // SAFETY: `cpu` is the running CPU; no other reference to it is alive while a handler runs.
@@ -282,11 +307,14 @@ pub(crate) unsafe fn stop(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget
 }
 
 /// Back to the loop with RIP behind the op's instruction, which is complete.
+///
+/// # Safety
+/// That of a [`Handler`], for the op that is complete.
 #[cold]
 pub(crate) unsafe fn leave(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
-    // SAFETY: as in `stop`.
+    // SAFETY: `cpu` is the running CPU; no other reference to it is alive while a handler runs.
     let cpu = unsafe { &mut *cpu };
-    // SAFETY: as in `stop`.
+    // SAFETY: `op` is the op that was executed; ops are not moved while a trace runs.
     let op = unsafe { &*op };
     cpu.fa = fa;
     cpu.fb = fb;
@@ -295,9 +323,12 @@ pub(crate) unsafe fn leave(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budge
 }
 
 /// Back to the loop with RIP where the link leads.
+///
+/// # Safety
+/// That of a [`Handler`], for the op that is complete; `to` is a head or a stub of the same arena.
 #[cold]
 unsafe fn leave_to(cpu: *mut Cpu, op: *const Op, to: *const Op, fa: u64, fb: u64, budget: i64) {
-    // SAFETY: as in `stop`.
+    // SAFETY: called for the op that is complete, as `leave` is.
     unsafe { leave(cpu, op, fa, fb, budget) };
     // SAFETY: `to` is a head or a stub, copied out.
     let target = unsafe { *to };
@@ -328,6 +359,9 @@ fn jump_index(ip: u64) -> usize {
 }
 
 /// The trace head for `ip`, if the jump cache has it. Null otherwise.
+///
+/// # Safety
+/// `cpu` is the running CPU, and no exclusive reference to it is alive.
 #[inline(always)]
 unsafe fn jump_cached(cpu: *mut Cpu, ip: u64) -> *const Op {
     // SAFETY: `cpu` is the running CPU; the borrow ends with this function.
@@ -337,6 +371,9 @@ unsafe fn jump_cached(cpu: *mut Cpu, ip: u64) -> *const Op {
 }
 
 /// Goes to the trace at `Cpu::miss.0`, which the jump cache does not have.
+///
+/// # Safety
+/// That of a [`Handler`], for the op that jumps.
 #[cold]
 #[inline(never)]
 unsafe fn jump_slow(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
@@ -400,6 +437,9 @@ impl Cpu {
 use crate::cpu::JumpEntry;
 
 /// Head of a trace: charges its instructions, and looks whether anybody wants attention.
+///
+/// # Safety
+/// That of a [`Handler`], with a [`Head`] in the place of the op.
 pub(crate) unsafe fn head(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let m = Machine { cpu, op, fa, fb, budget };
     let head = op.cast::<Head>();
@@ -425,6 +465,9 @@ pub(crate) unsafe fn head(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget
 }
 
 /// True: the trace is what memory holds, go on. False: back to the loop, RIP at the trace.
+///
+/// # Safety
+/// That of a [`Handler`], with a [`Head`] in the place of the op.
 #[cold]
 #[inline(never)]
 unsafe fn head_cold(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) -> bool {
@@ -454,6 +497,9 @@ impl Semantics for Continue {
 
 /// A stub behind a branch: finds the target, and where the target lies in the same page links the branch to it.
 /// `imm` is the target, `disp` the distance in bytes to the link, `left` that of the branch's fall-through.
+///
+/// # Safety
+/// That of a [`Handler`], with a stub for an op.
 pub(crate) unsafe fn resolve(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let m = Machine { cpu, op, fa, fb, budget };
     // SAFETY: `cpu` is the running CPU, `op` a stub.
@@ -464,6 +510,10 @@ pub(crate) unsafe fn resolve(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, bud
     dispatch!(cpu, target, m)
 }
 
+/// The trace that a stub leads to, linked to it; null, and the CPU ready for the loop, where the loop is wanted first.
+///
+/// # Safety
+/// That of a [`Handler`], with a stub for an op.
 #[cold]
 #[inline(never)]
 unsafe fn resolve_cold(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) -> *const Op {
@@ -495,6 +545,9 @@ pub(crate) struct CrossLink {
 const _: () = assert!(size_of::<CrossLink>() == size_of::<Op>());
 
 /// A stub whose target lies in another page: good while the context is the one it was found in.
+///
+/// # Safety
+/// That of a [`Handler`], with a stub for an op, and a [`CrossLink`] behind it.
 pub(crate) unsafe fn cross(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let m = Machine { cpu, op, fa, fb, budget };
     // SAFETY: a stub is followed by a slot of its own.
@@ -516,6 +569,9 @@ pub(crate) unsafe fn cross(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budge
 // Plain functions as handlers
 
 /// The handler of an instruction written as a function of the whole CPU. `F` is a function item: zero-sized.
+///
+/// # Safety
+/// That of a [`Handler`].
 pub(crate) unsafe fn plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
     cpu: *mut Cpu,
     op: *const Op,
@@ -562,6 +618,10 @@ enum On {
     Loop,
 }
 
+/// Calls `F` with the registers' state in the CPU, and leaves the CPU ready for where the handler goes.
+///
+/// # Safety
+/// That of a [`Handler`].
 #[inline(never)]
 unsafe fn call_plain<F: Fn(&mut Cpu, &Op) -> Done + Copy + 'static>(
     cpu: *mut Cpu,
@@ -604,6 +664,9 @@ pub(crate) trait Form: 'static {
     /// Accesses go through the TLB only, and miss otherwise; else they are exact wherever they lead.
     const HOT: bool = true;
     /// Linear address of `size` bytes.
+    ///
+    /// # Safety
+    /// `m` is what [`Semantics::run`] was called with, and no reference to its CPU is alive.
     unsafe fn linear(m: &Machine, size: u32, write: bool) -> Result<u64, To>;
 }
 
@@ -664,6 +727,9 @@ impl Form for Exact {
 }
 
 /// Address of a slot of the register file.
+///
+/// # Safety
+/// `cpu` points to a CPU; `slot` is a byte offset into its register file, as ops hold them.
 #[inline(always)]
 pub(crate) unsafe fn gpr(cpu: *mut Cpu, slot: u8) -> *mut u64 {
     // SAFETY: slots are byte offsets into `Cpu::gpr`, which starts the structure; the largest is inside it.
@@ -735,7 +801,7 @@ impl Machine {
     /// Stores to a linear address; the instruction commits the rest and goes where [`Stored::then`] says.
     #[inline(always)]
     pub(crate) fn store<F: Form, W: HostWord>(&mut self, la: u64, value: W) -> Result<Stored, To> {
-        // SAFETY: as above.
+        // SAFETY: `cpu` is the running CPU, and the handler holds no other reference.
         let cpu = unsafe { &mut *self.cpu };
         if !F::HOT {
             return match cpu.store_slow(la, value.zext(), W::BYTES, By::Code, self.op().segment()) {
@@ -755,7 +821,7 @@ impl Machine {
     /// `[la] ← f([la])` without LOCK. Returns the old value.
     #[inline(always)]
     pub(crate) fn modify<F: Form, W: HostWord>(&mut self, la: u64, f: impl Fn(W) -> W) -> Result<(W, Stored), To> {
-        // SAFETY: as above.
+        // SAFETY: `cpu` is the running CPU, and the handler holds no other reference.
         let cpu = unsafe { &mut *self.cpu };
         if !F::HOT {
             return match cpu.modify(la, self.op().segment(), false, |old| Some(f(old))) {
@@ -807,7 +873,7 @@ pub(crate) fn ras_push(m: &mut Machine, ip: u64, op: *const Op) {
 /// The predicted return for `ip`, popped if it matches.
 #[inline(always)]
 pub(crate) fn ras_pop(m: &mut Machine, ip: u64) -> To {
-    // SAFETY: as above.
+    // SAFETY: `cpu` is the running CPU; the borrow ends here.
     let cpu = unsafe { &mut *m.cpu };
     let entry = &cpu.ras[cpu.ras_top as usize & 31];
     if entry.ip == ip && entry.context == cpu.code_context {

@@ -179,7 +179,7 @@ impl Traces {
     fn kill(&mut self, index: u32) {
         let trace = &mut self.list[index as usize];
         trace.dead = true;
-        // SAFETY: as in `written`.
+        // SAFETY: `head` is a head of the arena; no reference to it exists.
         unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
         if self.by_address.get(&trace.key) == Some(&index) {
             self.by_address.remove(&trace.key);
@@ -439,6 +439,9 @@ impl Cpu {
 }
 
 /// Stub of a single instruction: control has reached offset `imm`.
+///
+/// # Safety
+/// That of a [`Handler`], with a stub for an op.
 unsafe fn stop_at(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     // SAFETY: `cpu` is the running CPU; no other reference to it is alive while a handler runs.
     let cpu = unsafe { &mut *cpu };

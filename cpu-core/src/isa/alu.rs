@@ -195,6 +195,10 @@ fn reg_op<A: Alu2, W: HostWord, const FLAGS: bool>(m: &mut Machine, src: W) -> T
     To::Next
 }
 
+/// `[address] ← A([address], src)`, or its flags alone.
+///
+/// # Safety
+/// That of [`Semantics::run`].
 #[inline(always)]
 unsafe fn mem_op<A: Alu2, W: HostWord, F: Form, const FLAGS: bool>(m: &mut Machine, src: W) -> To {
     // SAFETY: `m` is the dispatch's.

@@ -84,7 +84,7 @@ fn poke(at: *mut u8, offset: usize, byte: u8) {
 
 fn peek(at: *mut u8, offset: usize) -> u8 {
     let at = at.wrapping_add(offset);
-    // SAFETY: as for `poke`.
+    // SAFETY: callers stay inside their mappings, which nobody unmaps.
     unsafe { at.read_volatile() }
 }
 

@@ -125,14 +125,14 @@ impl Machine {
     /// XMMn.
     #[inline(always)]
     pub(super) fn xmm(&self, n: u8) -> V {
-        // SAFETY: as in `xmm_at`.
+        // SAFETY: the register is initialised, and no other reference to the running CPU is alive.
         unsafe { self.xmm_at(n).read() }
     }
 
     /// Writes XMMn; what lies above stays.
     #[inline(always)]
     pub(super) fn set_xmm(&mut self, n: u8, value: V) {
-        // SAFETY: as in `xmm_at`.
+        // SAFETY: the register is the running CPU's, to which no other reference is alive.
         unsafe { self.xmm_at(n).write(value) }
     }
 

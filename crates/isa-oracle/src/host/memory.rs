@@ -41,7 +41,7 @@ impl SharedMemory {
 
     pub(super) fn read(&self, offset: u64, bytes: &mut [u8]) {
         let from = self.pointer(offset, bytes.len());
-        // SAFETY: as in `write`; the child is done with the batch, or gone.
+        // SAFETY: `pointer` checked the range, and `bytes` is no part of it; the child is done with the batch, or gone.
         unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
     }
 
