@@ -1,7 +1,7 @@
 //! A descriptor of ours becomes one of the client's, with no path that both would have to see.
 //!
-//! The client makes a socket pair, we take one end (`pidfd_getfd`) and send the file over it (`SCM_RIGHTS`), the client
-//! receives it from the other end and moves it to the lowest number that was free when it asked.
+//! The client makes a socket pair, we take one end (`pidfd_getfd`) and send the file over it (`SCM_RIGHTS`). The client
+//! closes that end, which had the lowest free number, and receives the file there from the other one.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -36,19 +36,11 @@ pub fn give(held: &Held, tgid: Pid, file: BorrowedFd<'_>, cloexec: bool) -> Resu
     let first = i32::from_le_bytes([pair[0], pair[1], pair[2], pair[3]]);
     let second = i32::from_le_bytes([pair[4], pair[5], pair[6], pair[7]]);
 
-    let received = send(held.tid(), tgid, first, file).and_then(|()| receive(held, scratch, second));
-    let placed = received.and_then(|received| {
-        let flags = if cloexec { libc::O_CLOEXEC } else { 0 };
-        // Replaces our end of the pair, which has the lowest number.
-        let placed = held.syscall(libc::SYS_dup3, [received as u64, first as u64, flags as u64, 0, 0, 0]);
-        close(held, received)?;
-        placed.map(|fd| fd as i32)
-    });
+    let sent = send(held.tid(), tgid, first, file);
+    close(held, first)?;
+    let received = sent.and_then(|()| receive(held, scratch, second, cloexec));
     close(held, second)?;
-    if placed.is_err() {
-        close(held, first)?;
-    }
-    placed
+    received
 }
 
 /// Puts `file` in the place of the client's descriptor `fd`, close-on-exec as that one was.
@@ -74,12 +66,12 @@ fn send(tid: Pid, tgid: Pid, socket: i32, file: BorrowedFd<'_>) -> Result<(), Er
     sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(b".")], &rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
 }
 
-fn receive(held: &Held, scratch: u64, socket: i32) -> Result<i32, Errno> {
+fn receive(held: &Held, scratch: u64, socket: i32, cloexec: bool) -> Result<i32, Errno> {
     // struct msghdr: name, namelen, iov, iovlen, control, controllen, flags.
     let header = [0, 0, scratch + at::IOVEC, 1, scratch + at::CONTROL, CONTROL_LEN, 0];
     held.poke(scratch + at::MSGHDR, &words(&header))?;
     held.poke(scratch + at::IOVEC, &words(&[scratch + at::BYTE, 1]))?;
-    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
+    let flags = libc::MSG_DONTWAIT | if cloexec { libc::MSG_CMSG_CLOEXEC } else { 0 };
     held.syscall(libc::SYS_recvmsg, [socket as u64, scratch + at::MSGHDR, flags as u64, 0, 0, 0])?;
     let mut control = [0; CONTROL_LEN as usize];
     vm::read(held.tid(), scratch + at::CONTROL, &mut control)?;

@@ -38,6 +38,10 @@ impl Drop for Stopped {
 
 /// Stops all threads of process `tgid` except `keep`. `is_waiting`: is this thread inside a request to us?
 pub fn others(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool + Send + 'static) -> Stopped {
+    // The held thread can make no other.
+    if tasks(tgid).iter().all(|&tid| tid == keep) {
+        return Stopped { release: None, thread: None };
+    }
     let (stopped, wait_stopped) = mpsc::channel();
     let (release, wait_release) = mpsc::channel::<()>();
     let body = move || {
