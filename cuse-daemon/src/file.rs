@@ -7,6 +7,7 @@ use kvm::client::{File, FileKind};
 use nix::errno::Errno;
 
 use crate::client::space::{Space, Spaces};
+use crate::client::window::Shows;
 use crate::place::Place;
 
 /// One KVM object, however many files of ours lead to it.
@@ -21,6 +22,8 @@ pub struct Shared {
     mapped: AtomicBool,
     /// Where a vCPU's thread and its workers run.
     pub place: Place,
+    /// What clients see of a 2007 VM's RAM.
+    pub window: Shows,
 }
 
 impl Shared {
@@ -32,6 +35,7 @@ impl Shared {
             seen: AtomicU32::new(0),
             mapped: AtomicBool::new(false),
             place: Place::default(),
+            window: Shows::default(),
         })
     }
 
@@ -67,14 +71,18 @@ pub struct Open {
     unmapped: AtomicBool,
     /// mmap of it fails though the object has memory to show by now.
     lacks: AtomicBool,
+    /// mmap of it shows RAM of a 2007 VM.
+    pub has_window: bool,
 }
 
 impl Open {
     /// `passthrough`: mmap shows the object's memory by itself.
     pub fn new(shared: Arc<Shared>, node: u64, passthrough: bool) -> Self {
         let has_mapping = shared.file.mapping().is_some();
-        let lacks = !has_mapping && shared.file.kind() == FileKind::Vm;
-        Self { shared, node, unmapped: AtomicBool::new(has_mapping && !passthrough), lacks: AtomicBool::new(lacks) }
+        let has_window = shared.file.ram_window().is_some();
+        let lacks = !has_window && shared.file.kind() == FileKind::Vm;
+        let unmapped = AtomicBool::new(has_mapping && !passthrough);
+        Self { shared, node, unmapped, lacks: AtomicBool::new(lacks), has_window }
     }
 
     /// True until [`mapping_done`](Self::mapping_done), and again after a page fault on it.
@@ -99,7 +107,7 @@ impl Open {
 
     /// A VM whose memory became mappable after this file was opened.
     pub fn lacks_mapping(&self) -> bool {
-        self.lacks.load(Ordering::Relaxed) && self.shared.file.mapping().is_some()
+        self.lacks.load(Ordering::Relaxed) && self.shared.file.ram_window().is_some()
     }
 
     /// A newer file shows it.

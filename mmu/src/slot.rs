@@ -229,6 +229,11 @@ impl Slots {
         self.sorted.iter()
     }
 
+    /// The aliases that there are, in the order in which they are asked.
+    pub fn aliases(&self) -> impl Iterator<Item = &Alias> {
+        self.aliases.iter().flatten()
+    }
+
     /// Slot number `id`.
     pub fn by_id(&self, id: u32) -> Option<&Slot> {
         self.sorted.iter().find(|slot| slot.id == id)

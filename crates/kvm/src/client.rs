@@ -90,6 +90,15 @@ pub struct SharedPiece {
     pub offset: u64,
 }
 
+/// A piece of guest RAM where mmap of a 2007 VM's file shows it.
+#[derive(Clone, Debug)]
+pub struct WindowPiece {
+    /// Guest-physical address, which is the offset in the file.
+    pub gpa: u64,
+    /// What is there.
+    pub ram: SharedPiece,
+}
+
 /// One open file: system, VM, vCPU or device. Every descriptor that dup, fork or `SCM_RIGHTS` make of it is the same file.
 pub trait File: Send + Sync {
     /// Answers one ioctl. `input`: the `_IOC_SIZE(request)` bytes at `arg` of an `_IOC_WRITE` request, else empty.
@@ -97,9 +106,15 @@ pub trait File: Send + Sync {
     /// What lies beyond (entries after a count) is fetched and stored through `client`.
     fn ioctl(self: Arc<Self>, client: &dyn Client, request: u32, arg: u64, input: &[u8]) -> Result<Reply, Errno>;
 
-    /// What mmap of the file shows, from file offset 0: the `kvm_run` pages of a vCPU, the RAM window of a legacy VM.
-    /// `None`: mmap fails with `ENODEV`. May become `Some` as ioctls turn a VM legacy, never the other way round.
+    /// What mmap of the file shows, from file offset 0: the `kvm_run` pages of a vCPU. With neither this nor a
+    /// [`ram_window`](File::ram_window), mmap fails with `ENODEV`.
     fn mapping(&self) -> Option<Arc<Mapping>>;
+
+    /// What mmap of a 2007 VM shows at the moment, in ascending order; what no piece covers is a SIGBUS to who touches it.
+    /// May become `Some` as ioctls turn a VM legacy, never the other way round. Waits for nobody.
+    fn ram_window(&self) -> Option<Vec<WindowPiece>> {
+        None
+    }
 
     /// For names in `/proc/PID/fd`, status and logs.
     fn kind(&self) -> FileKind;

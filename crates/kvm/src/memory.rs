@@ -1,9 +1,7 @@
 //! Memory slots of both eras on top of `mmu::Memory`.
 //!
 //! Today's slots show memory of the client. 2007's were allocated by the kernel and reached through mmap of the VM file:
-//! here one sparse file, indexed by guest-physical address, is behind both the slots and that mapping.
-
-use std::sync::Arc;
+//! here each has a file of its own, and [`Vm::ram_window`] says where in mmap of the VM file it shows.
 
 use kvm_abi::consts::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use kvm_abi::legacy::{KVM_ALIAS_SLOTS, kvm_memory_alias, kvm_memory_region};
@@ -14,28 +12,14 @@ use nix::errno::Errno;
 use x86_defs::{GuestPhysAddr, PAGE_MASK};
 
 use crate::caps::NR_MEMSLOTS;
-use crate::client::{Client, SharedPiece};
+use crate::client::{Client, SharedPiece, WindowPiece};
 use crate::vm::Vm;
 
-/// Guest-physical addresses that the RAM window of a 2007 VM covers: 64 GiB, of which only touched pages cost memory.
-const WINDOW_BYTES: u64 = 64 << 30;
+/// Largest slot of 2007, whose kernel allocated each page at once: more than any host had.
+const MAX_REGION_BYTES: u64 = 64 << 30;
 
 /// First client address that no slot may reach: the kernel's half.
 const CLIENT_END: u64 = 1 << 47;
-
-/// State of slot changes; held locked during one.
-#[derive(Default)]
-pub(crate) struct Layout {
-    /// RAM of a 2007 VM.
-    window: Option<Arc<Mapping>>,
-}
-
-impl Layout {
-    /// What mmap of the VM file shows.
-    pub(crate) fn window(&self) -> Option<Arc<Mapping>> {
-        self.window.clone()
-    }
-}
 
 /// What Linux returns.
 fn errno(error: SlotError) -> Errno {
@@ -119,68 +103,34 @@ impl Vm {
     /// `KVM_SET_MEMORY_REGION` of 2007: zeroed RAM; the same size elsewhere moves it, size 0 frees it.
     pub(crate) fn set_memory_region(&self, region: &kvm_memory_region) -> Result<(), Errno> {
         let &kvm_memory_region { slot, flags, guest_phys_addr, memory_size } = region;
-        let end = guest_phys_addr.checked_add(memory_size).ok_or(Errno::EINVAL)?;
-        if !aligned(&[memory_size, guest_phys_addr]) || slot >= NR_MEMSLOTS {
+        let wraps = guest_phys_addr.checked_add(memory_size).is_none();
+        if wraps || !aligned(&[memory_size, guest_phys_addr]) || slot >= NR_MEMSLOTS {
             return Err(Errno::EINVAL);
         }
-        let mut layout = self.layout.lock();
+        let layout = self.layout.lock();
         let slots = self.memory.slots();
         let old = slots.by_id(slot);
         if old.is_some_and(|old| memory_size != 0 && memory_size != old.len()) {
             return Err(Errno::EINVAL);
         }
-        if end > WINDOW_BYTES {
-            return Err(Errno::ENOMEM);
-        }
-        let window = match &layout.window {
-            Some(window) => window.clone(),
-            None => Mapping::create("kvm-vm", WINDOW_BYTES).map_err(|_| Errno::ENOMEM)?,
-        };
-        layout.window = Some(window.clone());
-
-        let Some(old) = old else {
-            if memory_size != 0 {
-                self.put_region(&window, slot, guest_phys_addr, memory_size, flags)?;
+        if memory_size == 0 {
+            // A client that has touched its pages keeps those, and nobody the others.
+            if old.is_some() {
+                self.memory.delete_slot(slot).map_err(errno)?;
             }
-            return Ok(());
-        };
-        let (old_gpa, old_len) = (old.gpa().0, old.len());
-        if memory_size != 0 && old_gpa == guest_phys_addr {
-            return self.put_region(&window, slot, guest_phys_addr, memory_size, flags);
+        } else {
+            let backing = match old {
+                Some(old) => old.backing().clone(),
+                None if memory_size > MAX_REGION_BYTES => return Err(Errno::ENOMEM),
+                None => Backing::new(Mapping::create("kvm-vm", memory_size).map_err(|_| Errno::ENOMEM)?, 0),
+            };
+            let flags = SlotFlags { log_dirty: flags & KVM_MEM_LOG_DIRTY_PAGES != 0, readonly: false };
+            let gpa = GuestPhysAddr(guest_phys_addr);
+            let spec = SlotSpec { id: slot, gpa, len: memory_size, flags, userspace_addr: 0, backing };
+            self.memory.set_slot(spec).map_err(errno)?;
         }
-        let free = |gpa: u64, len| slots.iter().all(|other| other.id() == slot || !overlaps(other, gpa, len));
-        if memory_size != 0 && !free(guest_phys_addr, memory_size) {
-            return Err(Errno::EEXIST);
-        }
-        self.memory.delete_slot(slot).map_err(errno)?;
         self.quiesce();
-        if memory_size != 0 {
-            copy(&window, old_gpa, guest_phys_addr, old_len).ok_or(Errno::ENOMEM)?;
-            self.put_region(&window, slot, guest_phys_addr, memory_size, flags)?;
-            // A log that goes on keeps what it has.
-            let logged = slots.by_id(slot).and_then(mmu::Slot::dirty).map(|log| log.take());
-            self.mark_dirty(slot, &logged.unwrap_or_default());
-        }
-        // What the new place does not cover goes back to the host, and reads as zero when it is RAM again.
-        let kept = guest_phys_addr..guest_phys_addr + memory_size;
-        let (first, last) = (old_gpa, old_gpa + old_len);
-        let before = first..last.min(kept.start.max(first));
-        let after = first.max(kept.end.min(last))..last;
-        for gone in if memory_size == 0 { [first..last, last..last] } else { [before, after] } {
-            if !gone.is_empty() {
-                window.discard(gone.start, gone.end - gone.start).map_err(|_| Errno::ENOMEM)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes or changes a slot of 2007 whose RAM is where its address says.
-    fn put_region(&self, window: &Arc<Mapping>, id: u32, gpa: u64, len: u64, flags: u32) -> Result<(), Errno> {
-        let flags = SlotFlags { log_dirty: flags & KVM_MEM_LOG_DIRTY_PAGES != 0, readonly: false };
-        let backing = Backing::new(window.clone(), gpa);
-        let spec = SlotSpec { id, gpa: GuestPhysAddr(gpa), len, flags, userspace_addr: 0, backing };
-        self.memory.set_slot(spec).map_err(errno)?;
-        self.quiesce();
+        drop(layout);
         Ok(())
     }
 
@@ -200,25 +150,28 @@ impl Vm {
         drop(layout);
         Ok(())
     }
-}
 
-fn overlaps(slot: &mmu::Slot, gpa: u64, len: u64) -> bool {
-    slot.gpa().0 < gpa + len && gpa < slot.gpa().0 + slot.len()
-}
-
-/// Moves RAM inside the window; the ranges may overlap.
-fn copy(window: &Mapping, from: u64, to: u64, len: u64) -> Option<()> {
-    const STEP: u64 = 1 << 20;
-    let mut buffer = vec![0; STEP as usize];
-    let steps = len.div_ceil(STEP);
-    for step in 0..steps {
-        // Upwards the last piece goes first, so that none is overwritten before it is read.
-        let at = STEP * if to > from { steps - 1 - step } else { step };
-        let bytes = &mut buffer[..STEP.min(len - at) as usize];
-        window.read(from + at, bytes)?;
-        window.write(to + at, bytes)?;
+    /// What mmap of a 2007 VM's file shows now: RAM at its guest-physical address, aliases first, and nothing elsewhere.
+    /// Takes no lock that a slot change holds: a page fault of the client asks, and a change may wait for the client.
+    pub(crate) fn ram_window(&self) -> Vec<WindowPiece> {
+        let slots = self.memory.slots();
+        // Where one thing may end and another begin: both ends of every slot and alias, and of every slot as aliases show it.
+        let mut borders: Vec<u64> = slots.iter().flat_map(|slot| [slot.gpa().0, slot.gpa().0 + slot.len()]).collect();
+        for alias in slots.aliases() {
+            let (start, target) = (alias.gpa.0, alias.target.0 & PAGE_MASK);
+            let shown = |border: &u64| border.checked_sub(target).filter(|&at| at < alias.len).map(|at| start + at);
+            let inside: Vec<u64> = borders.iter().filter_map(shown).collect();
+            borders.extend(inside.into_iter().chain([start, start + alias.len]));
+        }
+        borders.sort_unstable();
+        borders.dedup();
+        let piece = |pair: &[u64]| {
+            let (slot, at) = slots.find(GuestPhysAddr(pair[0]))?;
+            let (mapping, offset) = (slot.backing().mapping().clone(), slot.backing().offset() + at);
+            Some(WindowPiece { gpa: pair[0], ram: SharedPiece { len: pair[1] - pair[0], mapping, offset } })
+        };
+        borders.windows(2).filter_map(piece).collect()
     }
-    Some(())
 }
 
 /// One backing of the pieces that a range of client memory is made of.

@@ -13,11 +13,10 @@ use mmu::{Mapping, Memory};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
-use crate::client::{AddressSpace, Client, File, FileKind, Reply};
+use crate::client::{AddressSpace, Client, File, FileKind, Reply, WindowPiece};
 use crate::era::Era;
 use crate::ioctl::{self, Call, Target};
 use crate::machine::Clock;
-use crate::memory::Layout;
 use crate::status::{Counters, VmStatus};
 use crate::system::Kvm;
 
@@ -38,8 +37,8 @@ pub(crate) struct Vm {
     era: OnceLock<Era>,
     /// Guest-physical memory.
     pub(crate) memory: Arc<Memory>,
-    /// Serialises changes of `memory`, and has the RAM of a VM of 2007.
-    pub(crate) layout: Mutex<Layout>,
+    /// Held while `memory` is changed.
+    pub(crate) layout: Mutex<()>,
     /// By id. An id stays taken when the vCPU's file is closed.
     pub(crate) vcpus: Mutex<BTreeMap<u32, VcpuEntry>>,
     /// Where Intel's CPUs without unrestricted guest would keep a page table; kept because clients may set it.
@@ -129,7 +128,11 @@ impl File for Vm {
     }
 
     fn mapping(&self) -> Option<Arc<Mapping>> {
-        self.layout.lock().window()
+        None
+    }
+
+    fn ram_window(&self) -> Option<Vec<WindowPiece>> {
+        (self.era() == Era::Legacy).then(|| Vm::ram_window(self))
     }
 
     fn kind(&self) -> FileKind {

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
 use nix::unistd::Pid;
 
-use super::vm;
+use super::{maps, vm};
 use crate::sys;
 
 /// Lifts the client's seccomp filter while it is traced; needs `CAP_SYS_ADMIN` and a tracer without a filter.
@@ -111,12 +111,15 @@ impl Drop for Traced {
 #[derive(Debug)]
 pub struct Seized(Traced);
 
-/// A thread that stands behind its `syscall` instruction. Dropped without a result, it gets `EIO`.
+/// A thread that stands behind its `syscall` instruction, or where it ran into a page fault. Dropped without a result, its
+/// ioctl gives `EIO`; a page fault needs none.
 #[derive(Debug)]
 pub struct Held {
     traced: Traced,
-    /// As they were when the ioctl returned.
+    /// As they were when it stopped.
     registers: user_regs_struct,
+    /// The address of a `syscall` instruction.
+    gate: u64,
     blocked: u64,
     /// What it goes on with.
     next: Cell<user_regs_struct>,
@@ -137,6 +140,23 @@ impl Seized {
 
     /// Waits until it stands. The ioctl must have been answered.
     pub fn stopped(self) -> Result<Held, Errno> {
+        let held = self.stand()?;
+        held.set_result(-(Errno::EIO as i64));
+        let gate = held.check().inspect_err(|errno| held.set_result(-(*errno as i64)))?;
+        held.ready(gate)
+    }
+
+    /// The same for a thread in a page fault, be it of its own or of a system call that it makes. The fault must have been
+    /// answered.
+    pub fn stopped_in_fault(self) -> Result<Held, Errno> {
+        let held = self.stand()?;
+        held.next.set(restarted(held.registers));
+        let gate =
+            held.check().or_else(|errno| if held.registers.cs == USER64_CS { held.vdso() } else { Err(errno) })?;
+        held.ready(gate)
+    }
+
+    fn stand(self) -> Result<Held, Errno> {
         let traced = self.0;
         loop {
             let status = traced.next_stop()?;
@@ -149,24 +169,50 @@ impl Seized {
         let registers = ptrace::getregs(traced.tid)?;
         let blocked = sys::blocked_signals(traced.tid)?;
         let (next, scratch) = (Cell::new(registers), Cell::new(0));
-        let held = Held { traced, registers, blocked, next, scratch };
-        held.set_result(-(Errno::EIO as i64));
-        held.check().inspect_err(|errno| held.set_result(-(*errno as i64)))?;
-        sys::set_blocked_signals(held.traced.tid, !0)?;
-        Ok(held)
+        Ok(Held { traced, registers, gate: 0, blocked, next, scratch })
     }
 }
 
+/// A system call that a stop interrupted begins again, as the kernel does it where no signal is to be delivered.
+fn restarted(mut registers: user_regs_struct) -> user_regs_struct {
+    // ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND; ERESTART_RESTARTBLOCK has a call of its own. linux/errno.h
+    let again = match registers.rax.cast_signed() {
+        _ if registers.orig_rax.cast_signed() < 0 => return registers,
+        -514..=-512 => registers.orig_rax,
+        -516 => libc::SYS_restart_syscall.cast_unsigned(),
+        _ => return registers,
+    };
+    registers.rax = again;
+    registers.rip = registers.rip.wrapping_sub(2);
+    registers
+}
+
 impl Held {
-    /// Injection needs 64-bit code that came here by `syscall`.
-    fn check(&self) -> Result<(), Errno> {
+    /// Injection needs 64-bit code that came here by `syscall`; where that instruction is.
+    fn check(&self) -> Result<u64, Errno> {
         let at = self.registers.rip.wrapping_sub(2);
         let address = std::ptr::without_provenance_mut::<libc::c_void>(at as usize);
         let code = ptrace::read(self.traced.tid, address)? as u16;
         if self.registers.cs != USER64_CS || code != SYSCALL_INSTRUCTION {
             return Err(Errno::ENOEXEC);
         }
-        Ok(())
+        Ok(at)
+    }
+
+    /// A `syscall` instruction in the kernel's own code in the process, which has some for clocks that it cannot read.
+    fn vdso(&self) -> Result<u64, Errno> {
+        let all = maps::areas(self.traced.tid, &(0..u64::MAX)).map_err(|_| Errno::ESRCH)?;
+        let vdso = all.into_iter().find(|area| area.name == "[vdso]").ok_or(Errno::ENOEXEC)?;
+        let mut code = vec![0; (vdso.range.end - vdso.range.start) as usize];
+        vm::read(self.traced.tid, vdso.range.start, &mut code)?;
+        let found = code.windows(2).position(|pair| pair == SYSCALL_INSTRUCTION.to_le_bytes());
+        found.map(|at| vdso.range.start + at as u64).ok_or(Errno::ENOEXEC)
+    }
+
+    fn ready(mut self, gate: u64) -> Result<Self, Errno> {
+        self.gate = gate;
+        sys::set_blocked_signals(self.traced.tid, !0)?;
+        Ok(self)
     }
 
     /// It died, and its id may mean another thread by now.
@@ -183,7 +229,7 @@ impl Held {
     pub fn syscall(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, Errno> {
         let [rdi, rsi, rdx, r10, r8, r9] = arguments;
         let rax = number.cast_unsigned();
-        let rip = self.registers.rip.wrapping_sub(2);
+        let rip = self.gate;
         // orig_rax −1: in no system call, so the kernel has nothing to restart.
         let call = user_regs_struct { rax, rdi, rsi, rdx, r10, r8, r9, rip, orig_rax: !0, ..self.registers };
         ptrace::setregs(self.traced.tid, call)?;

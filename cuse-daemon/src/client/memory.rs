@@ -19,6 +19,7 @@ use nix::unistd::Pid;
 use super::inject::Held;
 use super::maps::{self, Advice, Area, Pagemap};
 use super::space::{FileId, Space, errno_of};
+use super::stop::Stopping;
 use super::{install, vm};
 
 const PAGE: u64 = 4096;
@@ -26,9 +27,9 @@ const COPY: usize = 256 * 1024;
 
 /// A part of a range to share.
 #[derive(Debug)]
-struct Part<'a> {
-    range: Range<u64>,
-    area: &'a Area,
+pub(super) struct Part<'a> {
+    pub(super) range: Range<u64>,
+    pub(super) area: &'a Area,
 }
 
 /// What a range consists of. `EFAULT`: something of it is not mapped, or is not memory.
@@ -48,12 +49,12 @@ fn parts<'a>(areas: &'a [Area], range: &Range<u64>) -> Result<Vec<Part<'a>>, Err
 
 /// Shares `range` of the client. `hold` stops the thread that asks, and `stop_others` the rest of its process; neither
 /// is called when everything is shared already. The caller has exclusive use of `space`.
-pub fn share<'h, S>(
+pub fn share<'h>(
     tid: Pid,
     space: &Space,
     range: &Range<u64>,
     hold: impl FnOnce() -> Result<&'h Held, Errno>,
-    stop_others: impl FnOnce() -> S,
+    stop_others: impl FnOnce() -> Stopping,
 ) -> Result<Vec<SharedPiece>, Errno> {
     let areas = maps::areas(tid, range).map_err(|err| errno_of(&err))?;
     let parts = parts(&areas, range).inspect_err(|_| {
@@ -125,19 +126,19 @@ fn open_shared(tid: Pid, area: &Area) -> io::Result<(File, Protection)> {
 }
 
 /// Device and inode of a file, as `maps` shows them.
-fn file_id(file: impl AsFd) -> io::Result<FileId> {
+pub(super) fn file_id(file: impl AsFd) -> io::Result<FileId> {
     let stat = fstat(file)?;
     Ok((major(stat.st_dev) << 32 | minor(stat.st_dev), stat.st_ino))
 }
 
 /// Puts one new file in place of private memory of the client, contents, protections and advice kept. The parts lie in
 /// the file one after the other.
-fn replace<S>(
+fn replace(
     tid: Pid,
     space: &Space,
     parts: &[&Part<'_>],
     held: &Held,
-    stop_others: impl FnOnce() -> S,
+    stop_others: impl FnOnce() -> Stopping,
 ) -> Result<Arc<Mapping>, Errno> {
     let len: u64 = parts.iter().map(|part| part.range.end - part.range.start).sum();
     let mapping = Mapping::create("softkvm-ram", len).map_err(|err| errno_of(&err))?;
@@ -145,7 +146,8 @@ fn replace<S>(
     let advice = maps::advice(tid, &areas).map_err(|err| errno_of(&err))?;
 
     // From the copy until the new mappings are in place nobody may write to the old ones.
-    let stopped = stop_others();
+    let stopping = stop_others();
+    stopping.wait();
     let pagemap = Pagemap::of(tid).map_err(|err| errno_of(&err))?;
     copy(tid, &contents(&pagemap, parts)?, &mapping)?;
     let fd = install::give(held, space.tgid, mapping.file(), true)?;
@@ -156,7 +158,7 @@ fn replace<S>(
         Ok(())
     });
     install::close(held, fd)?;
-    drop(stopped);
+    drop(stopping);
     mapped?;
     tracing::debug!(pid = space.id.pid, ?parts, len, "guest memory is now shared");
     space.mapped.keep(file_id(mapping.file()).map_err(|err| errno_of(&err))?, &mapping);
@@ -204,7 +206,8 @@ fn copy(tid: Pid, runs: &[(Range<u64>, u64)], to: &Mapping) -> Result<(), Errno>
     Ok(())
 }
 
-fn map_in_place(held: &Held, part: &Part<'_>, fd: i32, offset: u64, advice: Advice) -> Result<(), Errno> {
+/// Maps `fd` from `offset` on in place of `part`, which keeps its protection and advice.
+pub(super) fn map_in_place(held: &Held, part: &Part<'_>, fd: i32, offset: u64, advice: Advice) -> Result<(), Errno> {
     let (start, len) = (part.range.start, part.range.end - part.range.start);
     let reserve = if advice.no_reserve { libc::MAP_NORESERVE } else { 0 };
     let flags = libc::MAP_SHARED | libc::MAP_FIXED | reserve;

@@ -8,6 +8,7 @@ pub mod signal;
 pub mod space;
 pub mod stop;
 pub mod vm;
+pub mod window;
 
 use std::cell::{Cell, OnceCell};
 use std::os::fd::AsFd;
@@ -21,6 +22,7 @@ use nix::unistd::Pid;
 use self::inject::{Held, Seized};
 use self::signal::Pending;
 use self::space::Space;
+use self::stop::Stopping;
 use crate::file::Open;
 use crate::front::Front;
 
@@ -77,6 +79,9 @@ impl<'a> Caller<'a> {
         drop(run);
         if result.is_ok() && self.open.lacks_mapping() {
             self.replace_descriptor();
+        }
+        if self.open.has_window && !self.owner_sees_the_same() {
+            self.reshape();
         }
         self.finish(result)
     }
@@ -174,7 +179,10 @@ impl<'a> Caller<'a> {
     /// Without passthrough, mmap of our files shows pages of the kernel's cache. Puts the real memory in their place;
     /// false if there is nothing to replace, or it cannot be.
     fn map_in_place(&self) -> bool {
-        let Some(mapping) = self.open.shared.file.mapping() else { return false };
+        let mapping = self.open.shared.file.mapping();
+        if mapping.is_none() && !self.open.has_window {
+            return false;
+        }
         let Ok(range) = memory::mapped_from(self.tid(), self.front.device_number(), self.open.node) else {
             return false;
         };
@@ -183,14 +191,46 @@ impl<'a> Caller<'a> {
         }
         let replaced = self.space().and_then(|space| {
             let _exclusive = space.exclusive();
+            let stopping = self.open.has_window.then(|| self.stop_others(space));
             let held = self.hold()?;
-            memory::map_over(held, space, &range, &mapping, self.open.first_mapping())
+            stopping.iter().for_each(Stopping::wait);
+            match &mapping {
+                Some(mapping) => {
+                    memory::map_over(held, space, &range, mapping, self.open.first_mapping())?;
+                    self.front.forget_pages(self.open);
+                    Ok(())
+                }
+                None => window::show(self.front, self.open, space, held),
+            }
         });
         match replaced {
-            Ok(()) => self.front.forget_pages(self.open),
+            Ok(()) => {}
             Err(errno) => tracing::error!(tid = self.call.header.pid, %errno, "the VMM cannot see its vCPU's pages"),
         }
         self.held.get().is_some_and(Option::is_some)
+    }
+
+    fn stop_others(&self, space: &Space) -> Stopping {
+        let front = Arc::clone(self.front);
+        stop::others(space.tgid, self.tid(), move |tid| front.is_waiting(tid))
+    }
+
+    /// Is what the client has in view of a 2007 VM's RAM still so, after this ioctl?
+    fn owner_sees_the_same(&self) -> bool {
+        self.space().map_or(true, |space| !window::is_stale(&self.open.shared, space.id))
+    }
+
+    fn reshape(&self) {
+        let reshaped = self.space().and_then(|space| {
+            let _exclusive = space.exclusive();
+            let stopping = self.stop_others(space);
+            let held = self.hold()?;
+            stopping.wait();
+            window::reshape(&self.open.shared, space, held, held.ioctl_fd())
+        });
+        if let Err(errno) = reshaped {
+            tracing::warn!(tid = self.call.header.pid, %errno, "the VMM goes on to see RAM that it deleted");
+        }
     }
 
     /// A VM of 2007 shows itself after its file was opened: only now mmap of it has something to show. Puts a new
@@ -238,11 +278,7 @@ impl Client for Caller<'_> {
         let end = addr.checked_add(len).ok_or(Errno::EINVAL)?;
         let space = self.space()?;
         let _exclusive = space.exclusive();
-        let stop_others = || {
-            let front = Arc::clone(self.front);
-            stop::others(space.tgid, self.tid(), move |tid| front.is_waiting(tid))
-        };
-        memory::share(self.tid(), space, &(addr..end), || self.hold(), stop_others)
+        memory::share(self.tid(), space, &(addr..end), || self.hold(), || self.stop_others(space))
     }
 
     fn address_space(&self) -> AddressSpace {

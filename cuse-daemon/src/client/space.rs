@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,8 @@ pub struct Space {
     /// `/proc/PID/mem`, which stays with the address space when the process leaves it by exec or death.
     memory: File,
     exclusive: Mutex<()>,
+    /// RAM is being put in the place of its mappings of a 2007 VM.
+    pub placing: AtomicBool,
     /// Its shared files, as far as they are mapped here.
     pub mapped: Mapped,
 }
@@ -73,6 +75,11 @@ impl Space {
     pub fn exclusive(&self) -> MutexGuard<'_, ()> {
         self.exclusive.lock()
     }
+
+    /// The same, unless it takes too long.
+    pub fn exclusive_within(&self, patience: Duration) -> Option<MutexGuard<'_, ()>> {
+        self.exclusive.try_lock_for(patience)
+    }
 }
 
 /// The address spaces of all clients.
@@ -119,7 +126,8 @@ impl Spaces {
         let memory = File::open(format!("/proc/{tgid}/mem")).map_err(|err| errno_of(&err))?;
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let id = AddressSpace { pid: tgid.as_raw().cast_unsigned(), generation };
-        Ok(Space { id, tgid, memory, exclusive: Mutex::new(()), mapped: Mapped::default() })
+        let (exclusive, placing) = (Mutex::new(()), AtomicBool::new(false));
+        Ok(Space { id, tgid, memory, exclusive, placing, mapped: Mapped::default() })
     }
 }
 

@@ -21,13 +21,22 @@ use crate::sys;
 const PATIENCE: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_micros(50);
 
-/// While it lives the other threads stand still.
-pub struct Stopped {
+/// While it lives no other thread goes on once it has stopped.
+pub struct Stopping {
     release: Option<mpsc::Sender<()>>,
+    stand: mpsc::Receiver<()>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
-impl Drop for Stopped {
+impl Stopping {
+    /// Returns when they stand, or all that ever will.
+    pub fn wait(&self) {
+        // Ends with an error where there is no thread that stops them.
+        let _ = self.stand.recv();
+    }
+}
+
+impl Drop for Stopping {
     fn drop(&mut self) {
         drop(self.release.take());
         if let Some(thread) = self.thread.take() {
@@ -36,27 +45,31 @@ impl Drop for Stopped {
     }
 }
 
-/// Stops all threads of process `tgid` except `keep`. `is_waiting`: is this thread inside a request to us?
-pub fn others(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool + Send + 'static) -> Stopped {
+/// Tells all threads of process `tgid` except `keep` to stop before they run on in user space. `is_waiting`: is this
+/// thread inside a request to us?
+pub fn others(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool + Send + 'static) -> Stopping {
+    let (told, wait_told) = mpsc::channel();
+    let (stand, wait_stand) = mpsc::channel();
+    let (release, wait_release) = mpsc::channel::<()>();
     // The held thread can make no other.
     if tasks(tgid).iter().all(|&tid| tid == keep) {
-        return Stopped { release: None, thread: None };
+        return Stopping { release: None, stand: wait_stand, thread: None };
     }
-    let (stopped, wait_stopped) = mpsc::channel();
-    let (release, wait_release) = mpsc::channel::<()>();
     let body = move || {
-        stop_all(tgid, keep, is_waiting);
-        drop(stopped);
+        stop_all(tgid, keep, is_waiting, told);
+        drop(stand);
         // Ends with an error when the other side lets go.
         let _ = wait_release.recv();
     };
     let thread = thread::Builder::new().name("stopper".into()).spawn(body);
     let thread = thread.inspect_err(|err| tracing::error!(%err, "cannot stop the client's threads")).ok();
-    let _: Result<(), _> = wait_stopped.recv();
-    Stopped { release: Some(release), thread }
+    let _: Result<(), _> = wait_told.recv();
+    Stopping { release: Some(release), stand: wait_stand, thread }
 }
 
-fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool) {
+/// Drops `told` when all threads that there are have been told.
+fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::Sender<()>) {
+    let mut told = Some(told);
     let deadline = Instant::now() + PATIENCE;
     // True: stands, is dead, or is somebody else's.
     let mut threads = HashMap::from([(keep, true)]);
@@ -68,6 +81,9 @@ fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool) {
                 new = true;
                 seize(tid).is_err()
             });
+        }
+        if !new {
+            drop(told.take());
         }
         for (&tid, stands) in threads.iter_mut().filter(|(_, stands)| !**stands) {
             let waits = is_waiting(tid.as_raw().cast_unsigned());

@@ -23,9 +23,9 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, fstat, major, minor};
 use parking_lot::{Mutex, RwLock};
 
-use crate::client::Caller;
 use crate::client::signal::Watcher;
 use crate::client::space::{Space, Spaces};
+use crate::client::{Caller, window};
 use crate::file::{Open, Shared};
 use crate::place;
 
@@ -209,8 +209,11 @@ impl Front {
             ROOT_ID => (libc::S_IFDIR | 0o700, 0),
             KVM_ID => (libc::S_IFREG | access.mode, 0),
             node => {
-                let mapping = self.find_node(node).and_then(|exposed| exposed.shared.file.mapping());
-                (libc::S_IFREG | 0o600, mapping.map_or(0, |mapping| mapping.len()))
+                // Its name is gone when it is open.
+                let is_open =
+                    || self.files.open.read().values().find(|open| open.node == node).map(|o| o.shared.clone());
+                let shared = self.find_node(node).map(|exposed| exposed.shared).or_else(is_open);
+                (libc::S_IFREG | 0o600, shared.map_or(0, |shared| mappable(&shared)))
             }
         };
         Attr { ino: node, size, mode, nlink: 1, uid: access.uid, gid: access.gid, blksize: 4096, ..Attr::default() }
@@ -240,10 +243,10 @@ impl Front {
         } else {
             // Reached by /proc/PID/fd: as little possible as with the kernel's own.
             let Some(exposed) = self.find_node(node) else { return Answer::Error(Errno::ENXIO) };
-            let flags = match (exposed.backing, exposed.shared.file.mapping()) {
-                (Some(_), _) => OpenFlags::PASSTHROUGH,
-                (None, Some(_)) => OpenFlags::KEEP_CACHE,
-                (None, None) => OpenFlags::DIRECT_IO,
+            let flags = match exposed.backing {
+                Some(_) => OpenFlags::PASSTHROUGH,
+                None if mappable(&exposed.shared) > 0 => OpenFlags::KEEP_CACHE,
+                None => OpenFlags::DIRECT_IO,
             };
             (Open::new(exposed.shared, node, exposed.backing.is_some()), flags, exposed.backing)
         };
@@ -276,8 +279,11 @@ impl Front {
     }
 
     /// A page fault on a file without passthrough, or read(2), which KVM's files do not have.
-    fn read(&self, fh: u64, offset: u64, size: u32) -> Answer {
+    fn read(self: &Arc<Self>, call: &Call<'_>, fh: u64, offset: u64, size: u32) -> Answer {
         let Some(open) = self.by_handle(fh) else { return Answer::Error(Errno::EBADF) };
+        if open.has_window {
+            return window::fault(self, call, &open, offset, size.into());
+        }
         let Some(mapping) = open.shared.file.mapping() else { return Answer::Error(Errno::EINVAL) };
         open.page_fault();
         let len = mapping.len().saturating_sub(offset).min(size.into());
@@ -303,9 +309,14 @@ impl Front {
                 drop(open);
                 Answer::Empty
             }
-            Operation::Read(read) => self.read(read.fh, read.offset, read.size),
-            // Write-back of a page that was replaced long since: the client writes to the real memory now.
-            Operation::Write(write, _) => Answer::Written(write.size),
+            Operation::Read(read) => self.read(call, read.fh, read.offset, read.size),
+            // Write-back of a page that was replaced, or is about to be.
+            Operation::Write(write, data) => {
+                if let Some(open) = self.by_handle(write.fh).filter(|open| open.has_window) {
+                    window::written_back(&open.shared, write.offset, data);
+                }
+                Answer::Written(write.size)
+            }
             Operation::Statfs => {
                 Answer::Statfs(StatfsOut { bsize: 4096, namelen: 255, frsize: 4096, ..StatfsOut::default() })
             }
@@ -319,6 +330,12 @@ impl Front {
             _ => Answer::Error(Errno::ENOSYS),
         }
     }
+}
+
+/// Bytes of the file that mmap shows; 0: mmap fails.
+fn mappable(shared: &Shared) -> u64 {
+    let window = shared.file.ram_window().map(|_| window::BYTES);
+    window.unwrap_or_else(|| shared.file.mapping().map_or(0, |mapping| mapping.len()))
 }
 
 /// What poll(2) says of a file without a poll method.

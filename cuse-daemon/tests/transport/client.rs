@@ -17,7 +17,7 @@ pub const CASE: &str = "SOFTKVM_CLIENT_CASE";
 /// Where the device is.
 pub const DEVICE: &str = "SOFTKVM_CLIENT_DEVICE";
 
-const PAGE: usize = 4096;
+pub const PAGE: usize = 4096;
 
 #[test]
 fn client() {
@@ -39,15 +39,17 @@ fn client() {
         "churn" => churn(),
         "wait" => wait(),
         "namespaces" => namespaces(),
+        "ram-window" => crate::legacy::ram_window(),
+        "ram-threads" => crate::legacy::ram_threads(),
         case => panic!("no such case: {case}"),
     }
 }
 
-fn device() -> File {
+pub fn device() -> File {
     OpenOptions::new().read(true).write(true).open(std::env::var_os(DEVICE).unwrap()).unwrap()
 }
 
-fn ioctl(fd: impl AsFd, request: u32, arg: u64) -> Result<i32, Errno> {
+pub fn ioctl(fd: impl AsFd, request: u32, arg: u64) -> Result<i32, Errno> {
     // SAFETY: the fake objects use `arg` as a value, or as the address of live memory of the size in the request.
     Errno::result(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request.into(), arg) })
 }
@@ -56,16 +58,16 @@ fn words(fd: impl AsFd, request: u32, words: [u64; 2]) -> Result<i32, Errno> {
     ioctl(fd, request, words.as_ptr().addr() as u64)
 }
 
-fn owned(fd: RawFd) -> OwnedFd {
+pub fn owned(fd: RawFd) -> OwnedFd {
     // SAFETY: the ioctl just gave this descriptor to us.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-fn create(fd: impl AsFd) -> OwnedFd {
+pub fn create(fd: impl AsFd) -> OwnedFd {
     owned(ioctl(fd, request::CREATE, 0).unwrap())
 }
 
-fn map(len: usize, prot: i32, flags: i32, fd: RawFd) -> *mut u8 {
+pub fn map(len: usize, prot: i32, flags: i32, fd: RawFd) -> *mut u8 {
     // SAFETY: a new mapping at an address of the kernel's choice.
     let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, fd, 0) };
     assert_ne!(at, libc::MAP_FAILED, "mmap: {}", Errno::last());

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use cuse_daemon::front::{Access, Front, fuse};
-use kvm::client::{Client, File, FileKind, Reply, SharedPiece, SignalMask};
+use cuse_daemon::front::{Access, Front, OpenSystem, fuse};
+use kvm::client::{Client, File, FileKind, Reply, SharedPiece, SignalMask, WindowPiece};
 use mmu::Mapping;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -57,6 +57,7 @@ pub struct Node {
     kind: FileKind,
     stats: Arc<Stats>,
     mapping: OnceLock<Arc<Mapping>>,
+    window: OnceLock<Arc<Mapping>>,
     pieces: Mutex<Vec<SharedPiece>>,
     space: OnceLock<kvm::client::AddressSpace>,
     released: AtomicBool,
@@ -71,8 +72,8 @@ impl Node {
             pages.write(4096, b"page one").unwrap();
             mapping.set(pages).unwrap();
         }
-        let (pieces, space) = (Mutex::default(), OnceLock::new());
-        Arc::new(Self { kind, stats: stats.clone(), mapping, pieces, space, released: AtomicBool::new(false) })
+        let (pieces, window, space) = (Mutex::default(), OnceLock::new(), OnceLock::new());
+        Arc::new(Self { kind, stats: stats.clone(), mapping, window, pieces, space, released: AtomicBool::new(false) })
     }
 
     fn at(&self, offset: u64) -> Option<(Arc<Mapping>, u64)> {
@@ -149,7 +150,7 @@ impl File for Node {
                 let window = Mapping::create("fake-window", 1 << 20).unwrap();
                 window.write(0x8000, b"window").unwrap();
                 self.pieces.lock().push(SharedPiece { len: 1 << 20, mapping: window.clone(), offset: 0 });
-                self.mapping.set(window).map_err(|_| Errno::EEXIST)?;
+                self.window.set(window).map_err(|_| Errno::EEXIST)?;
                 0
             }
             (request::COPY, _) => {
@@ -174,6 +175,11 @@ impl File for Node {
         self.mapping.get().cloned()
     }
 
+    fn ram_window(&self) -> Option<Vec<WindowPiece>> {
+        let mapping = self.window.get()?.clone();
+        Some(vec![WindowPiece { gpa: 0, ram: SharedPiece { len: mapping.len(), mapping, offset: 0 } }])
+    }
+
     fn kind(&self) -> FileKind {
         self.kind
     }
@@ -194,6 +200,17 @@ pub struct Daemon {
 impl Daemon {
     /// `None`, with the reason printed, where a daemon cannot run.
     pub fn start(passthrough: bool) -> Option<Self> {
+        let stats = Arc::<Stats>::default();
+        let of_system = stats.clone();
+        Self::of(Box::new(move || Node::new(FileKind::System, &of_system)), stats, passthrough)
+    }
+
+    /// The same with the KVM objects that softkvm serves.
+    pub fn start_kvm(passthrough: bool) -> Option<Self> {
+        Self::of(cuse_daemon::objects::kvm().system, Arc::default(), passthrough)
+    }
+
+    fn of(system: Box<OpenSystem>, stats: Arc<Stats>, passthrough: bool) -> Option<Self> {
         if !nix::unistd::geteuid().is_root() || !std::path::Path::new("/dev/fuse").exists() {
             eprintln!("skipped: needs root and /dev/fuse");
             return None;
@@ -202,9 +219,7 @@ impl Daemon {
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
         let dir = std::env::temp_dir().join(format!("softkvm-transport-{}", nix::unistd::gettid()));
         std::fs::create_dir_all(&dir).unwrap();
-        let stats = Arc::<Stats>::default();
-        let of_system = stats.clone();
-        let front = Front::new(Box::new(move || Node::new(FileKind::System, &of_system)));
+        let front = Front::new(system);
         let device = dir.join("kvm");
         let options = fuse::Options { passthrough, over: Some(&device), access: Access::ALL };
         let bound = fuse::start(&front, &dir.join("mnt"), options).unwrap();

@@ -2,6 +2,7 @@
 
 mod client;
 mod fake;
+mod legacy;
 
 use std::time::Duration;
 
@@ -58,6 +59,15 @@ fn a_signal_mask_governs_a_run() {
 #[test]
 fn a_vm_that_turns_out_legacy_can_be_mapped() {
     both("window");
+}
+
+#[test]
+fn ram_of_2007_is_what_the_guest_sees_and_holes_are_sigbus() {
+    for passthrough in [true, false] {
+        let Some(daemon) = Daemon::start_kvm(passthrough) else { continue };
+        daemon.run("ram-window");
+        daemon.run("ram-threads");
+    }
 }
 
 #[test]

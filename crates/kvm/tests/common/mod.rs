@@ -2,10 +2,10 @@
 
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
-use kvm::client::{AddressSpace, Client, File, InterruptAction, SharedPiece, SignalMask};
+use kvm::client::{AddressSpace, Client, File, InterruptAction, SharedPiece, SignalMask, WindowPiece};
 use kvm::{Kvm, system_file};
 use kvm_abi::Plain;
 use kvm_abi::request::{READ, WRITE, direction, size};
@@ -135,6 +135,56 @@ impl FakeClient {
     pub fn map(&self, fd: i32) -> Arc<Mapping> {
         self.file(fd).mapping().unwrap()
     }
+
+    /// mmap of a 2007 VM.
+    pub fn ram(&self, fd: i32) -> Ram {
+        assert!(self.file(fd).ram_window().is_some(), "a VM of 2007");
+        Ram(Arc::downgrade(&self.file(fd)))
+    }
+}
+
+/// Guest RAM by guest-physical address, as it is at each access; `None`: there is none.
+pub struct Ram(Weak<dyn File>);
+
+impl Ram {
+    fn at(&self, gpa: u64, len: u64) -> Option<(Arc<Mapping>, u64)> {
+        let holds = |piece: &WindowPiece| piece.gpa <= gpa && gpa + len <= piece.gpa + piece.ram.len;
+        let piece = self.0.upgrade()?.ram_window()?.into_iter().find(holds)?;
+        Some((piece.ram.mapping, piece.ram.offset + (gpa - piece.gpa)))
+    }
+
+    pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> Option<()> {
+        let (mapping, offset) = self.at(gpa, bytes.len() as u64)?;
+        mapping.read(offset, bytes)
+    }
+
+    pub fn write(&self, gpa: u64, bytes: &[u8]) -> Option<()> {
+        let (mapping, offset) = self.at(gpa, bytes.len() as u64)?;
+        mapping.write(offset, bytes)
+    }
+}
+
+macro_rules! ram {
+    ($($load:ident $store:ident $value:ty;)*) => {
+        impl Ram {$(
+            pub fn $load(&self, gpa: u64) -> Option<$value> {
+                let (mapping, offset) = self.at(gpa, size_of::<$value>() as u64)?;
+                mapping.$load(offset)
+            }
+
+            pub fn $store(&self, gpa: u64, value: $value) -> Option<()> {
+                let (mapping, offset) = self.at(gpa, size_of::<$value>() as u64)?;
+                mapping.$store(offset, value)
+            }
+        )*}
+    };
+}
+
+ram! {
+    load_u8 store_u8 u8;
+    load_u16 store_u16 u16;
+    load_u32 store_u32 u32;
+    load_u64 store_u64 u64;
 }
 
 impl Client for FakeClient {

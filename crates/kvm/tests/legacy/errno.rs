@@ -103,7 +103,7 @@ fn regions_are_einval_eexist_and_enomem() {
     assert_eq!(region(1, 0x3000, 0x2000), Ok(0));
     assert_eq!(region(1, 0x2000, 0x2000), Err(Errno::EEXIST), "moved onto another");
     assert_eq!(region(2, 1 << 50, 1 << 40), Err(Errno::ENOMEM));
-    assert_eq!(client.map(vm).load_u64(0x3000), Some(0), "what is refused changes nothing");
+    assert_eq!(client.ram(vm).load_u64(0x3000), Some(0), "what is refused changes nothing");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use kvm_abi::*;
 use mmu::Mapping;
 use nix::errno::Errno;
 
-use crate::common::{BASE, FakeClient};
+use crate::common::{BASE, FakeClient, Ram};
 
 /// Where [`Machine::real`] and [`Machine::long`] put code.
 pub const CODE: u64 = 0x1000;
@@ -32,7 +32,7 @@ pub struct Machine {
     /// The pages of the vCPU file.
     pub run: Arc<Mapping>,
     /// What mmap of the VM file shows.
-    pub ram: Arc<Mapping>,
+    pub ram: Ram,
 }
 
 /// A VM without memory.
@@ -60,7 +60,7 @@ impl Machine {
         let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
         region(&client, vm, 0, KVM_MEM_LOG_DIRTY_PAGES, 0, DEVICE).unwrap();
         let vcpu = client.ioctl(vm, KVM_CREATE_VCPU, 0).unwrap();
-        let (run, ram) = (client.map(vcpu), client.map(vm));
+        let (run, ram) = (client.map(vcpu), client.ram(vm));
         Self { kvm, client, vm, vcpu, run, ram }
     }
 

@@ -11,7 +11,7 @@ use crate::machine::{CODE, DEVICE, Machine, alias, assemble, empty, region};
 fn set_memory_region_makes_zeroed_ram_and_size_0_frees_it() {
     let (client, vm) = empty();
     region(&client, vm, 0, 0, 0x1000, 0x3000).unwrap();
-    let ram = client.map(vm);
+    let ram = client.ram(vm);
     ram.write(0x1000, b"first").unwrap();
     assert_eq!(region(&client, vm, 0, KVM_MEM_LOG_DIRTY_PAGES, 0x7000, 0), Ok(0), "address and flags say nothing");
     assert_eq!(region(&client, vm, 0, 0, 0, 0), Ok(0), "deleting what is not there");
@@ -23,7 +23,7 @@ fn set_memory_region_makes_zeroed_ram_and_size_0_frees_it() {
 fn a_region_of_the_same_size_moves_with_its_contents() {
     let (client, vm) = empty();
     region(&client, vm, 0, 0, 0x1000, 0x3000).unwrap();
-    let ram = client.map(vm);
+    let ram = client.ram(vm);
     ram.write(0x1000, b"first").unwrap();
     ram.write(0x3ffc, b"last").unwrap();
     // Up and down by less than its size.
@@ -105,9 +105,9 @@ fn create_vcpu_makes_any_number_once_each() {
     // Without slot 0, or with one that ends elsewhere: Intel's needed three pages there.
     let (client, vm) = empty();
     region(&client, vm, 1, 0, 0, 0x1000).unwrap();
-    client.map(vm).store_u64(0, u64::MAX).unwrap();
+    client.ram(vm).store_u64(0, u64::MAX).unwrap();
     assert!(client.ioctl(vm, KVM_CREATE_VCPU, 0).is_ok());
-    assert_eq!(client.map(vm).load_u64(0), Some(u64::MAX), "and nothing is kept there");
+    assert_eq!(client.ram(vm).load_u64(0), Some(u64::MAX), "and nothing is kept there");
 }
 
 #[test]
@@ -167,5 +167,31 @@ fn an_alias_may_come_before_the_first_vcpu() {
     assert_eq!(alias(&client, vm, 0, 0xa_0000, 0x1000, 0), Ok(0), "and makes the VM one of 2007");
     assert_eq!(region(&client, vm, 0, 0, 0, 0x1000), Ok(0));
     let code = assemble(16, 0, |a| a.hlt().unwrap());
-    client.map(vm).write(0, &code).unwrap();
+    client.ram(vm).write(0, &code).unwrap();
+}
+
+/// What mmap of the VM file shows: address, length, and what is written at the start of each piece's page.
+#[test]
+fn the_window_shows_ram_where_the_guest_sees_it() {
+    let (client, vm) = empty();
+    let pieces = || -> Vec<(u64, u64)> {
+        let pieces = client.file(vm).ram_window().expect("a VM of 2007");
+        pieces.iter().map(|piece| (piece.gpa, piece.ram.len)).collect()
+    };
+    region(&client, vm, 0, 0, 0x1000, 0x3000).unwrap();
+    region(&client, vm, 1, 0, 0x8000, 0x2000).unwrap();
+    assert_eq!(pieces(), [(0x1000, 0x3000), (0x8000, 0x2000)], "and holes between");
+    client.ram(vm).store_u64(0x3000, 3).unwrap();
+    client.ram(vm).store_u64(0x8000, 8).unwrap();
+    // Over the end of slot 0, a hole, and into slot 1: the target's first page is RAM, and its last.
+    alias(&client, vm, 0, 0x2000, 0x7000, 0x3000).unwrap();
+    assert_eq!(pieces(), [(0x1000, 0x1000), (0x2000, 0x1000), (0x7000, 0x1000), (0x8000, 0x1000), (0x9000, 0x1000)]);
+    assert_eq!((client.ram(vm).load_u64(0x2000), client.ram(vm).load_u64(0x7000)), (Some(3), Some(8)));
+    assert_eq!(client.ram(vm).load_u64(0x3000), None, "the alias wins, and shows a hole");
+    alias(&client, vm, 0, 0, 0, 0).unwrap();
+    let old = client.file(vm).ram_window().unwrap().remove(0).ram.mapping;
+    region(&client, vm, 0, 0, 0, 0).unwrap();
+    region(&client, vm, 0, 0, 0x1000, 0x3000).unwrap();
+    assert_eq!(client.ram(vm).load_u64(0x3000), Some(0), "a new region is new memory");
+    assert_eq!(old.load_u64(0x2000), Some(3), "who has the old one keeps it");
 }

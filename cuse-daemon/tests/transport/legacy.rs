@@ -1,0 +1,179 @@
+//! mmap of a VM of 2007, by a client that touches it. The oracle: Linux 2.6.22 `kvm_vm_nopage`, which looks a page up when it
+//! is touched, through aliases first, and whose pages stay with who has them.
+#![expect(unsafe_code, reason = "touching memory that may not be there, and a handler that survives it")]
+
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::errno::Errno;
+
+use crate::client::{PAGE, create, device, ioctl, map};
+
+const SET_MEMORY_REGION: u32 = 0x4018_ae40;
+const SET_MEMORY_ALIAS: u32 = 0x4020_ae43;
+const CREATE_VCPU: u32 = 0xae41;
+const RUN: u32 = 0xae80;
+const WINDOW: usize = 2 << 20;
+
+/// SIGBUS so far.
+static FAULTS: AtomicU64 = AtomicU64::new(0);
+
+/// Counts, and goes on behind the instruction: [`touch`] and [`put`] use one of two bytes.
+extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    FAULTS.fetch_add(1, Ordering::SeqCst);
+    // SAFETY: the kernel hands a handler with SA_SIGINFO a siginfo_t.
+    assert_eq!(unsafe { (*info).si_code }, 2, "BUS_ADRERR");
+    // SAFETY: and a ucontext_t, which belongs to the handler.
+    unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] += 2 };
+}
+
+fn survive_sigbus() {
+    let action = nix::sys::signal::SigAction::new(
+        nix::sys::signal::SigHandler::SigAction(on_sigbus),
+        nix::sys::signal::SaFlags::SA_SIGINFO,
+        nix::sys::signal::SigSet::empty(),
+    );
+    // SAFETY: the handler touches an atomic and its own arguments.
+    unsafe { nix::sys::signal::sigaction(nix::sys::signal::SIGBUS, &action) }.unwrap();
+}
+
+/// The byte there, or `None` and a SIGBUS survived.
+fn touch(window: *mut u8, gpa: usize) -> Option<u8> {
+    let before = FAULTS.load(Ordering::SeqCst);
+    let byte: u8;
+    // SAFETY: inside a mapping of ours; a fault is survived by `on_sigbus`.
+    unsafe { std::arch::asm!("mov al, [rdi]", in("rdi") window.wrapping_add(gpa), inout("al") 0xee_u8 => byte) };
+    (FAULTS.load(Ordering::SeqCst) == before).then_some(byte)
+}
+
+fn put(window: *mut u8, gpa: usize, byte: u8) -> Option<()> {
+    let before = FAULTS.load(Ordering::SeqCst);
+    // SAFETY: as for `touch`.
+    unsafe { std::arch::asm!("mov [rdi], al", in("rdi") window.wrapping_add(gpa), in("al") byte) };
+    (FAULTS.load(Ordering::SeqCst) == before).then_some(())
+}
+
+fn region(vm: impl AsFd, slot: u64, gpa: u64, size: u64) {
+    assert_eq!(ioctl(vm, SET_MEMORY_REGION, [slot, gpa, size].as_ptr().addr() as u64), Ok(0));
+}
+
+fn alias(vm: impl AsFd, gpa: u64, size: u64, target: u64) {
+    assert_eq!(ioctl(vm, SET_MEMORY_ALIAS, [0, gpa, size, target].as_ptr().addr() as u64), Ok(0));
+}
+
+fn window(vm: impl AsFd) -> *mut u8 {
+    let flags = libc::PROT_READ | libc::PROT_WRITE;
+    map(WINDOW, flags, libc::MAP_SHARED, vm.as_fd().as_raw_fd())
+}
+
+/// RAM below 640 KiB and, as kvmctl has it, up from 768 KiB.
+fn machine() -> OwnedFd {
+    let vm = create(device());
+    region(&vm, 3, 0, 0xa_0000);
+    region(&vm, 0, 0xc_0000, 0x8_0000);
+    vm
+}
+
+pub fn ram_window() {
+    survive_sigbus();
+    let vm = machine();
+    let first = window(&vm);
+    assert_eq!(touch(first, 0xa_0000), None, "a hole");
+    assert_eq!(touch(first, 0x1000), Some(0));
+    assert_eq!(put(first, 0x1000, 7), Some(()));
+    assert_eq!((touch(first, 0x1000), touch(first, 0xa_0000), put(first, 0xb_f000, 1)), (Some(7), None, None));
+
+    // The kernel touches it first, several pages in one call, and a hole at the end.
+    let second = window(&vm);
+    let (mut from, mut into) = std::io::pipe().unwrap();
+    let bytes: Vec<u8> = (0..3 * PAGE).map(|at| (at / 16) as u8 | 1).collect();
+    into.write_all(&bytes).unwrap();
+    assert_eq!(read(&from, second.wrapping_add(0x4000), 3 * PAGE), Ok(3 * PAGE));
+    assert!((0..3 * PAGE).all(|at| touch(second, 0x4000 + at) == Some(bytes[at])), "what read(2) put there");
+    assert!((0..3 * PAGE).all(|at| touch(first, 0x4000 + at) == Some(bytes[at])), "and the other mapping shows");
+    into.write_all(&bytes[..16]).unwrap();
+    assert_eq!(read(&from, second.wrapping_add(0xa_0000), 16), Err(Errno::EFAULT), "into a hole");
+    std::io::Read::read(&mut from, &mut [0; 16]).unwrap_or(0);
+
+    // The guest sees the same memory: mov byte [1234h], 5ah; mov al, [4000h]; mov [1236h], al; hlt
+    let code = [0xc6, 0x06, 0x34, 0x12, 0x5a, 0xa0, 0x00, 0x40, 0xa2, 0x36, 0x12, 0xf4];
+    let third = window(&vm);
+    (0..).zip(code).for_each(|(at, byte)| put(third, 0xf_fff0 + at, byte).unwrap());
+    let vcpu = crate::client::owned(ioctl(&vm, CREATE_VCPU, 0).unwrap());
+    assert_eq!(ioctl(&vcpu, RUN, 0), Ok(0));
+    for window in [first, second, third] {
+        assert_eq!((touch(window, 0x1234), touch(window, 0x1236)), (Some(0x5a), Some(bytes[0])));
+    }
+
+    // A slot that comes after the mapping and after the fault; two pages of it are touched.
+    assert_eq!(touch(first, 0x18_0000), None);
+    region(&vm, 1, 0x18_0000, 0x4000);
+    assert_eq!((touch(first, 0x18_0000), put(first, 0x18_1004, 9)), (Some(0), Some(())));
+
+    // An alias, touched and removed: the page that was touched stays, the others are gone.
+    alias(&vm, 0xa_0000, 0x4000, 0x18_1000);
+    assert_eq!((touch(first, 0xa_0004), touch(first, 0xa_3000)), (Some(9), None), "its last page shows a hole");
+    put(first, 0xa_0005, 10).unwrap();
+    assert_eq!(touch(first, 0x18_1005), Some(10));
+    alias(&vm, 0, 0, 0);
+    assert_eq!((touch(first, 0xa_0004), touch(first, 0xa_1000)), (Some(9), None));
+    assert_eq!(touch(second, 0xa_0004), None, "who has not touched it has nothing");
+
+    // An alias over RAM wins, also for what is mapped and was not touched.
+    assert_eq!(touch(first, 0x9_0000), Some(0));
+    alias(&vm, 0x9_0000, 0x2000, 0x18_1000);
+    assert_eq!((touch(first, 0x9_0004), touch(second, 0x9_0004)), (Some(0), Some(9)));
+    alias(&vm, 0, 0, 0);
+
+    // A slot that is deleted, and made again: the same.
+    region(&vm, 1, 0, 0);
+    assert_eq!((touch(first, 0x18_1004), touch(first, 0x18_2000), touch(second, 0x18_1004)), (Some(9), None, None));
+    region(&vm, 1, 0x18_0000, 0x4000);
+    assert_eq!(
+        (touch(first, 0x18_1004), touch(first, 0x18_2000), touch(second, 0x18_1004)),
+        (Some(9), Some(0), Some(0))
+    );
+
+    // A slot that moves takes its contents along.
+    put(second, 0x18_2000, 11).unwrap();
+    region(&vm, 1, 0x1c_0000, 0x4000);
+    assert_eq!((touch(second, 0x1c_2000), touch(first, 0x1c_2000)), (Some(11), Some(11)));
+    assert_eq!((touch(second, 0x18_2000), touch(second, 0x18_3000)), (Some(11), None));
+
+    // Other ways to look at the file leave it as it is.
+    assert!(nix::sys::stat::fstat(&vm).is_ok());
+    assert_eq!((touch(first, 0x1000), touch(first, 0x1e_0000), touch(window(&vm), 0x1000)), (Some(7), None, Some(7)));
+}
+
+/// read(2), into memory that may not be there.
+fn read(from: impl AsFd, at: *mut u8, len: usize) -> Result<usize, Errno> {
+    // SAFETY: the kernel writes inside a mapping of ours, or says EFAULT.
+    let done = unsafe { libc::read(from.as_fd().as_raw_fd(), at.cast(), len) };
+    Errno::result(done).map(|done| done as usize)
+}
+
+/// Many threads touch fresh mappings at once: no write is lost.
+pub fn ram_threads() {
+    const THREADS: usize = 6;
+    survive_sigbus();
+    let vm = machine();
+    for round in 1..6u8 {
+        let all = window(&vm).addr();
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                scope.spawn(move || {
+                    let window = std::ptr::with_exposed_provenance_mut::<u8>(all);
+                    for page in 0..0xa0 {
+                        put(window, page * PAGE + thread, round).expect("RAM");
+                    }
+                });
+            }
+        });
+        let again = window(&vm);
+        for page in 0..0xa0 {
+            let seen: Vec<_> = (0..THREADS).map(|thread| touch(again, page * PAGE + thread)).collect();
+            assert_eq!(seen, vec![Some(round); THREADS], "round {round}, page {page:#x}");
+        }
+    }
+}
