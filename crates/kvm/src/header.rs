@@ -154,6 +154,7 @@ pub const LINES: &[Line] = &[
             "set_sregs_replaces_queued_vectors",
             "set_sregs_in_real_mode_takes_a_data_type_for_cs_and_moves_the_reset_base",
             "set_sregs_in_real_mode_keeps_base_limit_and_selector",
+            "a_data_type_in_cs_executes_in_protected_mode",
             "a_segment_without_attributes_is_unusable",
             "set_sregs_loads_pdptes",
         ],
@@ -308,6 +309,8 @@ pub const LINES: &[Line] = &[
             "a_buffer_that_is_not_mapped_is_a_page_fault",
             "a_buffer_in_a_device_takes_both_exits",
             "a_reset_from_inside_a_string_exit_drops_the_rest",
+            "an_interrupt_comes_between_two_exits_of_one_instruction",
+            "ins_to_a_device_writes_each_element_there",
         ],
     )
     .but("IN of a doubleword clears RAX bits 63:32"),

@@ -126,6 +126,7 @@ fn every_test_of_2007_is_named() {
         "a_fresh_vcpu_starts_in_the_first_mebibyte",
         "a_vector_under_way_shows_in_the_bitmap_once",
         "arguments_that_should_be_0_are_einval",
+        "bad_control_registers_are_the_guests_fault",
         "bad_pointers_are_efault_and_change_nothing",
         "entries_behind_a_readable_header_are_efault_too",
         "memory_comes_from_the_kernel_and_shows_in_the_vm_file",

@@ -309,3 +309,43 @@ fn a_reset_from_inside_a_string_exit_drops_the_rest() {
     assert_eq!(m.run(), Ok(KVM_EXIT_HLT));
     assert_eq!(m.ram.load_u32(0x5000), Some(0));
 }
+
+#[test]
+fn an_interrupt_comes_between_two_exits_of_one_instruction() {
+    let m = Machine::real(|a| {
+        a.sti().unwrap();
+        a.rep().outsb().unwrap();
+        a.hlt().unwrap();
+    });
+    m.handler(0x21);
+    m.set_regs(|regs| (regs.rcx, regs.rsi, regs.rdx) = (0x12, 0x4ff0, 0xf1));
+    assert_eq!(m.run(), Ok(KVM_EXIT_IO));
+    assert_eq!(m.io(), (OUT, 1, 0xf1, 0x10));
+    m.interrupt(0x21).unwrap();
+    assert_eq!(m.run(), Ok(KVM_EXIT_IO));
+    assert_eq!((m.io().2, m.io_data(1)), (0x10, vec![0x21]), "the handler");
+    assert_eq!(m.regs().rcx, 2, "what is left of the instruction");
+    assert_eq!(m.run(), Ok(KVM_EXIT_IO));
+    assert_eq!(m.io(), (OUT, 1, 0xf1, 2));
+    assert_eq!(m.run(), Ok(KVM_EXIT_HLT));
+}
+
+#[test]
+fn ins_to_a_device_writes_each_element_there() {
+    let m = Machine::real(|a| {
+        a.rep().insw().unwrap();
+        a.hlt().unwrap();
+    });
+    m.set_sregs(|sregs| sregs.es.base = DEVICE);
+    m.set_regs(|regs| (regs.rcx, regs.rdi) = (2, 0x10));
+    let mut written = Vec::new();
+    loop {
+        match m.run() {
+            Ok(KVM_EXIT_IO) => m.run.write(4096, b"abcd").unwrap(),
+            Ok(KVM_EXIT_MMIO) => written.push(m.mmio()),
+            other => break assert_eq!(other, Ok(KVM_EXIT_HLT)),
+        }
+    }
+    let second = if written[1].1 == b"cd" { b"cd" } else { b"ab" };
+    assert_eq!(written, [(DEVICE + 0x10, b"ab".to_vec(), true), (DEVICE + 0x12, second.to_vec(), true)]);
+}

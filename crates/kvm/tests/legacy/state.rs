@@ -127,6 +127,20 @@ fn set_sregs_in_real_mode_takes_a_data_type_for_cs_and_moves_the_reset_base() {
     assert_eq!(m.sregs().cs.base, 0xffff_0000, "of that selector alone");
 }
 
+/// And in protected mode, as long as there is no paging.
+#[test]
+fn a_data_type_in_cs_executes_in_protected_mode() {
+    let m = Machine::new();
+    m.ram.write(CODE, &[0xf4]).unwrap();
+    m.enter_long();
+    m.set_sregs(|sregs| {
+        (sregs.cr0, sregs.cr4, sregs.efer) = (0x11, 0, 0);
+        sregs.cs = kvm_segment { type_: 2, l: 0, db: 1, ..sregs.cs };
+    });
+    m.set_regs(|regs| regs.rip = CODE);
+    assert_eq!(m.run(), Ok(KVM_EXIT_HLT));
+}
+
 #[test]
 fn set_sregs_in_real_mode_keeps_base_limit_and_selector() {
     let m = Machine::real(|a| {
@@ -308,4 +322,49 @@ fn apic_base_is_stored_and_nothing_more() {
     assert_eq!(m.run(), Ok(KVM_EXIT_MMIO), "no APIC is decoded there");
     assert_eq!((m.regs().rsi, m.regs().rdx), (0x1_2345, 1 << 9), "CPUID's bit is the table's");
     assert_eq!((m.sregs().apic_base, m.run.load_u64(24)), (0xa_0123, Some(0xa_0123)));
+}
+
+/// MOV to control registers: what 2.6.22 refused and the manual refuses as well.
+#[test]
+fn bad_control_registers_are_the_guests_fault() {
+    type Code = fn(&mut CodeAssembler);
+    let bad: [(&str, Code); 5] = [
+        ("PG without PE", |a| {
+            a.mov(eax, 0x8000_0010u32).unwrap();
+            a.mov(cr0, eax).unwrap();
+        }),
+        ("NW without CD", |a| {
+            a.mov(eax, 0x2000_0011u32).unwrap();
+            a.mov(cr0, eax).unwrap();
+        }),
+        ("a bit of CR4 that nobody has", |a| {
+            a.mov(eax, 1u32 << 31).unwrap();
+            a.mov(cr4, eax).unwrap();
+        }),
+        ("long mode without PAE", |a| {
+            a.mov(ecx, 0xc000_0080u32).unwrap();
+            a.mov(eax, 0x100).unwrap();
+            a.xor(edx, edx).unwrap();
+            a.wrmsr().unwrap();
+            a.mov(eax, 0x8000_0011u32).unwrap();
+            a.mov(cr0, eax).unwrap();
+        }),
+        ("a bit of EFER that nobody has", |a| {
+            a.mov(ecx, 0xc000_0080u32).unwrap();
+            a.mov(eax, 0x8000).unwrap();
+            a.xor(edx, edx).unwrap();
+            a.wrmsr().unwrap();
+        }),
+    ];
+    for (name, code) in bad {
+        let m = Machine::real(code);
+        m.handler(13);
+        assert_eq!(m.run(), Ok(KVM_EXIT_IO), "{name}");
+        assert_eq!(m.io_data(1), [13], "{name}");
+    }
+    let m = Machine::long(|a| {
+        a.mov(eax, 16).unwrap();
+        a.mov(cr8, rax).unwrap();
+    });
+    assert_eq!(m.run(), Ok(KVM_EXIT_SHUTDOWN), "CR8 has four bits; there is no IDT");
 }
