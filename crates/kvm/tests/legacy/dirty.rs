@@ -8,7 +8,7 @@ use kvm_abi::request::*;
 use nix::errno::Errno;
 
 use crate::common::BASE;
-use crate::machine::{CODE, DEVICE, Machine, TABLES, alias, region};
+use crate::machine::{CODE, DEVICE, Machine, Release, TABLES, alias, region};
 
 /// Runs to HLT; the pages of slot 0 that were logged by it.
 fn logged(m: &Machine) -> Vec<u64> {
@@ -182,6 +182,7 @@ fn a_log_that_is_taken_while_the_guest_stores_loses_nothing() {
         a.hlt().unwrap();
     });
     std::thread::scope(|scope| {
+        let release = Release(&m);
         let runner = scope.spawn(|| m.client.ioctl(m.vcpu, KVM_RUN, 0));
         while !m.kvm.status().vms[0].vcpus[0].running {
             std::thread::yield_now();
@@ -192,7 +193,7 @@ fn a_log_that_is_taken_while_the_guest_stores_loses_nothing() {
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
         assert!(m.dirty(0).unwrap().contains(&5));
-        m.ram.store_u8(0x200, 1).unwrap();
+        drop(release);
         runner.join().unwrap().unwrap();
     });
 }

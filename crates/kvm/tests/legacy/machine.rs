@@ -220,6 +220,16 @@ impl Machine {
     }
 }
 
+/// Lets a guest that waits for 1 in the word at 200H go on when it is dropped, so that a test that fails ends.
+pub struct Release<'a>(pub &'a Machine);
+
+impl Drop for Release<'_> {
+    fn drop(&mut self) {
+        self.0.ram.store_u16(0x200, 1).unwrap();
+        self.0.ram.store_u16(0x202, 1).unwrap();
+    }
+}
+
 pub fn assemble(bits: u32, at: u64, code: impl FnOnce(&mut CodeAssembler)) -> Vec<u8> {
     let mut a = CodeAssembler::new(bits).expect("16, 32 or 64");
     code(&mut a);

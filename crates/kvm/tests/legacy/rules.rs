@@ -9,7 +9,7 @@ use kvm_abi::request::*;
 use kvm_abi::*;
 use nix::errno::Errno;
 
-use crate::machine::{CODE, DEVICE, Machine, STACK, assemble, empty, region};
+use crate::machine::{CODE, DEVICE, Machine, Release, STACK, assemble, empty, region};
 
 #[test]
 fn a_fresh_vcpu_starts_in_the_first_mebibyte() {
@@ -179,7 +179,7 @@ fn vcpus_run_in_parallel() {
         .unwrap();
     m.set_regs(|regs| (regs.rsi, regs.rdi) = (2, 0));
     std::thread::scope(|scope| {
-        // An argument of its own: the fake client's scratch is one.
+        let _release = Release(&m);
         let first = scope.spawn(|| m.client.ioctl(m.vcpu, KVM_RUN, 0));
         std::thread::sleep(Duration::from_millis(20));
         assert!(!first.is_finished());

@@ -9,7 +9,7 @@ use kvm_abi::*;
 use nix::errno::Errno;
 
 use crate::common::{FakeClient, SCRATCH};
-use crate::machine::{DEVICE, Machine, empty, region};
+use crate::machine::{DEVICE, Machine, Release, empty, region};
 
 #[test]
 fn get_api_version_is_12_and_takes_no_argument() {
@@ -108,6 +108,7 @@ fn ioctls_of_a_running_vcpu_wait_until_run_returns() {
         a.hlt().unwrap();
     });
     std::thread::scope(|scope| {
+        let release = Release(&m);
         let runner = scope.spawn(|| m.client.ioctl(m.vcpu, KVM_RUN, 0));
         while !m.kvm.status().vms[0].vcpus[0].running {
             std::thread::yield_now();
@@ -117,7 +118,7 @@ fn ioctls_of_a_running_vcpu_wait_until_run_returns() {
         region(&m.client.fork(), m.vm, 1, 0, 0x10_0000, 0x1000).unwrap();
         std::thread::sleep(Duration::from_millis(30));
         assert!(!reader.is_finished() && !runner.is_finished());
-        m.ram.store_u16(0x200, 1).unwrap();
+        drop(release);
         assert_eq!(runner.join().unwrap(), Ok(0));
         assert_eq!(reader.join().unwrap(), m.regs().rip, "what is read is the state after the exit");
     });
