@@ -74,7 +74,7 @@ impl Vm {
     }
 
     /// `KVM_GET_DIRTY_LOG`: bit n of byte n / 8 is page n of the slot; whole 64-bit words. Cleared by being read, and only
-    /// by that: what cannot be stored is kept.
+    /// by that: what cannot be stored is kept, as in 2007. (Today's Linux loses it.)
     pub(crate) fn get_dirty_log(&self, client: &dyn Client, log: &DirtyLog) -> Result<(), Errno> {
         if log.slot >= NR_MEMSLOTS {
             return Err(Errno::EINVAL);

@@ -17,6 +17,8 @@ use parking_lot::Mutex;
 pub const BASE: u64 = 0x7000_0000_0000;
 /// Bytes of client memory.
 pub const BYTES: u64 = 16 << 20;
+/// How long a test may take.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 /// Where arguments are put.
 pub const SCRATCH: u64 = BASE + BYTES - 0x10_0000;
 
@@ -39,7 +41,7 @@ impl FakeClient {
     }
 
     pub fn with(kvm: &Arc<Kvm>) -> Arc<Self> {
-        Arc::new(Self {
+        let client = Arc::new(Self {
             memory: Mapping::create("client", BYTES).unwrap(),
             files: Mutex::new(vec![system_file(kvm)]),
             pid: 1000,
@@ -47,7 +49,16 @@ impl FakeClient {
             cloexec: Mutex::default(),
             masks: Mutex::default(),
             action: Mutex::default(),
-        })
+        });
+        // A guest that never ends is called back, and its test fails.
+        let alive = Arc::downgrade(&client);
+        std::thread::spawn(move || {
+            std::thread::sleep(PATIENCE);
+            if let Some(client) = alive.upgrade() {
+                client.raise();
+            }
+        });
+        client
     }
 
     /// Another process that has the same files.
