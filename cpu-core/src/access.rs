@@ -122,7 +122,7 @@ impl Cpu {
             rflags_ac: self.rflags & Rflags::AC.bits() != 0,
             phys_bits: self.phys_bits,
             page_1gb: self.page_1gb,
-            pkru: 0,
+            pkru: self.fpu.pkru,
         }
     }
 

@@ -199,7 +199,14 @@ pub(crate) struct Offered {
     pub(crate) smap: bool,
     pub(crate) rdtscp: bool,
     pub(crate) rdpid: bool,
+    /// Place of PKRU in an XSAVE area of the standard format, bytes.
+    pub(crate) pkru_at: u32,
 }
+
+/// Where the extended region of an XSAVE area begins, bytes.
+const XSAVE_HEADER_END: u32 = 576;
+/// Place of PKRU where CPUID leaf 0DH does not say: behind AVX, as on AMD's CPUs.
+const PKRU_AT: u32 = XSAVE_HEADER_END + 256;
 
 /// Accesses of the current instruction to memory that the VMM backs.
 ///
@@ -320,7 +327,7 @@ impl Cpu {
             fpu: Fpu::default(),
             events: Events::default(),
             cpuid: Vec::new(),
-            offered: Offered { smap: true, rdtscp: true, rdpid: true },
+            offered: Offered { smap: true, rdtscp: true, rdpid: true, pkru_at: PKRU_AT },
             cpl: 0,
             phys_bits,
             page_1gb: true,
@@ -685,7 +692,19 @@ impl Cpu {
 
     /// x87 and vector state, to be loaded.
     pub fn fpu_mut(&mut self) -> &mut Fpu {
+        if self.cr4.contains(Cr4::PKE) {
+            // The TLB holds what the old PKRU allowed.
+            self.flush_tlb();
+        }
         &mut self.fpu
+    }
+
+    /// Loads PKRU: what the TLB holds was allowed by the old one.
+    pub(crate) fn set_pkru(&mut self, value: u32) {
+        if self.fpu.pkru != value && self.cr4.contains(Cr4::PKE) {
+            self.flush_tlb();
+        }
+        self.fpu.pkru = value;
     }
 
     /// Debug registers.
@@ -724,6 +743,12 @@ impl Cpu {
             smap: self.offers(&cpuid::SMAP),
             rdtscp: self.offers(&cpuid::RDTSCP),
             rdpid: self.offers(&cpuid::RDPID),
+            pkru_at: entries
+                .iter()
+                .find(|entry| (entry.function, entry.index) == (0xd, Some(9)))
+                .map(|entry| entry.regs[1])
+                .filter(|at| (XSAVE_HEADER_END..4096).contains(at) && at.is_multiple_of(8))
+                .unwrap_or(PKRU_AT),
         };
     }
 

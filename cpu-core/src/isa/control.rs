@@ -1,5 +1,5 @@
-//! MOV to and from control and debug registers, LMSW SMSW CLTS, XGETBV XSETBV, INVLPG INVPCID, WBINVD INVD. SDM Vol. 2, the
-//! page of each mnemonic; Vol. 3 "Control Registers" and "Debug Registers" for what a write may hold.
+//! MOV to and from control and debug registers, LMSW SMSW CLTS, XGETBV XSETBV, RDPKRU WRPKRU, INVLPG INVPCID, WBINVD INVD.
+//! SDM Vol. 2, the page of each mnemonic; Vol. 3 "Control Registers" and "Debug Registers" for what a write may hold.
 
 use iced_x86::{Code as C, Mnemonic as M};
 use x86_defs::cpuid::{self, Feature};
@@ -22,6 +22,8 @@ pub(super) const ROWS: &[Row] = &[
     row(M::Smsw, |d| super::table::to_rm(d, super::plain_handler(smsw))),
     row(M::Xgetbv, function(xgetbv)),
     row(M::Xsetbv, function_ends(xsetbv)),
+    row(M::Rdpkru, function(rdpkru)),
+    row(M::Wrpkru, function_ends(wrpkru)),
     row(M::Invlpg, function_ends(invlpg)),
     row(M::Invpcid, function_ends(invpcid)),
     row(M::Wbinvd, function_ends(write_back)),
@@ -49,6 +51,8 @@ const CR4_FEATURES: &[(Cr4, Feature)] = &[
     (Cr4::OSXSAVE, cpuid::XSAVE),
     (Cr4::SMEP, cpuid::SMEP),
     (Cr4::SMAP, cpuid::SMAP),
+    (Cr4::PKE, cpuid::PKU),
+    (Cr4::LA57, cpuid::LA57),
 ];
 /// Bits that need no feature: machine checks and RDPMC may be enabled on any CPU that has them at all.
 const CR4_ALWAYS: Cr4 = Cr4::MCE.union(Cr4::PCE);
@@ -145,7 +149,7 @@ impl Cpu {
         let on = |bit: Cr4| new.contains(bit) && !old.contains(bit);
         let long = self.is_long();
         let invalid = new.bits() & !offered.bits() != 0
-            || long && !new.contains(Cr4::PAE)
+            || long && (!new.contains(Cr4::PAE) || changed.contains(Cr4::LA57))
             || on(Cr4::PCIDE) && (!long || self.cr3 & 0xfff != 0);
         if invalid {
             return Err(self.fault(Fault::gp(0)));
@@ -321,6 +325,34 @@ fn xsetbv(cpu: &mut Cpu, _: &Op) -> Done {
     }
     cpu.fpu.xcr0 = value;
     cpu.serialize();
+    Ok(Then::Leave)
+}
+
+impl Cpu {
+    /// #UD without CR4.PKE, #GP(0) unless ECX is 0.
+    fn require_pkru(&mut self) -> Result<(), Stop> {
+        if !self.cr4.contains(Cr4::PKE) {
+            return Err(self.undefined());
+        }
+        if self.reg(Gpr::Rcx) as u32 == 0 { Ok(()) } else { Err(self.fault(Fault::gp(0))) }
+    }
+}
+
+/// SDM Vol. 2 "RDPKRU".
+fn rdpkru(cpu: &mut Cpu, _: &Op) -> Done {
+    cpu.require_pkru()?;
+    cpu.put_pair(cpu.fpu.pkru.into());
+    Ok(Then::Next)
+}
+
+/// SDM Vol. 2 "WRPKRU".
+fn wrpkru(cpu: &mut Cpu, _: &Op) -> Done {
+    cpu.require_pkru()?;
+    let value = cpu.pair();
+    if value >> 32 != 0 {
+        return Err(cpu.fault(Fault::gp(0)));
+    }
+    cpu.set_pkru(value as u32);
     Ok(Then::Leave)
 }
 

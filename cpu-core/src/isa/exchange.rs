@@ -1,4 +1,4 @@
-//! XCHG XADD CMPXCHG CMPXCHG8B CMPXCHG16B, atomic where the SDM says so; XLAT, SALC, MOVNTI MOVDIRI, RDRAND RDSEED. SDM
+//! XCHG XADD CMPXCHG CMPXCHG8B CMPXCHG16B, atomic where the SDM says so; XLAT, SALC, MOVNTI MOVDIRI MOVDIR64B, RDRAND RDSEED. SDM
 //! Vol. 2, the page of each mnemonic.
 #![expect(unsafe_code, reason = "hot semantics run on the dispatch's raw CPU pointer")]
 
@@ -13,7 +13,7 @@ use crate::fault::Fault;
 use crate::flags::{CF, Flags, ZF};
 use crate::host::HostWord;
 use crate::op::{Machine, Op, Semantics, To, handler};
-use crate::state::Gpr;
+use crate::state::{Gpr, Seg};
 
 pub(super) const ROWS: &[Row] = &[
     row(M::Xchg, xchg),
@@ -25,6 +25,7 @@ pub(super) const ROWS: &[Row] = &[
     row(M::Salc, function(salc)),
     row(M::Movnti, store_around_cache),
     row(M::Movdiri, store_around_cache),
+    row(M::Movdir64b, |d| Some(quiet(d, plain_handler(store_64)))),
     row(M::Rdrand, random),
     row(M::Rdseed, random),
 ];
@@ -208,6 +209,21 @@ fn store_around_cache(d: &Digest<'_>) -> Option<Lowered> {
 fn store<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     let value = cpu.get::<W>(op.src);
     cpu.write_operand(op, value)?;
+    Ok(Then::Next)
+}
+
+/// 64 bytes from memory to `ES:[dst]`, which is aligned or #GP(0). SDM Vol. 2 "MOVDIR64B". Eight stores: no host without
+/// the instruction has a wider one that is atomic.
+fn store_64(cpu: &mut Cpu, op: &Op) -> Done {
+    let mut image = [0; 64];
+    let from = cpu.ea(op);
+    let to = cpu.get::<u64>(op.dst) & op.address_mask();
+    let la = cpu.linear(Seg::Es, to, 64, true)?;
+    if la & 63 != 0 {
+        return Err(cpu.fault(Fault::gp(0)));
+    }
+    cpu.read_bytes(op.segment(), from, &mut image)?;
+    cpu.write_bytes(Seg::Es, to, &image)?;
     Ok(Then::Next)
 }
 

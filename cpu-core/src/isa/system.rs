@@ -22,8 +22,8 @@ pub(super) const ROWS: &[Row] = &[
     row(M::Rdpmc, function(rdpmc)),
     row(M::Rdmsr, function_ends(rdmsr)),
     row(M::Wrmsr, function_ends(wrmsr)),
-    row(M::Monitor, function(monitor)),
-    row(M::Mwait, function_ends(mwait)),
+    row(M::Monitor, function_ends(monitor)),
+    row(M::Mwait, function_ends(monitor)),
     row(M::Serialize, function_ends(serialize)),
     row(M::Vmcall, function_ends(vmcall)),
     row(M::Vmmcall, function_ends(vmcall)),
@@ -66,29 +66,10 @@ fn hlt(cpu: &mut Cpu, _: &Op) -> Done {
     Ok(Then::Leave)
 }
 
-/// MONITOR and MWAIT exist where CPUID says so.
-fn require_monitor(cpu: &mut Cpu) -> Result<(), Stop> {
-    if cpu.cpl != 0 || cpu.cpuid.is_empty() || !cpu.offers(&cpuid::MONITOR) {
-        return Err(cpu.undefined());
-    }
-    Ok(())
-}
-
-/// Does nothing, as KVM's does: the address is never watched.
-fn monitor(cpu: &mut Cpu, op: &Op) -> Done {
-    require_monitor(cpu)?;
-    if cpu.reg(Gpr::Rcx) as u32 != 0 {
-        return Err(cpu.fault(Fault::gp(0)));
-    }
-    let offset = cpu.reg(Gpr::Rax) & op.address_mask();
-    cpu.read::<u8>(op.segment(), offset)?;
-    Ok(Then::Next)
-}
-
-/// May return at once (SDM Vol. 2 "MWAIT"): it does.
-fn mwait(cpu: &mut Cpu, _: &Op) -> Done {
-    require_monitor(cpu)?;
-    Ok(Then::Leave)
+/// MONITOR and MWAIT: #UD above CPL 0, before any exit (SDM Vol. 3 "Relative Priority of Faults and VM Exits"). Else a no-op
+/// that looks at no operand, whatever CPUID says: as KVM's with its quirks on (`kvm_emulate_monitor_mwait`).
+fn monitor(cpu: &mut Cpu, _: &Op) -> Done {
+    if cpu.cpl == 0 { Ok(Then::Leave) } else { Err(cpu.undefined()) }
 }
 
 fn serialize(cpu: &mut Cpu, _: &Op) -> Done {

@@ -42,6 +42,8 @@ pub struct Fpu {
     pub mxcsr: u32,
     /// XCR0.
     pub xcr0: u64,
+    /// PKRU: two bits a protection key, access disable and write disable.
+    pub pkru: u32,
 }
 
 impl Default for Fpu {
@@ -60,6 +62,7 @@ impl Default for Fpu {
             fds: 0,
             mxcsr: 0x1f80,
             xcr0: 1,
+            pkru: 0,
         }
     }
 }

@@ -144,16 +144,13 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
     match instruction.mnemonic() {
         // A bad target and a bad stack at once: Intel's CPUs look at the target first (SDM Vol. 2 "CALL"), AMD's last.
         // How much of the frame is looked at before what it holds, and in what order, is up to the CPU.
-        M::Iret | M::Iretd | M::Iretq | M::Retf => {
+        // CMPS, both operands faulting: Zen 3 looks at ES:rDI first, Zen 5 at DS:rSI; SDM Vol. 2 "CMPS" only names the
+        // order of the subtraction.
+        M::Iret | M::Iretd | M::Iretq | M::Retf | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => {
             matches!(expected.vector, 12..=14 | 17) && matches!(actual.vector, 12..=14 | 17)
         }
-        // Which end of a long operand, or which of two accesses, is looked at first. CMPS: Zen 3 looks at ES:rDI first, Zen
-        // 5 at DS:rSI; SDM Vol. 2 "CMPS" only names the order of the subtraction.
+        // Which end of a long operand, or which of two accesses, is looked at first.
         M::Arpl
-        | M::Cmpsb
-        | M::Cmpsw
-        | M::Cmpsd
-        | M::Cmpsq
         | M::Fldenv
         | M::Fnsave
         | M::Fnstenv
@@ -180,6 +177,14 @@ pub(crate) fn is_open(instruction: &Instruction, expected: End, actual: End) -> 
         M::Arpl => expected == End::Done && actual != End::Done,
         // With a source in memory, Intel's CPUs raise a pending #MF and AMD's do not (SDM Vol. 2 "CVTPI2PS").
         M::Cvtpi2ps => matches!(actual, End::Exception(Exception { vector: 16, .. })) && expected != actual,
+        // AMD's CPUs want the address before the bit offset is added to be canonical as well; SDM Vol. 2 "BT" only speaks of
+        // the word that holds the bit.
+        M::Bt | M::Btc | M::Btr | M::Bts => {
+            instruction.op0_kind() == OpKind::Memory
+                && instruction.op1_kind() == OpKind::Register
+                && matches!(expected, End::Exception(Exception { vector: 12 | 13, .. }))
+                && expected != actual
+        }
         _ => false,
     }
 }

@@ -10,6 +10,8 @@ use kvm_abi::consts::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
 use kvm_abi::{Plain, kvm_cpuid_entry, kvm_cpuid_entry2};
 use x86_defs::cpuid::{self as bit, Feature, Register};
 
+use crate::xsave;
+
 /// `KVM_MAX_CPUID_ENTRIES`
 pub(crate) const MAX_ENTRIES: u32 = 256;
 
@@ -22,8 +24,8 @@ const KVM_FEATURES_LEAF: u32 = 0x4000_0001;
 const MAX_BASIC: u32 = 0xd;
 const MAX_EXTENDED: u32 = 0x8000_0008;
 
-/// Bytes of an XSAVE area: the legacy region and the header. XCR0 has x87 and SSE.
-const XSAVE_BYTES: u32 = 512 + 64;
+/// Bytes of an XSAVE area with x87 and SSE: the legacy region and the header.
+const XSAVE_LEAST: u32 = 512 + 64;
 
 /// Shown in leaves 8000_0002H to 8000_0004H.
 const BRAND: &[u8; 48] = b"softkvm virtual processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
@@ -77,9 +79,12 @@ pub const OFFERED: &[Feature] = &[
     bit::CLFLUSHOPT,
     bit::CLWB,
     bit::UMIP,
+    bit::PKU,
+    bit::LA57,
     bit::RDPID,
     bit::CLDEMOTE,
     bit::MOVDIRI,
+    bit::MOVDIR64B,
     bit::FSRM,
     bit::SERIALIZE,
     bit::XSAVEOPT,
@@ -96,6 +101,11 @@ pub const OFFERED: &[Feature] = &[
     bit::WBNOINVD,
     bit::KVM_NOP_IO_DELAY,
 ];
+
+/// Whether guests on this host are told of a feature of [`OFFERED`].
+fn is_offered_here(feature: &Feature) -> bool {
+    *feature != bit::PKU || xsave::pkru_at().is_some()
+}
 
 /// AMD repeats these bits of 1.EDX in 8000_0001H.EDX; Intel leaves them 0 there.
 const AMD_REPEATS: &[(Feature, Feature)] = &[
@@ -154,7 +164,7 @@ impl Table {
     fn push(&mut self, function: u32, index: u32, flags: u32, mut regs: [u32; 4]) {
         let repeats =
             AMD_REPEATS.iter().filter(|(basic, _)| self.amd && OFFERED.contains(basic)).map(|(_, extended)| extended);
-        for feature in OFFERED.iter().chain(repeats) {
+        for feature in OFFERED.iter().filter(|feature| is_offered_here(feature)).chain(repeats) {
             if (feature.leaf, feature.subleaf) == (function, index) {
                 regs[feature.register as usize] |= feature.mask();
             }
@@ -203,8 +213,12 @@ fn make_supported() -> Vec<kvm_cpuid_entry2> {
     table.leaf(0xa, [0; 4]);
     table.subleaf(0xb, 0, [0; 4]);
     if OFFERED.contains(&bit::XSAVE) {
-        table.subleaf(0xd, 0, [3, XSAVE_BYTES, XSAVE_BYTES, 0]);
-        table.subleaf(0xd, 1, [0, XSAVE_BYTES, 0, 0]);
+        let all = xsave::pkru_at().map_or(XSAVE_LEAST, |at| at + 8);
+        table.subleaf(0xd, 0, [xsave::components() as u32, XSAVE_LEAST, all, 0]);
+        table.subleaf(0xd, 1, [0, XSAVE_LEAST, 0, 0]);
+        if let Some(at) = xsave::pkru_at() {
+            table.subleaf(0xd, 9, [8, at, 0, 0]);
+        }
     } else {
         table.subleaf(0xd, 0, [0; 4]);
     }
@@ -217,7 +231,7 @@ fn make_supported() -> Vec<kvm_cpuid_entry2> {
     table.leaf(0x8000_0005, host(0x8000_0005, 0));
     table.leaf(0x8000_0006, host(0x8000_0006, 0));
     table.leaf(0x8000_0007, [0, 0, 0, host(0x8000_0007, 0)[3] & bit::INVARIANT_TSC.mask()]);
-    table.leaf(0x8000_0008, [u32::from(supported_phys_bits()) | 48 << 8, 0, 0, 0]);
+    table.leaf(0x8000_0008, [u32::from(supported_phys_bits()) | 57 << 8, 0, 0, 0]);
     let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| KVM_SIGNATURE[at + i]));
     table.leaf(KVM_SIGNATURE_LEAF, [KVM_FEATURES_LEAF, word(0), word(4), word(8)]);
     table.leaf(KVM_FEATURES_LEAF, [0; 4]);
@@ -279,7 +293,7 @@ mod tests {
     fn every_offered_bit_is_in_the_table_and_no_other() {
         let table = supported();
         for feature in OFFERED {
-            assert!(has(table, *feature), "{feature:?}");
+            assert_eq!(has(table, *feature), is_offered_here(feature), "{feature:?}");
         }
         for feature in bit::ALL {
             let repeat = AMD_REPEATS.iter().any(|(_, extended)| extended == feature);

@@ -1,12 +1,29 @@
 //! XSAVE images as `KVM_GET_XSAVE` and `KVM_SET_XSAVE` move them: the standard form of SDM Vol. 1 "XSAVE Area".
 
+use std::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+use std::sync::LazyLock;
+
 use cpu_core::Fpu;
 use nix::errno::Errno;
 
-/// XCR0 components that the core has: x87 and SSE.
-pub(crate) const COMPONENTS: u64 = X87 | SSE;
+/// XCR0 components: x87, SSE, and PKRU where the host has it.
+pub(crate) fn components() -> u64 {
+    X87 | SSE | if pkru_at().is_some() { PKRU } else { 0 }
+}
 const X87: u64 = 1;
 const SSE: u64 = 2;
+const PKRU: u64 = 1 << 9;
+
+/// Place of PKRU in an image, bytes, where the host has it. VMMs ask the host's CPUID for it and not ours (QEMU's
+/// `kvm_cpu_xsave_init`), so guests of a host without it are told of no protection keys.
+pub(crate) fn pkru_at() -> Option<u32> {
+    static AT: LazyLock<Option<u32>> = LazyLock::new(|| {
+        let highest = __cpuid(0).eax;
+        let CpuidResult { eax, ebx, .. } = __cpuid_count(0xd, 9);
+        (highest >= 0xd && eax == 8 && ebx >= HEADER_END as u32 && ebx <= 4096 - 8).then_some(ebx)
+    });
+    *AT
+}
 
 /// Bytes of the legacy region; the header follows: XSTATE_BV, XCOMP_BV, 48 reserved bytes.
 const LEGACY: usize = 512;
@@ -19,11 +36,14 @@ pub(crate) fn is_valid_xcr0(xcr0: u64, supported: u64) -> bool {
     xcr0 & X87 != 0 && xcr0 & !(supported | X87) == 0
 }
 
-/// The state of a CPU. Both components are marked as in use, as Linux does for KVM.
+/// The state of a CPU. All components are marked as in use, as Linux does for KVM.
 pub(crate) fn image(fpu: &Fpu) -> [u32; 1024] {
     let mut bytes = [0; 4096];
     bytes[..LEGACY].copy_from_slice(&fpu.to_fxsave(MXCSR_MASK));
-    bytes[LEGACY..LEGACY + 8].copy_from_slice(&COMPONENTS.to_le_bytes());
+    bytes[LEGACY..LEGACY + 8].copy_from_slice(&components().to_le_bytes());
+    if let Some(at) = pkru_at() {
+        bytes[at as usize..][..4].copy_from_slice(&fpu.pkru.to_le_bytes());
+    }
     let mut words = [0; 1024];
     for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
         *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
@@ -37,10 +57,10 @@ pub(crate) fn load(fpu: &mut Fpu, words: &[u32; 1024]) -> Result<(), Errno> {
     let bytes: Vec<u8> = words[..HEADER_END / 4].iter().flat_map(|word| word.to_le_bytes()).collect();
     let qword = |at: usize| bytes[at..at + 8].iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
     let in_use = qword(LEGACY);
-    if in_use & !COMPONENTS != 0 || bytes[LEGACY + 8..HEADER_END].iter().any(|&byte| byte != 0) {
+    if in_use & !components() != 0 || bytes[LEGACY + 8..HEADER_END].iter().any(|&byte| byte != 0) {
         return Err(Errno::EINVAL);
     }
-    if in_use != 0 && words[6] & !MXCSR_MASK != 0 {
+    if in_use & (X87 | SSE) != 0 && words[6] & !MXCSR_MASK != 0 {
         return Err(Errno::EINVAL);
     }
     let initial = Fpu { xcr0: fpu.xcr0, ..Fpu::default() };
@@ -50,13 +70,17 @@ pub(crate) fn load(fpu: &mut Fpu, words: &[u32; 1024]) -> Result<(), Errno> {
         take(0..24);
         take(32..160);
     }
-    if in_use != 0 {
+    if in_use & (X87 | SSE) != 0 {
         take(24..28);
     }
     if in_use & SSE != 0 {
         take(160..416);
     }
     fpu.load_fxsave(&image);
+    fpu.pkru = match pkru_at() {
+        Some(at) if in_use & PKRU != 0 => words[at as usize / 4],
+        _ => 0,
+    };
     Ok(())
 }
 
@@ -66,6 +90,7 @@ mod tests {
 
     fn sample() -> Fpu {
         let mut fpu = Fpu { fcw: 0x27f, fsw: 3 << 11, ftw: 0x81, mxcsr: 0x1f00, ..Fpu::default() };
+        fpu.pkru = if pkru_at().is_some() { 0x5555_5554 } else { 0 };
         fpu.st[3][..10].copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
         fpu.vector[15].0[..16].copy_from_slice(&[7; 16]);
         fpu

@@ -12,7 +12,7 @@ use crate::vmx::Exit;
 
 const GDT: u64 = 0x1_0000;
 const IDT: u64 = 0x1_1000;
-const TSS: u64 = 0x1_2000;
+pub(super) const TSS: u64 = 0x1_2000;
 const HANDLERS: u64 = 0x2_0000;
 const INNER_STACK: u64 = 0x3_0008;
 const IST1: u64 = 0x3_8000;
@@ -21,7 +21,7 @@ const OTHER_CODE: u64 = 0x5_0000;
 const AT: u64 = crate::testing::CODE;
 const DONE: u8 = 0x80;
 const BREAKPOINT: u8 = 3;
-const NON_CANONICAL: u64 = 0x8000_0000_0000;
+pub(super) const NON_CANONICAL: u64 = 0x8000_0000_0000;
 
 mod sel {
     pub(super) const CODE0: u16 = 0x08;
@@ -58,10 +58,10 @@ fn gate(selector: u16, offset: u64, rights: u32, ist: u8) -> [u64; 2] {
     [low, offset >> 32]
 }
 
-struct Guest(Machine);
+pub(super) struct Guest(pub(super) Machine);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seen {
+pub(super) enum Seen {
     /// INT 80H at the end.
     Done,
     /// A vector with its error code, and RIP relative to the code.
@@ -71,7 +71,7 @@ enum Seen {
 use Seen::{Done, Event};
 
 impl Guest {
-    fn new(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Self {
+    pub(super) fn new(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Self {
         let mut machine = Machine::new_64bit(|a| {
             assemble(a);
             a.int(i32::from(DONE)).unwrap();
@@ -136,7 +136,7 @@ impl Guest {
         self.quad(self.0.cpu.reg(Gpr::Rsp) + 8 * i)
     }
 
-    fn run(&mut self) -> Seen {
+    pub(super) fn run(&mut self) -> Seen {
         let exit = self.0.cpu.run();
         if exit != Exit::Hlt {
             return Seen::Exit(exit);
@@ -162,7 +162,7 @@ fn set_gate(machine: &mut Machine, vector: u8, [low, high]: [u64; 2]) {
     machine.write(IDT + 16 * u64::from(vector) + 8, &high.to_le_bytes());
 }
 
-fn run(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Seen {
+pub(super) fn run(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Seen {
     Guest::new(cpl, assemble).run()
 }
 
@@ -449,7 +449,7 @@ fn swapgs_exchanges_bases() {
 }
 
 /// A name and what assembles it.
-type Named = (&'static str, fn(&mut CodeAssembler));
+pub(super) type Named = (&'static str, fn(&mut CodeAssembler));
 
 #[test]
 fn umip_keeps_the_tables_secret() {

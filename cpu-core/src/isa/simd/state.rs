@@ -140,11 +140,17 @@ impl Cpu {
         Ok(la)
     }
 
-    /// Loads `image` from linear address `la`, 16 bytes at a time; nothing is committed if any piece faults.
+    /// Loads `image` from linear address `la`, 16 bytes at a time and what is left, 8, by itself; nothing is committed if any piece faults.
     pub(super) fn load_image(&mut self, la: u64, image: &mut [u8], seg: Seg) -> Result<(), Stop> {
-        for (i, piece) in image.chunks_exact_mut(16).enumerate() {
+        let even = image.len() & !15;
+        let mut pieces = image.chunks_exact_mut(16);
+        for (i, piece) in pieces.by_ref().enumerate() {
             let at = self.wrap_linear(la.wrapping_add(16 * i as u64));
             piece.copy_from_slice(&crate::host_simd::to_u128(self.load_16(at, seg)?).to_le_bytes());
+        }
+        if let rest @ [_, ..] = pieces.into_remainder() {
+            let at = self.wrap_linear(la.wrapping_add(even as u64));
+            rest.copy_from_slice(&self.load::<u64>(at, seg)?.to_le_bytes());
         }
         Ok(())
     }

@@ -25,6 +25,7 @@ pub(in crate::isa) const ROWS: &[Row] = &[
 const X87: u64 = 1 << 0;
 const SSE: u64 = 1 << 1;
 const AVX: u64 = 1 << 2;
+const PKRU: u64 = 1 << 9;
 /// XCOMP_BV: the extended region is compacted.
 const COMPACTED: u64 = 1 << 63;
 
@@ -33,15 +34,15 @@ const MXCSR_AT: usize = 24;
 const XMM_AT: usize = 160;
 const HEADER_AT: usize = 512;
 const EXTENDED_AT: usize = 576;
-/// Legacy region, header, and every component of [`EXTENDED`].
-const AREA: usize = EXTENDED_AT + 256;
+/// Bytes of the largest component of [`EXTENDED`].
+const LARGEST: usize = 256;
 
 /// A component of the extended region.
 struct Component {
     bit: u64,
     bytes: usize,
     /// Place in the standard format.
-    at: usize,
+    at: fn(&Cpu) -> usize,
     in_use: fn(&Cpu) -> bool,
     put: fn(&Cpu, &mut [u8]),
     load: fn(&mut Cpu, &[u8]),
@@ -49,27 +50,38 @@ struct Component {
 }
 
 /// SDM Vol. 1 "XSAVE-Supported Features and State-Component Bitmaps": user state beyond the legacy region.
-const EXTENDED: &[Component] = &[Component {
-    bit: AVX,
-    bytes: 256,
-    at: EXTENDED_AT,
-    in_use: |cpu| cpu.fpu.vector.iter().any(|v| v.0[16..32] != [0; 16]),
-    put: |cpu, out| {
-        for n in 0..usize::from(cpu.xmm_registers()) {
-            out[16 * n..][..16].copy_from_slice(&cpu.fpu.vector[n].0[16..32]);
-        }
+const EXTENDED: &[Component] = &[
+    Component {
+        bit: AVX,
+        bytes: 256,
+        at: |_| EXTENDED_AT,
+        in_use: |cpu| cpu.fpu.vector.iter().any(|v| v.0[16..32] != [0; 16]),
+        put: |cpu, out| {
+            for n in 0..usize::from(cpu.xmm_registers()) {
+                out[16 * n..][..16].copy_from_slice(&cpu.fpu.vector[n].0[16..32]);
+            }
+        },
+        load: |cpu, from| {
+            for n in 0..usize::from(cpu.xmm_registers()) {
+                cpu.fpu.vector[n].0[16..32].copy_from_slice(&from[16 * n..][..16]);
+            }
+        },
+        init: |cpu| {
+            for n in 0..usize::from(cpu.xmm_registers()) {
+                cpu.fpu.vector[n].0[16..32].fill(0);
+            }
+        },
     },
-    load: |cpu, from| {
-        for n in 0..usize::from(cpu.xmm_registers()) {
-            cpu.fpu.vector[n].0[16..32].copy_from_slice(&from[16 * n..][..16]);
-        }
+    Component {
+        bit: PKRU,
+        bytes: 8,
+        at: |cpu| cpu.offered.pkru_at as usize,
+        in_use: |cpu| cpu.fpu.pkru != 0,
+        put: |cpu, out| out.copy_from_slice(&u64::from(cpu.fpu.pkru).to_le_bytes()),
+        load: |cpu, from| cpu.set_pkru(word(from, 0) as u32),
+        init: |cpu| cpu.set_pkru(0),
     },
-    init: |cpu| {
-        for n in 0..usize::from(cpu.xmm_registers()) {
-            cpu.fpu.vector[n].0[16..32].fill(0);
-        }
-    },
-}];
+];
 
 /// How the three saving instructions differ.
 trait Form: 'static {
@@ -126,14 +138,19 @@ fn xsave<F: Form, const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_xsave()?;
     let seg = op.segment();
     let requested = cpu.requested();
-    let extended: usize = EXTENDED.iter().filter(|c| requested & c.bit != 0).map(|c| c.bytes).sum();
-    let la = cpu.operand_address(op, (EXTENDED_AT + extended) as u32, true)?;
+    let asked = EXTENDED.iter().filter(|c| requested & c.bit != 0);
+    let end = if F::COMPACTED {
+        EXTENDED_AT + asked.map(|c| c.bytes).sum::<usize>()
+    } else {
+        asked.map(|c| (c.at)(cpu) + c.bytes).max().unwrap_or(EXTENDED_AT)
+    };
+    let la = cpu.operand_address(op, end as u32, true)?;
     cpu.require_aligned(la, 64)?;
-    cpu.probe_write(la, (EXTENDED_AT + extended) as u32, seg)?;
+    cpu.probe_write(la, end as u32, seg)?;
     let in_use = cpu.in_use();
     let written = if F::SKIPS_INITIAL { requested & in_use } else { requested };
 
-    let mut area = [0; AREA];
+    let mut area = [0; EXTENDED_AT];
     let header = cpu.wrap_linear(la.wrapping_add(HEADER_AT as u64));
     let state =
         if F::COMPACTED { requested & in_use } else { cpu.load::<u64>(header, seg)? & !requested | requested & in_use };
@@ -156,12 +173,13 @@ fn xsave<F: Form, const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     }
     let mut compacted_at = EXTENDED_AT;
     for component in EXTENDED.iter().filter(|c| requested & c.bit != 0) {
-        let at = if F::COMPACTED { compacted_at } else { component.at };
+        let at = if F::COMPACTED { compacted_at } else { (component.at)(cpu) };
         compacted_at += component.bytes;
         if written & component.bit != 0 {
             let used = 16 * usize::from(cpu.xmm_registers());
-            (component.put)(cpu, &mut area[at..at + component.bytes]);
-            cpu.store_part(la, &area, at, at + component.bytes.min(used), seg)?;
+            let mut image = [0; LARGEST];
+            (component.put)(cpu, &mut image[..component.bytes]);
+            cpu.store_part(la.wrapping_add(at as u64), &image, 0, component.bytes.min(used), seg)?;
         }
     }
     cpu.store(header, state, seg)?;
@@ -178,8 +196,8 @@ fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     let requested = cpu.requested();
     let la = cpu.operand_address(op, EXTENDED_AT as u32, false)?;
     cpu.require_aligned(la, 64)?;
-    let mut area = [0; AREA];
-    cpu.load_image(la, &mut area[..EXTENDED_AT], seg)?;
+    let mut area = [0; EXTENDED_AT];
+    cpu.load_image(la, &mut area, seg)?;
     let (state, format) = (word(&area, HEADER_AT), word(&area, HEADER_AT + 8));
     let compacted = format & COMPACTED != 0;
     let valid = if compacted {
@@ -200,15 +218,15 @@ fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
         return Err(cpu.fault(Fault::gp(0)));
     }
     let mut at = EXTENDED_AT;
-    let mut places = [0; EXTENDED.len()];
-    for (component, place) in EXTENDED.iter().zip(&mut places) {
-        *place = if compacted { at } else { component.at };
+    let mut images = [[0; LARGEST]; EXTENDED.len()];
+    for (component, image) in EXTENDED.iter().zip(&mut images) {
+        let place = if compacted { at } else { (component.at)(cpu) };
         if compacted && format & component.bit != 0 {
             at += component.bytes;
         }
         if requested & state & component.bit != 0 {
-            let from = cpu.wrap_linear(la.wrapping_add(*place as u64));
-            cpu.load_image(from, &mut area[*place..*place + component.bytes], seg)?;
+            let from = cpu.wrap_linear(la.wrapping_add(place as u64));
+            cpu.load_image(from, &mut image[..component.bytes], seg)?;
         }
     }
 
@@ -236,9 +254,9 @@ fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
             cpu.set_xmm(n, u128::from_le_bytes(value));
         }
     }
-    for (component, place) in EXTENDED.iter().zip(places) {
+    for (component, image) in EXTENDED.iter().zip(&images) {
         match (requested & component.bit != 0, state & component.bit != 0) {
-            (true, true) => (component.load)(cpu, &area[place..place + component.bytes]),
+            (true, true) => (component.load)(cpu, &image[..component.bytes]),
             (true, false) => (component.init)(cpu),
             (false, _) => {}
         }

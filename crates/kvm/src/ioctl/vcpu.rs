@@ -344,7 +344,7 @@ pub(super) fn set_xcrs(vcpu: &mut Vcpu, xcrs: &kvm_xcrs) -> Result<(), Errno> {
     if let Some(xcr0) = xcrs.xcrs[..count].iter().find(|xcr| xcr.xcr == 0) {
         let supported =
             cpuid::find(&vcpu.cpuid, 0xd, 0).map_or(0, |entry| u64::from(entry.edx) << 32 | u64::from(entry.eax));
-        if !xsave::is_valid_xcr0(xcr0.value, supported & xsave::COMPONENTS) {
+        if !xsave::is_valid_xcr0(xcr0.value, supported & xsave::components()) {
             return Err(Errno::EINVAL);
         }
         vcpu.cpu.fpu_mut().xcr0 = xcr0.value;
