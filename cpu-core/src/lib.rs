@@ -21,6 +21,8 @@ mod run;
 mod state;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod vmx;
 mod word;
 

@@ -1,0 +1,342 @@
+//! Code that changes: under the CPU that runs it, by another CPU, by the VMM, through other addresses. What must be seen, and
+//! from when on, is SDM Vol. 3 "Self-Modifying Code" and "Handling Self- and Cross-Modifying Code"; like processors since
+//! the P6 family, the core sees its own stores at the next instruction.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use iced_x86::code_asm::*;
+use mmu::View;
+use x86_defs::GuestPhysAddr;
+
+use crate::Cpu;
+use crate::platform::HostPlatform;
+use crate::state::{DescriptorTable, Gpr, Seg, Segment};
+use crate::testing::{CODE, Machine};
+use crate::vmx::Exit;
+
+type Assemble = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
+
+/// Linear address of the second mapping of the first 2 MBytes.
+const ALIAS: u64 = 0x60_0000;
+const PAGE_DIRECTORY: u64 = 0x8_2000;
+
+/// 64-bit mode with all of memory a second time at [`ALIAS`].
+fn machine(assemble: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Machine {
+    let mut machine = Machine::new_64bit(|a| {
+        assemble(a).expect("encodable");
+        a.hlt().expect("encodable");
+    });
+    machine.write(PAGE_DIRECTORY + 8 * (ALIAS >> 21), &0x87u64.to_le_bytes());
+    machine.cpu.cr4 |= x86_defs::Cr4::OSXSAVE;
+    machine.cpu.fpu_mut().xcr0 = 3;
+    machine
+}
+
+/// Every kind of store over the operand of an instruction that the same trace has decoded already. RBX: the address of four
+/// bytes that become 77777777H; all sources hold that value.
+const STORES: &[(&str, Assemble)] = &[
+    ("MOV byte", |a| a.mov(byte_ptr(rbx), al).and(a.mov(byte_ptr(rbx + 1), ah)).and(a.mov(word_ptr(rbx + 2), ax))),
+    ("MOV", |a| a.mov(dword_ptr(rbx), eax)),
+    ("MOV immediate", |a| a.mov(dword_ptr(rbx), 0x7777_7777)),
+    ("MOV with an index", |a| a.mov(dword_ptr(rbx + rcx * 4), eax)),
+    ("MOVNTI", |a| a.movnti(dword_ptr(rbx), eax)),
+    ("MOVDIRI", |a| a.movdiri(dword_ptr(rbx), eax)),
+    ("MOVBE", |a| a.movbe(dword_ptr(rbx), eax)),
+    ("XCHG", |a| a.mov(edx, eax).and(a.xchg(dword_ptr(rbx), edx))),
+    ("ADD", |a| a.add(dword_ptr(rbx), edi)),
+    ("LOCK ADD", |a| a.lock().add(dword_ptr(rbx), edi)),
+    ("LOCK CMPXCHG", |a| a.mov(edx, eax).and(a.mov(eax, 0x1111_1111)).and(a.lock().cmpxchg(dword_ptr(rbx), edx))),
+    ("NOT", |a| a.mov(dword_ptr(rbx), 0x8888_8888u32).and(a.not(dword_ptr(rbx)))),
+    ("SHR", |a| a.mov(dword_ptr(rbx), 0xeeee_eeeeu32).and(a.shr(dword_ptr(rbx), 1))),
+    ("PUSH", |a| a.mov(rbp, rsp).and(a.lea(rsp, ptr(rbx + 4))).and(a.push(ax)).and(a.push(ax)).and(a.mov(rsp, rbp))),
+    ("POP", |a| a.push(rax).and(a.pop(word_ptr(rbx))).and(a.pop(word_ptr(rbx + 2))).and(a.add(rsp, 4))),
+    ("STOSD", |a| a.mov(rdi, rbx).and(a.stosd())),
+    ("REP STOSB", |a| a.mov(rdi, rbx).and(a.mov(ecx, 4)).and(a.rep().stosb())),
+    ("REP MOVSB", |a| a.push(rax).and(a.mov(rsi, rsp)).and(a.mov(rdi, rbx)).and(a.mov(ecx, 4)).and(a.rep().movsb())),
+    ("MOVD", |a| a.movd(xmm0, eax).and(a.movd(dword_ptr(rbx), xmm0))),
+    ("MOVSS", |a| a.movd(xmm0, eax).and(a.movss(dword_ptr(rbx), xmm0))),
+    ("FISTP", |a| a.push(rax).and(a.fild(dword_ptr(rsp))).and(a.fistp(dword_ptr(rbx)))),
+    ("MOVD MM", |a| a.movd(mm0, eax).and(a.movd(dword_ptr(rbx), mm0)).and(a.emms())),
+];
+
+/// Runs what `store` writes over `mov r8d, 11111111H`, `ahead` bytes of NOP behind the store.
+fn patched(store: Assemble, ahead: usize, address: u64) -> Machine {
+    let mut machine = machine(|a| {
+        let mut target = a.create_label();
+        a.lea(rbx, ptr(target))?;
+        a.add(rbx, rcx)?;
+        a.xor(ecx, ecx)?;
+        a.mov(eax, 0x7777_7777)?;
+        a.mov(edi, 0x6666_6666)?;
+        store(a)?;
+        for _ in 0..ahead {
+            a.nop()?;
+        }
+        a.nop()?;
+        a.set_label(&mut target)?;
+        a.mov(r8d, 0x1111_1111)
+    });
+    // The label is that of the instruction; its operand is two bytes further.
+    machine.cpu.set_reg(Gpr::Rcx, address + 2);
+    machine
+}
+
+#[test]
+fn a_cpus_own_stores_are_seen_at_the_next_instruction() {
+    for (name, store) in STORES {
+        for (ahead, address) in [(0, 0), (40, 0), (0, ALIAS), (3, ALIAS)] {
+            let mut machine = patched(*store, ahead, address);
+            assert_eq!(machine.cpu.run(), Exit::Hlt, "{name}");
+            assert_eq!(machine.cpu.reg(Gpr::R8), 0x7777_7777, "{name}, {ahead} bytes ahead, {address:#x}");
+            // Once more over code that has run: from the start, with the first bytes back in place.
+            let mut again = patched(*store, ahead, address);
+            again.cpu.rip = CODE;
+            let first = again.read::<256>(CODE);
+            for _ in 0..3 {
+                again.write(CODE, &first);
+                again.cpu.rip = CODE;
+                again.cpu.set_reg(Gpr::Rcx, address + 2);
+                again.cpu.set_reg(Gpr::R8, 0);
+                assert_eq!(again.cpu.run(), Exit::Hlt, "{name}");
+                assert_eq!(again.cpu.reg(Gpr::R8), 0x7777_7777, "{name} again");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_store_that_crosses_into_the_next_page_changes_both() {
+    // `mov r8d, imm32` with two bytes of its operand in the next page, run in a loop that stores what it counts.
+    let mut machine = machine(|a| {
+        let mut top = a.create_label();
+        a.mov(ecx, 200)?;
+        a.set_label(&mut top)?;
+        a.mov(dword_ptr(0x2ffe), ecx)?;
+        a.call(0x2ffcu64)?;
+        a.add(r9d, r8d)?;
+        a.dec(ecx)?;
+        a.jne(top)
+    });
+    machine.write(0x2ffc, &[0x41, 0xb8, 0, 0, 0, 0, 0xc3]);
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!(machine.cpu.reg(Gpr::R9), (1..=200).sum());
+}
+
+#[test]
+fn a_repeated_store_over_itself_ends() {
+    // REP STOSB fills from itself on with HLT. It goes on as it was fetched, or, interrupted, stops at the HLT that it is now.
+    let mut machine = machine(|a| {
+        let mut itself = a.create_label();
+        a.mov(eax, 0xf4)?;
+        a.mov(ecx, 64)?;
+        a.lea(rdi, ptr(itself))?;
+        a.mov(rbx, rdi)?;
+        a.set_label(&mut itself)?;
+        a.rep().stosb()?;
+        a.ud2()
+    });
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    let (start, left) = (machine.cpu.reg(Gpr::Rbx), machine.cpu.reg(Gpr::Rcx));
+    assert_eq!(machine.cpu.reg(Gpr::Rdi), start + 64 - left);
+    assert_eq!(machine.cpu.rip, start + 1 + if left == 0 { 2 } else { 0 });
+    assert!(machine.read::<64>(start)[..(64 - left) as usize].iter().all(|byte| *byte == 0xf4));
+}
+
+#[test]
+fn frames_that_the_cpu_pushes_over_code_are_seen() {
+    // INT 3 pushes its frame over `hlt` at 3000H..; the handler goes there. The low byte of the frame's RIP is the new code.
+    let mut machine = machine(|a| {
+        a.call(0x3000u64)?;
+        a.mov(rsp, 0x3030u64)?;
+        a.int3()
+    });
+    // The frame: SS RSP RFLAGS CS RIP at 3008H. RIP's low bytes make the instruction there: whatever they are, not RET.
+    machine.write(0x3000, &[0x90; 8]);
+    machine.write(0x3008, &[0xc3; 40]);
+    machine.write(0x4000, &[0xf4]);
+    let gate = 0x4000u64 & 0xffff | 8 << 16 | 0x8e << 40;
+    machine.write(0x5000 + 16 * 3, &gate.to_le_bytes());
+    machine.write(0x5000 + 16 * 3 + 8, &0u64.to_le_bytes());
+    // A GDT with a 64-bit code segment at 8.
+    machine.write(0x6008, &0x00af_9b00_0000_ffffu64.to_le_bytes());
+    machine.write(0x6010, &0x00cf_9300_0000_ffffu64.to_le_bytes());
+    machine.cpu.gdt = DescriptorTable { base: 0x6000, limit: 0x17 };
+    machine.cpu.idt = DescriptorTable { base: 0x5000, limit: 0xfff };
+    let flat = machine.cpu.seg[Seg::Ds as usize];
+    machine.cpu.seg[Seg::Ss as usize] = Segment { selector: 0x10, ..flat };
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!(machine.cpu.reg(Gpr::Rsp), 0x3008);
+    // What was RET is now part of the frame: an instruction that decodes anew.
+    machine.write(0x3008, &[0x41, 0xb8, 5, 0, 0, 0, 0xf4]);
+    machine.cpu.rip = 0x3000;
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!(machine.cpu.reg(Gpr::R8), 5);
+}
+
+#[test]
+fn a_page_mapped_elsewhere_is_other_code() {
+    // Two pages of code, 5000_0000H-wise the same linear page in turn: by a store to the PDE and INVLPG, and by MOV CR3.
+    const AT: u64 = 0x80_0000;
+    for flush in ["INVLPG", "MOV CR3", "INVPCID"] {
+        let mut machine = machine(|a| {
+            let mut top = a.create_label();
+            a.mov(ecx, 50)?;
+            a.mov(rbx, AT)?;
+            a.set_label(&mut top)?;
+            a.call(rbx)?;
+            a.xor(qword_ptr(PAGE_DIRECTORY + 8 * (AT >> 21)), 0x60_0000)?;
+            match flush {
+                "INVLPG" => a.invlpg(ptr(rbx))?,
+                "INVPCID" => a.mov(eax, 2).and(a.invpcid(rax, xmmword_ptr(0x7000)))?,
+                _ => a.mov(rax, cr3).and(a.mov(cr3, rax))?,
+            }
+            a.dec(ecx)?;
+            a.jne(top)
+        });
+        for (page, adds) in [(0xa0_0000u64, 1u8), (0xc0_0000, 100)] {
+            machine.write(page, &[0x49, 0x83, 0xc0, adds, 0xc3]);
+        }
+        machine.write(PAGE_DIRECTORY + 8 * (AT >> 21), &0xa0_0087u64.to_le_bytes());
+        assert_eq!(machine.cpu.run(), Exit::Hlt);
+        assert_eq!(machine.cpu.reg(Gpr::R8), 25 * 101, "{flush}");
+    }
+}
+
+/// Where the code lies that others change: `mov r8d, imm32; ret`, and where the sides talk.
+const SHARED: u64 = 0xa_0000;
+const TURN: u64 = 0xb_0000;
+const ROUNDS: u32 = 50;
+
+/// The executing side of "Handling Self- and Cross-Modifying Code": waits for its turn, executes a serialising instruction,
+/// then the modified code, and hands the turn back with what it saw.
+fn executor(serialise: Assemble) -> Machine {
+    let mut machine = machine(|a| {
+        let (mut wait, mut bad) = (a.create_label(), a.create_label());
+        a.mov(esi, 1)?;
+        a.set_label(&mut wait)?;
+        a.pause()?;
+        a.cmp(dword_ptr(TURN), esi)?;
+        a.jne(wait)?;
+        serialise(a)?;
+        a.call(SHARED)?;
+        a.cmp(r8d, esi)?;
+        a.jne(bad)?;
+        a.mov(dword_ptr(TURN + 64), esi)?;
+        a.inc(esi)?;
+        a.cmp(esi, ROUNDS as i32)?;
+        a.jbe(wait)?;
+        a.set_label(&mut bad)?;
+        a.nop()
+    });
+    machine.write(SHARED, &[0x41, 0xb8, 0, 0, 0, 0, 0xc3]);
+    machine
+}
+
+fn assert_all_seen(machine: &Machine, name: &str) {
+    assert_eq!(machine.cpu.reg(Gpr::R8), u64::from(ROUNDS), "{name}");
+    assert_eq!(machine.cpu.reg(Gpr::Rsi), u64::from(ROUNDS) + 1, "{name}");
+}
+
+/// SDM Vol. 3 "Serializing Instructions", those that a guest at level 0 has at hand.
+const SERIALISING: &[(&str, Assemble)] = &[
+    ("CPUID", |a| a.xor(eax, eax).and(a.cpuid())),
+    ("SERIALIZE", |a| a.serialize()),
+    ("MOV CR0", |a| a.mov(rax, cr0).and(a.mov(cr0, rax))),
+    ("MOV CR3", |a| a.mov(rax, cr3).and(a.mov(cr3, rax))),
+    ("MOV DR7", |a| a.mov(rax, dr7).and(a.mov(dr7, rax))),
+    ("INVLPG", |a| a.invlpg(ptr(TURN))),
+    ("WBINVD", |a| a.wbinvd()),
+    ("WRMSR", |a| a.mov(ecx, 0xc000_0103u32).and(a.xor(eax, eax)).and(a.xor(edx, edx)).and(a.wrmsr())),
+    ("LGDT", |a| a.lgdt(fword_ptr(0x7000))),
+    ("IRETQ", |a| {
+        let mut next = a.create_label();
+        a.mov(rbp, rsp)?;
+        a.push(0x10)?;
+        a.push(rbp)?;
+        a.pushfq()?;
+        a.push(8)?;
+        a.lea(rax, ptr(next))?;
+        a.push(rax)?;
+        a.iretq()?;
+        a.set_label(&mut next)?;
+        a.nop()
+    }),
+];
+
+fn with_gdt(machine: &mut Machine) {
+    machine.write(0x6008, &0x00af_9b00_0000_ffffu64.to_le_bytes());
+    machine.write(0x6010, &0x00cf_9300_0000_ffffu64.to_le_bytes());
+    machine.write(0x7000, &[0x17, 0, 0, 0x60, 0, 0, 0, 0, 0, 0]);
+    machine.cpu.gdt = DescriptorTable { base: 0x6000, limit: 0x17 };
+}
+
+/// The VMM writes guest memory from a thread of its own, without a word to the CPU.
+#[test]
+fn code_that_the_vmm_writes_while_the_guest_runs_is_seen_behind_a_serialising_instruction() {
+    for (name, serialise) in SERIALISING {
+        let mut machine = executor(*serialise);
+        with_gdt(&mut machine);
+        let memory = machine.memory.clone();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut view = View::new(&memory);
+                let _ = view.refresh();
+                for turn in 1..=ROUNDS {
+                    view.write(GuestPhysAddr(SHARED + 2), &turn.to_le_bytes()).expect("RAM");
+                    std::sync::atomic::fence(Ordering::SeqCst);
+                    view.write(GuestPhysAddr(TURN), &turn.to_le_bytes()).expect("RAM");
+                    let mut seen = [0; 4];
+                    while seen != turn.to_le_bytes() && !stop.load(Ordering::Relaxed) {
+                        view.read(GuestPhysAddr(TURN + 64), &mut seen).expect("RAM");
+                        std::thread::yield_now();
+                    }
+                }
+            });
+            assert_eq!(machine.cpu.run(), Exit::Hlt, "{name}");
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert_all_seen(&machine, name);
+    }
+}
+
+/// Another CPU of the same VM writes it, through the second mapping.
+#[test]
+fn code_that_another_cpu_writes_is_seen_behind_a_serialising_instruction() {
+    for (name, serialise) in SERIALISING {
+        let mut machine = executor(*serialise);
+        with_gdt(&mut machine);
+        let mut other = Cpu::new(machine.memory.clone(), Box::new(HostPlatform::default()), 40);
+        other.set_sregs(&machine.cpu.sregs());
+        let mut writer = CodeAssembler::new(64).expect("64 bits");
+        let assembled = (|a: &mut CodeAssembler| {
+            let (mut top, mut wait) = (a.create_label(), a.create_label());
+            a.mov(esi, 1)?;
+            a.set_label(&mut top)?;
+            a.mov(dword_ptr(ALIAS + SHARED + 2), esi)?;
+            a.mov(dword_ptr(ALIAS + TURN), esi)?;
+            a.set_label(&mut wait)?;
+            a.pause()?;
+            a.cmp(dword_ptr(TURN + 64), esi)?;
+            a.jne(wait)?;
+            a.inc(esi)?;
+            a.cmp(esi, ROUNDS as i32)?;
+            a.jbe(top)?;
+            a.hlt()
+        })(&mut writer);
+        assembled.expect("encodable");
+        let code = writer.assemble(0xc_0000).expect("encodable");
+        machine.write(0xc_0000, &code);
+        other.rip = 0xc_0000;
+        let kick = other.kicker();
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| other.run());
+            assert_eq!(machine.cpu.run(), Exit::Hlt, "{name}");
+            if machine.cpu.reg(Gpr::Rsi) <= u64::from(ROUNDS) {
+                kick.kick();
+            }
+            let _ = writing.join().expect("no panic");
+        });
+        assert_all_seen(&machine, name);
+    }
+}
