@@ -106,8 +106,6 @@ pub struct kvm_debug_guest {
     pub pad2: u32,
 }
 
-/// Slots and aliases of a 2.6.22 VM.
-pub const KVM_MEMORY_SLOTS: u32 = 4;
 /// Aliases of a 2.6.22 VM.
 pub const KVM_ALIAS_SLOTS: u32 = 4;
 /// Entries that `KVM_SET_CPUID` takes at most.

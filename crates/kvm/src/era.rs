@@ -77,6 +77,11 @@ impl Era {
         self == Self::Modern
     }
 
+    /// Intel's of 2007 showed real mode as virtual-8086 mode, and a client may load the VM flag that it saved there.
+    pub(crate) fn drops_vm_flag_in_real_mode(self) -> bool {
+        self == Self::Legacy
+    }
+
     /// IA32_APIC_BASE is looked at: reserved bits are refused, and CPUID's APIC bit follows its enable bit.
     pub(crate) fn decodes_apic_base(self) -> bool {
         self == Self::Modern
@@ -105,10 +110,29 @@ impl Era {
         }
     }
 
+    /// Today a guest that has run keeps its CPUID, and a width of linear addresses that no CPU has is refused.
+    pub(crate) fn checks_cpuid(self) -> bool {
+        self == Self::Modern
+    }
+
+    /// `KVM_DEBUG_GUEST` works; today it is refused, `KVM_SET_GUEST_DEBUG` took its place.
+    pub(crate) fn has_debug_guest(self) -> bool {
+        self == Self::Legacy
+    }
+
     // KVM_RUN
 
-    /// 2007 enters the guest before it looks for signals, so a pending one never stops progress; and it knows no
-    /// `immediate_exit`.
+    /// `kvm_run` has today's fields where 2007 had padding: `flags`, `immediate_exit`, and those of `KVM_CAP_SYNC_REGS`.
+    pub(crate) fn has_new_run_fields(self) -> bool {
+        self == Self::Modern
+    }
+
+    /// A `kvm_run.cr8` above 15 is refused; 2007 took what fits.
+    pub(crate) fn checks_cr8(self) -> bool {
+        self == Self::Modern
+    }
+
+    /// 2007 enters the guest before it looks for signals, so a pending one never stops progress.
     pub(crate) fn enters_despite_signal(self) -> bool {
         self == Self::Legacy
     }

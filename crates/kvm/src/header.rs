@@ -85,6 +85,7 @@ pub const LINES: &[Line] = &[
         "KVM_SET_MEMORY_REGION",
         &[
             "set_memory_region_makes_zeroed_ram_and_size_0_frees_it",
+            "the_window_shows_ram_where_the_guest_sees_it",
             "a_region_of_the_same_size_moves_with_its_contents",
             "the_same_place_with_other_flags_keeps_contents_and_log",
             "a_region_that_moves_keeps_its_log",
@@ -93,7 +94,7 @@ pub const LINES: &[Line] = &[
             "more_than_four_slots_may_be_used",
         ],
     )
-    .but("509 slots; all below 64 GiB; a slot that is deleted blocks no other"),
+    .but("509 slots of up to 64 GiB; one that is deleted blocks no other"),
     ioctl("KVM_CREATE_VCPU", &["create_vcpu_makes_any_number_once_each", "fresh_vcpus_are_all_alike"])
         .but("1024 of them; no pages at the end of slot 0"),
     ioctl(

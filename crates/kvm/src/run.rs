@@ -10,7 +10,6 @@ use x86_defs::Rflags;
 
 use crate::client::Client;
 use crate::debug;
-use crate::era::Era;
 use crate::exit::{self, Outcome, Pending};
 use crate::vcpu::Vcpu;
 
@@ -33,8 +32,8 @@ enum Shown {
 impl Vcpu {
     /// Runs the guest. Ok: `kvm_run` tells what user space is to do. EINTR: a signal or `immediate_exit`.
     pub(crate) fn run(&mut self, client: &dyn Client) -> Result<(), Errno> {
-        let immediate_exit = !self.era.enters_despite_signal() && self.page.immediate_exit();
-        if self.era == Era::Modern {
+        let immediate_exit = self.era.has_new_run_fields() && self.page.immediate_exit();
+        if self.era.has_new_run_fields() {
             self.page.set_flags(0);
         }
         let result = self.run_once(client, immediate_exit);
@@ -49,7 +48,7 @@ impl Vcpu {
     }
 
     fn run_once(&mut self, client: &dyn Client, immediate_exit: bool) -> Result<Shown, Errno> {
-        if self.era == Era::Modern && self.page.sync_regs() != (0, 0) {
+        if self.era.has_new_run_fields() && self.page.sync_regs() != (0, 0) {
             return Err(Errno::EINVAL);
         }
         self.take_cr8()?;
@@ -71,10 +70,7 @@ impl Vcpu {
         }
         let _guard = client.on_interrupt(self.on_signal.clone(), self.signal_mask);
         self.counters.running.store(true, Relaxed);
-        let result = match self.era {
-            Era::Modern => self.run_modern(client),
-            Era::Legacy => self.run_legacy(client),
-        };
+        let result = if self.era.enters_despite_signal() { self.run_legacy(client) } else { self.run_modern(client) };
         self.counters.running.store(false, Relaxed);
         result.map(|()| Shown::Now)
     }
@@ -188,7 +184,7 @@ impl Vcpu {
     /// CR8 is user space's while the APIC is: every entry loads it.
     fn take_cr8(&mut self) -> Result<(), Errno> {
         let cr8 = self.page.cr8();
-        if cr8 > CR8_MAX && self.era == Era::Modern {
+        if cr8 > CR8_MAX && self.era.checks_cr8() {
             return Err(Errno::EINVAL);
         }
         self.cpu.set_cr8(cr8 & CR8_MAX);

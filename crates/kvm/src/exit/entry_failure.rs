@@ -1,7 +1,7 @@
 //! Guest state that VM entry refuses (SDM Vol. 3 App. C, reason 33, "VM-entry failure due to invalid guest state").
 //!
-//! Today `KVM_EXIT_FAIL_ENTRY` with the whole exit reason; in 2007 that stood for VM-instruction errors, and this came as
-//! `KVM_EXIT_UNKNOWN`.
+//! Today `KVM_EXIT_FAIL_ENTRY` with the whole exit reason. In 2007 that stood for errors of the VM instructions, of which none
+//! is executed here, and this came as `KVM_EXIT_UNKNOWN`.
 
 use kvm_abi::consts::{KVM_EXIT_FAIL_ENTRY, KVM_EXIT_UNKNOWN};
 

@@ -47,7 +47,7 @@ pub(super) fn get_regs(vcpu: &mut Vcpu) -> Result<kvm_regs, Errno> {
 /// `__set_regs` does. A VM of 2007 may carry VM86 flags that hide real mode: they are masked there.
 pub(super) fn set_regs(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<(), Errno> {
     let mut regs = state::to_core_regs(regs);
-    if vcpu.era == Era::Legacy && !vcpu.cpu.sregs().cr0.contains(Cr0::PE) {
+    if vcpu.era.drops_vm_flag_in_real_mode() && !vcpu.cpu.sregs().cr0.contains(Cr0::PE) {
         regs.rflags &= !Rflags::VM.bits();
     }
     if let Some(behind) = vcpu.rip_behind_io() {
@@ -88,7 +88,7 @@ pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno>
             return Err(Errno::EINVAL);
         }
     } else {
-        legacy_segments(&mut loaded);
+        legacy_segments(&mut loaded, vcpu.era);
     }
     vcpu.machine.apic_base.store(sregs.apic_base, Relaxed);
     vcpu.cpu.set_sregs(&loaded);
@@ -139,14 +139,14 @@ const CR4_ABSENT: Cr4 = Cr4::VMXE.union(Cr4::SMXE);
 
 /// 2007 takes any segments. In real mode their attributes are those of real mode, whatever user space sends: a data type in
 /// CS, none in TR; and the reset base is in the first mebibyte.
-fn legacy_segments(sregs: &mut cpu_core::Sregs) {
+fn legacy_segments(sregs: &mut cpu_core::Sregs, era: Era) {
     if sregs.cr0.contains(Cr0::PE) {
         return;
     }
     let large = |limit: u32| limit >> 20 != 0;
     for segment in &mut sregs.segments {
         if segment.selector == 0xf000 && segment.base == 0xffff_0000 {
-            segment.base = Era::Legacy.reset_cs_base();
+            segment.base = era.reset_cs_base();
         }
         let cpu_core::Segment { base, limit, selector, .. } = *segment;
         *segment = cpu_core::Segment { base, limit, g: large(limit), ..cpu_core::Segment::real_mode(selector) };
@@ -199,10 +199,7 @@ pub(super) fn nmi(vcpu: &mut Vcpu, _: &dyn Client, _: u64) -> Result<(), Errno> 
 
 /// Breakpoints and single steps of 2007. EINVAL on a modern VM, where `KVM_SET_GUEST_DEBUG` took its place.
 pub(super) fn debug_guest(vcpu: &mut Vcpu, debug: &kvm_debug_guest) -> Result<(), Errno> {
-    match vcpu.era {
-        Era::Modern => Err(Errno::EINVAL),
-        Era::Legacy => debug::set(vcpu, &debug::of_legacy(debug)),
-    }
+    if vcpu.era.has_debug_guest() { debug::set(vcpu, &debug::of_legacy(debug)) } else { Err(Errno::EINVAL) }
 }
 
 /// Breakpoints, single steps and injected traps of a debugger. api.rst `KVM_SET_GUEST_DEBUG`. EBUSY: a trap is to be
@@ -261,12 +258,12 @@ pub(super) fn set_cpuid2(vcpu: &mut Vcpu, list: &Fam<'_, kvm_cpuid_entry2>) -> R
 
 fn load_cpuid(vcpu: &mut Vcpu, table: Vec<kvm_cpuid_entry2>) -> Result<(), Errno> {
     let linear_bits = cpuid::find(&table, 0x8000_0008, 0).map_or(0, |entry| entry.eax >> 8 & 0xff);
-    if vcpu.era == Era::Modern && !matches!(linear_bits, 0 | 48 | 57) {
+    if vcpu.era.checks_cpuid() && !matches!(linear_bits, 0 | 48 | 57) {
         return Err(Errno::EINVAL);
     }
     let old = std::mem::replace(&mut vcpu.cpuid, table);
     vcpu.load_cpuid();
-    if vcpu.era == Era::Modern && vcpu.has_run && vcpu.cpuid != old {
+    if vcpu.era.checks_cpuid() && vcpu.has_run && vcpu.cpuid != old {
         vcpu.cpuid = old;
         vcpu.load_cpuid();
         return Err(Errno::EINVAL);
