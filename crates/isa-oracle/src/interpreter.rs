@@ -306,8 +306,9 @@ fn write_kernel(view: &View) {
     put(gpa::TSS + 4, KERNEL + gpa::STACK_END);
     for vector in 0..32 {
         let handler = KERNEL + gpa::HANDLERS + vector * HANDLER_STRIDE;
-        // Interrupt gate, present, DPL 3: INT3 and INTO are user mode's to execute.
-        let low = handler & 0xffff | u64::from(KERNEL_CS) << 16 | 0xee00 << 32 | (handler >> 16 & 0xffff) << 48;
+        // Interrupt gate, present; DPL 3 where user mode may execute INT3 and INTO, as Linux has it.
+        let rights = if matches!(vector, 3 | 4) { 0xee00 } else { 0x8e00 };
+        let low = handler & 0xffff | u64::from(KERNEL_CS) << 16 | rights << 32 | (handler >> 16 & 0xffff) << 48;
         put(gpa::IDT + 16 * vector, low);
         put(gpa::IDT + 16 * vector + 8, handler >> 32);
     }

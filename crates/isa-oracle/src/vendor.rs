@@ -113,6 +113,8 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
         M::Loope | M::Loopne => bytes.iter().any(|byte| matches!(byte, 0xf2 | 0xf3)),
         // F3 41 90 is XCHG R8, rAX to the CPU and PAUSE to the decoder.
         M::Pause => bytes.iter().any(|byte| matches!(byte, 0x41 | 0x43 | 0x45 | 0x47 | 0x49 | 0x4b | 0x4d | 0x4f)),
+        // The vectors that Linux opens to user mode: breakpoints and system calls.
+        M::Int => matches!(instruction.immediate8(), 3 | 4 | 0x80),
         // 0F 0D with a register: a reserved no-op on Intel's CPUs, #UD on AMD's (APM Vol. 3 "PREFETCH").
         M::Reservednop => matches!(
             instruction.code(),
@@ -177,6 +179,10 @@ pub(crate) fn is_open(instruction: &Instruction, expected: End, actual: End) -> 
         M::Arpl => expected == End::Done && actual != End::Done,
         // With a source in memory, Intel's CPUs raise a pending #MF and AMD's do not (SDM Vol. 2 "CVTPI2PS").
         M::Cvtpi2ps => matches!(actual, End::Exception(Exception { vector: 16, .. })) && expected != actual,
+        // AMD's CPUs raise #UD without fetching what follows the opcode.
+        M::Ud1 => {
+            matches!((expected, actual), (End::Exception(e), End::Exception(a)) if e.vector == 6 && a.vector == 14)
+        }
         // AMD's CPUs want the address before the bit offset is added to be canonical as well; SDM Vol. 2 "BT" only speaks of
         // the word that holds the bit.
         M::Bt | M::Btc | M::Btr | M::Bts => {

@@ -67,7 +67,6 @@ pub(crate) const EXCLUDED: &[(Mnemonic, &str)] = {
         (M::Sysret, "privileged, but #UD first where SCE is off"),
         (M::Sysexit, "privileged"),
         (M::Int1, "its trap is the harness's own"),
-        (M::Int, "the kernel's IDT decides"),
         (M::Cpuid, "answers what softkvm offers, not what the host is"),
         (M::Rdtsc, "time"),
         (M::Rdtscp, "time"),

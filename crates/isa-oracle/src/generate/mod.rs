@@ -73,11 +73,13 @@ impl Generator {
             *high = 0; // a frame that fits the data pages
         }
         if everything && self.rng.one_in(16) {
-            // Across the two code pages, or up to the very end of the second.
+            // Across the two code pages, or up to the very end of the second and over it.
             let (start, length) = (mode.start(), instruction.len() as u64);
             // At the very end there is no room for an INT3, and the case is single-stepped.
             let end = start + CODE_BYTES as u64 - length;
-            case.state.rip = self.rng.pick(&[end, start + 0xffd, start + 0x1000 - length]);
+            // Or with its last bytes where nothing is mapped.
+            let cut = end + self.rng.below(length);
+            case.state.rip = self.rng.pick(&[end, cut, start + 0xffd, start + 0x1000 - length]);
         }
         self.fill(&mut case);
         (!vendor::is_unpredictable(&case, &instruction)).then_some(case)
