@@ -9,6 +9,7 @@ use x86_defs::{Cr0, Cr4, Efer, GuestPhysAddr};
 use crate::cpu::Cpu;
 use crate::platform::HostPlatform;
 use crate::state::{Seg, Segment};
+use crate::vmx::Exit;
 
 /// Where [`Machine::new_64bit`] and [`Machine::new_real`] put code.
 pub(crate) const CODE: u64 = 0x1000;
@@ -98,5 +99,15 @@ impl Machine {
         cpu.flush_tlb();
         cpu.derive();
         machine.load(64, assemble)
+    }
+}
+
+/// Runs one instruction; the vector of its fault.
+pub(crate) fn step(machine: &mut Machine) -> Option<u8> {
+    machine.cpu.set_exception_bitmap(!0);
+    match machine.cpu.step() {
+        None => None,
+        Some(Exit::Exception { vector, .. }) => Some(vector),
+        Some(other) => panic!("{other:?}"),
     }
 }

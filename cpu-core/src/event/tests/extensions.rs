@@ -5,8 +5,8 @@ use iced_x86::code_asm::*;
 use x86_defs::vector::{GP, PF, UD};
 use x86_defs::{Cr0, Cr4, cpuid, msr};
 
-use super::long::Seen::{Done, Event};
-use super::long::{Guest, NON_CANONICAL, Named, Seen, TSS, run};
+use super::Seen::{self, Done, Event};
+use super::long::{Guest, NON_CANONICAL, Named, TSS, run};
 use crate::state::{CpuidEntry, Gpr};
 
 /// Of the guest's page directory, whose entries map 2 MBytes each.

@@ -1,11 +1,12 @@
-//! IA-32e mode: 16-byte gates, IST, SYSCALL, IRETQ, system registers. Every vector has a gate to a HLT of its own; code under
-//! test ends in INT 80H.
+//! IA-32e mode: 16-byte gates, IST, SYSCALL, IRETQ, system registers.
 
 use iced_x86::code_asm::*;
 use x86_defs::descriptor::system_type as system;
 use x86_defs::vector::{DB, DF, GP, NM, NP, PF, SS, TS, UD};
 use x86_defs::{AccessRights, Cr0, Cr4, Descriptor, Efer, Rflags, Selector, msr};
 
+use super::Seen::{self, Done, Event};
+use super::{DONE, handler, run_to_handler, segment};
 use crate::state::{DescriptorTable, Gpr, Seg, Segment};
 use crate::testing::Machine;
 use crate::vmx::Exit;
@@ -13,13 +14,11 @@ use crate::vmx::Exit;
 const GDT: u64 = 0x1_0000;
 const IDT: u64 = 0x1_1000;
 pub(super) const TSS: u64 = 0x1_2000;
-const HANDLERS: u64 = 0x2_0000;
 const INNER_STACK: u64 = 0x3_0008;
 const IST1: u64 = 0x3_8000;
 const STACK: u64 = 0x4_0008;
 const OTHER_CODE: u64 = 0x5_0000;
 const AT: u64 = crate::testing::CODE;
-const DONE: u8 = 0x80;
 const BREAKPOINT: u8 = 3;
 pub(super) const NON_CANONICAL: u64 = 0x8000_0000_0000;
 
@@ -45,30 +44,11 @@ const CODE64: u32 = P | 0x1b | AccessRights::G | AccessRights::L;
 const CODE32: u32 = P | 0x1b | AccessRights::G | AccessRights::DB;
 const DATA: u32 = P | 0x13 | AccessRights::G | AccessRights::DB;
 
-fn segment(rights: u32) -> u64 {
-    Descriptor::new(0, u32::MAX, AccessRights(rights)).0
-}
-
 fn gate(selector: u16, offset: u64, rights: u32, ist: u8) -> [u64; 2] {
-    let low = offset & 0xffff
-        | u64::from(selector) << 16
-        | u64::from(ist) << 32
-        | u64::from(rights) << 40
-        | (offset & 0xffff_0000) << 32;
-    [low, offset >> 32]
+    [super::gate(selector, offset, rights, ist), offset >> 32]
 }
 
 pub(super) struct Guest(pub(super) Machine);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Seen {
-    /// INT 80H at the end.
-    Done,
-    /// A vector with its error code, and RIP relative to the code.
-    Event(u8, Option<u64>, u64),
-    Exit(Exit),
-}
-use Seen::{Done, Event};
 
 impl Guest {
     pub(super) fn new(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Self {
@@ -137,24 +117,8 @@ impl Guest {
     }
 
     pub(super) fn run(&mut self) -> Seen {
-        let exit = self.0.cpu.run();
-        if exit != Exit::Hlt {
-            return Seen::Exit(exit);
-        }
-        let offset = self.0.cpu.rip.wrapping_sub(HANDLERS + 1);
-        assert!(offset < 16 * 256, "halted at {:#x}", self.0.cpu.rip);
-        let vector = (offset / 16) as u8;
-        if vector == DONE {
-            return Done;
-        }
-        let error = x86_defs::vector::has_error_code(vector).then(|| self.frame(0));
-        let back = self.frame(u64::from(error.is_some()));
-        Event(vector, error, back.wrapping_sub(AT))
+        run_to_handler(&mut self.0, 8)
     }
-}
-
-fn handler(vector: u8) -> u64 {
-    HANDLERS + 16 * u64::from(vector)
 }
 
 fn set_gate(machine: &mut Machine, vector: u8, [low, high]: [u64; 2]) {

@@ -1,13 +1,14 @@
 //! Protection as tables: what each load, gate, return and task switch does, with the SDM's error codes.
 //!
-//! A 32-bit guest without paging. Every vector has a gate to a HLT of its own, so the stack below it shows the frame; code
-//! under test ends in INT 80H, which is open to all levels.
+//! A 32-bit guest without paging.
 
 use iced_x86::code_asm::*;
 use x86_defs::descriptor::system_type as system;
 use x86_defs::vector::{BR, DB, DF, GP, NP, OF, SS, TS, UD};
 use x86_defs::{AccessRights, Cr0, Cr4, Descriptor, Rflags, Selector};
 
+use super::Seen::{self, Done, Event};
+use super::{DONE, gate, handler, run_to_handler, segment};
 use crate::state::{DescriptorTable, Gpr, Seg, Segment};
 use crate::testing::Machine;
 use crate::vmx::Exit;
@@ -17,11 +18,9 @@ const IDT: u64 = 0x1_1000;
 const TSS: u64 = 0x1_2000;
 const OTHER_TSS: u64 = 0x1_6000;
 const LDT: u64 = 0x1_8000;
-const HANDLERS: u64 = 0x2_0000;
 const INNER_STACK: u32 = 0x3_0000;
 const STACK: u64 = 0x4_0000;
 const OTHER_CODE: u32 = 0x5_0000;
-const DONE: u8 = 0x80;
 /// Another vector that every level may raise.
 const OPEN: u8 = 0x21;
 
@@ -55,39 +54,11 @@ const P: u32 = 0x80;
 const CODE: u32 = P | 0x1b | 0xc000;
 const DATA: u32 = P | 0x13 | 0xc000;
 
-fn segment(rights: u32) -> u64 {
-    Descriptor::new(0, u32::MAX, AccessRights(rights)).0
-}
-
 fn tss(base: u64, limit: u32, typ: u8) -> u64 {
     Descriptor::new(base as u32, limit, AccessRights(P | u32::from(typ))).0
 }
 
-fn gate(selector: u16, offset: u32, rights: u32, parameters: u8) -> u64 {
-    let offset = u64::from(offset);
-    offset & 0xffff
-        | u64::from(selector) << 16
-        | u64::from(parameters) << 32
-        | u64::from(rights) << 40
-        | (offset & 0xffff_0000) << 32
-}
-
-fn handler(vector: u8) -> u32 {
-    HANDLERS as u32 + 16 * u32::from(vector)
-}
-
 struct Guest(Machine);
-
-/// What the guest ran into.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seen {
-    /// INT 80H at the end.
-    Done,
-    /// A vector with its error code, and EIP relative to the code.
-    Event(u8, Option<u32>, u64),
-    Exit(Exit),
-}
-use Seen::{Done, Event};
 
 impl Guest {
     fn new(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Self {
@@ -110,14 +81,14 @@ impl Guest {
             segment(DATA & !2),
             segment(CODE & !2),
             segment(DATA & !P),
-            gate(sel::CODE0, OTHER_CODE, P | level(3) | u32::from(system::CALL_GATE32), 2),
+            gate(sel::CODE0, OTHER_CODE.into(), P | level(3) | u32::from(system::CALL_GATE32), 2),
             gate(sel::OTHER_TSS, 0, P | level(3) | u32::from(system::TASK_GATE), 0),
-            gate(sel::CODE0, OTHER_CODE, P | u32::from(system::CALL_GATE32), 0),
-            gate(sel::CODE0, OTHER_CODE, level(3) | u32::from(system::CALL_GATE32), 0),
+            gate(sel::CODE0, OTHER_CODE.into(), P | u32::from(system::CALL_GATE32), 0),
+            gate(sel::CODE0, OTHER_CODE.into(), level(3) | u32::from(system::CALL_GATE32), 0),
             segment(DATA | level(1)),
             tss(OTHER_TSS, 0x67, system::TSS32_BUSY),
             tss(OTHER_TSS, 0x66, system::TSS32_AVAILABLE),
-            gate(0, OTHER_CODE, P | level(3) | u32::from(system::CALL_GATE32), 0),
+            gate(0, OTHER_CODE.into(), P | level(3) | u32::from(system::CALL_GATE32), 0),
         ];
         for (i, entry) in entries.iter().enumerate() {
             machine.write(GDT + 8 * i as u64, &entry.to_le_bytes());
@@ -127,7 +98,7 @@ impl Guest {
             let dpl = if matches!(vector, DONE | 3 | 4 | OPEN) { level(3) } else { 0 };
             let entry = gate(sel::CODE0, handler(vector), P | dpl | u32::from(system::INTERRUPT_GATE32), 0);
             machine.write(IDT + 8 * u64::from(vector), &entry.to_le_bytes());
-            machine.write(handler(vector).into(), &[0xf4]);
+            machine.write(handler(vector), &[0xf4]);
         }
         machine.write(OTHER_CODE.into(), &[0xcd, DONE]);
         machine.write(TSS + 4, &INNER_STACK.to_le_bytes());
@@ -179,19 +150,7 @@ impl Guest {
     }
 
     fn run(&mut self) -> Seen {
-        let exit = self.0.cpu.run();
-        if exit != Exit::Hlt {
-            return Seen::Exit(exit);
-        }
-        let offset = self.0.cpu.rip.wrapping_sub(HANDLERS + 1);
-        assert!(offset < 16 * 256, "halted at {:#x}", self.0.cpu.rip);
-        let vector = (offset / 16) as u8;
-        if vector == DONE {
-            return Done;
-        }
-        let error = x86_defs::vector::has_error_code(vector).then(|| self.frame(0));
-        let back = self.frame(u64::from(error.is_some()));
-        Event(vector, error, u64::from(back).wrapping_sub(crate::testing::CODE))
+        run_to_handler(&mut self.0, 4)
     }
 }
 
@@ -200,8 +159,8 @@ fn run(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Seen {
     Guest::new(cpl, assemble).run()
 }
 
-fn error(selector: u16) -> Option<u32> {
-    Some(u32::from(selector & !3))
+fn error(selector: u16) -> Option<u64> {
+    Some(u64::from(selector & !3))
 }
 
 #[test]
@@ -355,11 +314,11 @@ fn inner_stacks_are_checked() {
             Event(vector, ..) => vector,
             _ => unreachable!("every row faults"),
         };
-        let mut guest = guest.with_other_task(&[(32, handler(vector))]);
+        let mut guest = guest.with_other_task(&[(32, handler(vector) as u32)]);
         assert_eq!(guest.0.cpu.run(), Exit::Hlt);
-        assert_eq!(guest.0.cpu.rip, u64::from(handler(vector)) + 1, "SS {stack:#x}");
+        assert_eq!(guest.0.cpu.rip, handler(vector) + 1, "SS {stack:#x}");
         let Event(_, code, _) = expected else { unreachable!("every row faults") };
-        assert_eq!(Some(guest.frame(0)), code, "SS {stack:#x}");
+        assert_eq!(Some(guest.frame(0).into()), code, "SS {stack:#x}");
         // The old task was left at the CALL.
         assert_eq!(guest.long(TSS + 32), CODE_AT);
         assert_eq!(guest.long(OTHER_TSS) & 0xffff, sel::TSS.into());
@@ -423,15 +382,15 @@ fn ltr(a: &mut CodeAssembler, selector: u16) {
 fn broken_gates_combine_as_the_table_says() {
     let table = [
         // The gate of #UD is not present: #NP names it, EXT because an exception was on its way.
-        (vec![(UD, 0u64)], Event(GP, Some(u32::from(UD) * 8 + 3), 0)),
+        (vec![(UD, 0u64)], Event(GP, Some(u64::from(UD) * 8 + 3), 0)),
         (
             vec![(UD, gate(sel::CODE0, 0, u32::from(system::INTERRUPT_GATE32), 0))],
-            Event(NP, Some(u32::from(UD) * 8 + 3), 0),
+            Event(NP, Some(u64::from(UD) * 8 + 3), 0),
         ),
         (vec![(UD, gate(0, 0, P | u32::from(system::INTERRUPT_GATE32), 0))], Event(GP, Some(1), 0)),
         (
             vec![(UD, gate(sel::DATA0, 0, P | u32::from(system::INTERRUPT_GATE32), 0))],
-            Event(GP, Some(u32::from(sel::DATA0) | 1), 0),
+            Event(GP, Some(u64::from(sel::DATA0) | 1), 0),
         ),
         // #UD is benign; #GP and #NP are contributory.
         (vec![(UD, 0), (GP, 0)], Event(DF, Some(0), 0)),
@@ -645,7 +604,7 @@ fn segments_of_a_new_task_fault_in_it() {
         let third = TSS + 0x3000;
         guest.0.write(GDT + u64::from(sel::SMALL_TSS), &tss(third, 0x67, system::TSS32_AVAILABLE).to_le_bytes());
         let fields: [(u64, u32); 6] = [
-            (32, handler(vector)),
+            (32, handler(vector) as u32),
             (36, 2),
             (56, 0x7_0000),
             (76, sel::CODE0.into()),
@@ -658,7 +617,7 @@ fn segments_of_a_new_task_fault_in_it() {
         let entry = gate(sel::SMALL_TSS, 0, P | u32::from(system::TASK_GATE), 0);
         guest.0.write(IDT + 8 * u64::from(vector), &entry.to_le_bytes());
         assert_eq!(guest.0.cpu.run(), Exit::Hlt);
-        assert_eq!(guest.0.cpu.rip, u64::from(handler(vector)) + 1, "field {field}, selector {selector:#x}");
+        assert_eq!(guest.0.cpu.rip, handler(vector) + 1, "field {field}, selector {selector:#x}");
         assert_eq!(guest.frame(0), code, "field {field}, selector {selector:#x}");
         // The faulting EIP is the new task's first.
         assert_eq!(guest.long(OTHER_TSS + 32), OTHER_CODE);

@@ -3,18 +3,7 @@
 use iced_x86::code_asm::*;
 use x86_defs::{Cr0, Cr4, vector};
 
-use crate::testing::Machine;
-use crate::vmx::Exit;
-
-/// Runs one instruction; the vector of its fault.
-fn step(machine: &mut Machine) -> Option<u8> {
-    machine.cpu.set_exception_bitmap(!0);
-    match machine.cpu.step() {
-        None => None,
-        Some(Exit::Exception { vector, .. }) => Some(vector),
-        Some(other) => panic!("{other:?}"),
-    }
-}
+use crate::testing::{Machine, step};
 
 const DATA: u64 = 0x2_0000;
 

@@ -3,17 +3,7 @@
 use iced_x86::code_asm::*;
 use x86_defs::vector;
 
-use crate::testing::Machine;
-use crate::vmx::Exit;
-
-fn step(machine: &mut Machine) -> Option<u8> {
-    machine.cpu.set_exception_bitmap(!0);
-    match machine.cpu.step() {
-        None => None,
-        Some(Exit::Exception { vector, .. }) => Some(vector),
-        Some(other) => panic!("{other:?}"),
-    }
-}
+use crate::testing::{Machine, step};
 
 /// The host's control word, status flags and full tag word.
 fn host() -> (u16, u16, u16) {
