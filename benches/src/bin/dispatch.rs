@@ -143,10 +143,31 @@ fn guest(code: &[u8]) -> Result<Box<Cpu>> {
     Ok(cpu)
 }
 
+/// `body` so many times, counted in R9D, then HLT.
+fn repeat(
+    a: &mut CodeAssembler,
+    times: u32,
+    body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<(), IcedError> {
+    let mut again = a.create_label();
+    a.mov(r9d, times)?;
+    a.set_label(&mut again)?;
+    body(a)?;
+    a.dec(r9d)?;
+    a.jnz(again)?;
+    a.hlt()
+}
+
+/// RSI and RDI to the two buffers.
+fn buffers(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(esi, DATA as u32)?;
+    a.mov(edi, DATA_2 as u32)
+}
+
 /// CRC-32 by table, as gcc compiles it: dependent loads, byte extraction.
 fn crc(a: &mut CodeAssembler) -> Result<(), IcedError> {
     let (mut table, mut bit, mut skip) = (a.create_label(), a.create_label(), a.create_label());
-    let (mut outer, mut inner) = (a.create_label(), a.create_label());
+    let mut inner = a.create_label();
     a.mov(r8d, DATA_2 as u32)?;
     a.xor(ecx, ecx)?;
     a.set_label(&mut table)?;
@@ -163,60 +184,54 @@ fn crc(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.inc(ecx)?;
     a.cmp(ecx, 256)?;
     a.jne(table)?;
-    a.mov(r9d, 200)?;
-    a.set_label(&mut outer)?;
-    a.mov(eax, -1)?;
-    a.mov(esi, DATA as u32)?;
-    a.lea(rdi, qword_ptr(rsi + 0x1_0000))?;
-    a.set_label(&mut inner)?;
-    a.movzx(edx, byte_ptr(rsi))?;
-    a.add(rsi, 1)?;
-    a.xor(edx, eax)?;
-    a.movzx(edx, dl)?;
-    a.shr(eax, 8)?;
-    a.xor(eax, dword_ptr(r8 + rdx * 4))?;
-    a.cmp(rsi, rdi)?;
-    a.jne(inner)?;
-    a.dec(r9d)?;
-    a.jnz(outer)?;
-    a.hlt()
+    repeat(a, 200, |a| {
+        a.mov(eax, -1)?;
+        a.mov(esi, DATA as u32)?;
+        a.lea(rdi, qword_ptr(rsi + 0x1_0000))?;
+        a.set_label(&mut inner)?;
+        a.movzx(edx, byte_ptr(rsi))?;
+        a.add(rsi, 1)?;
+        a.xor(edx, eax)?;
+        a.movzx(edx, dl)?;
+        a.shr(eax, 8)?;
+        a.xor(eax, dword_ptr(r8 + rdx * 4))?;
+        a.cmp(rsi, rdi)?;
+        a.jne(inner)
+    })
 }
 
 /// Primes below 512 Ki: byte stores with a stride, byte tests.
 fn sieve(a: &mut CodeAssembler) -> Result<(), IcedError> {
     let n = 0x8_0000;
-    let (mut again, mut clear) = (a.create_label(), a.create_label());
+    let mut clear = a.create_label();
     let (mut next, mut mark, mut skip, mut done) =
         (a.create_label(), a.create_label(), a.create_label(), a.create_label());
-    a.mov(r9d, 20)?;
-    a.set_label(&mut again)?;
-    a.mov(edi, DATA as u32)?;
-    a.xor(ecx, ecx)?;
-    a.set_label(&mut clear)?;
-    a.mov(qword_ptr(rdi + rcx), 0)?;
-    a.add(rcx, 8)?;
-    a.cmp(rcx, n)?;
-    a.jb(clear)?;
-    a.mov(ecx, 2)?;
-    a.set_label(&mut next)?;
-    a.mov(rax, rcx)?;
-    a.imul_2(rax, rcx)?;
-    a.cmp(rax, n)?;
-    a.jae(done)?;
-    a.cmp(byte_ptr(rdi + rcx), 0)?;
-    a.jne(skip)?;
-    a.set_label(&mut mark)?;
-    a.mov(byte_ptr(rdi + rax), 1)?;
-    a.add(rax, rcx)?;
-    a.cmp(rax, n)?;
-    a.jb(mark)?;
-    a.set_label(&mut skip)?;
-    a.inc(rcx)?;
-    a.jmp(next)?;
-    a.set_label(&mut done)?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    repeat(a, 20, |a| {
+        a.mov(edi, DATA as u32)?;
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut clear)?;
+        a.mov(qword_ptr(rdi + rcx), 0)?;
+        a.add(rcx, 8)?;
+        a.cmp(rcx, n)?;
+        a.jb(clear)?;
+        a.mov(ecx, 2)?;
+        a.set_label(&mut next)?;
+        a.mov(rax, rcx)?;
+        a.imul_2(rax, rcx)?;
+        a.cmp(rax, n)?;
+        a.jae(done)?;
+        a.cmp(byte_ptr(rdi + rcx), 0)?;
+        a.jne(skip)?;
+        a.set_label(&mut mark)?;
+        a.mov(byte_ptr(rdi + rax), 1)?;
+        a.add(rax, rcx)?;
+        a.cmp(rax, n)?;
+        a.jb(mark)?;
+        a.set_label(&mut skip)?;
+        a.inc(rcx)?;
+        a.jmp(next)?;
+        a.set_label(&mut done)
+    })
 }
 
 /// fib(32), recursive: calls, returns, pushes, pops.
@@ -249,82 +264,69 @@ fn fib(a: &mut CodeAssembler) -> Result<(), IcedError> {
 
 /// A copy of 256 KiB by words, as a compiler unrolls it twice.
 fn copy(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut again, mut word) = (a.create_label(), a.create_label());
-    a.mov(r9d, 600)?;
-    a.set_label(&mut again)?;
-    a.mov(esi, DATA as u32)?;
-    a.mov(edi, DATA_2 as u32)?;
-    a.mov(ecx, 0x4_0000 / 16)?;
-    a.set_label(&mut word)?;
-    a.mov(rax, qword_ptr(rsi))?;
-    a.mov(rdx, qword_ptr(rsi + 8))?;
-    a.mov(qword_ptr(rdi), rax)?;
-    a.mov(qword_ptr(rdi + 8), rdx)?;
-    a.add(rsi, 16)?;
-    a.add(rdi, 16)?;
-    a.dec(rcx)?;
-    a.jnz(word)?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    let mut word = a.create_label();
+    repeat(a, 600, |a| {
+        buffers(a)?;
+        a.mov(ecx, 0x4_0000 / 16)?;
+        a.set_label(&mut word)?;
+        a.mov(rax, qword_ptr(rsi))?;
+        a.mov(rdx, qword_ptr(rsi + 8))?;
+        a.mov(qword_ptr(rdi), rax)?;
+        a.mov(qword_ptr(rdi + 8), rdx)?;
+        a.add(rsi, 16)?;
+        a.add(rdi, 16)?;
+        a.dec(rcx)?;
+        a.jnz(word)
+    })
 }
 
 /// REP MOVSB of 256 bytes, the size of most copies: what a string instruction costs.
 fn rep_copy(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let mut again = a.create_label();
-    a.mov(r9d, 3_000_000)?;
-    a.set_label(&mut again)?;
-    a.mov(esi, DATA as u32)?;
-    a.mov(edi, DATA_2 as u32)?;
-    a.mov(ecx, 256)?;
-    a.rep().movsb()?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    repeat(a, 3_000_000, |a| {
+        buffers(a)?;
+        a.mov(ecx, 256)?;
+        a.rep().movsb()
+    })
 }
 
 /// Insertion sort of pseudo-random words: branches that nobody predicts.
 fn sort(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut again, mut fill, mut outer) = (a.create_label(), a.create_label(), a.create_label());
+    let (mut fill, mut outer) = (a.create_label(), a.create_label());
     let (mut inner, mut place) = (a.create_label(), a.create_label());
-    a.mov(r9d, 60)?;
     a.mov(r10d, 12345)?;
-    a.set_label(&mut again)?;
-    a.mov(edi, DATA as u32)?;
-    a.xor(ecx, ecx)?;
-    a.set_label(&mut fill)?;
-    a.imul_3(r10d, r10d, 1_103_515_245)?;
-    a.add(r10d, 12345)?;
-    a.mov(eax, r10d)?;
-    a.shr(eax, 8)?;
-    a.mov(dword_ptr(rdi + rcx * 4), eax)?;
-    a.inc(ecx)?;
-    a.cmp(ecx, 1000)?;
-    a.jne(fill)?;
-    a.mov(ecx, 1)?;
-    a.set_label(&mut outer)?;
-    a.mov(eax, dword_ptr(rdi + rcx * 4))?;
-    a.mov(edx, ecx)?;
-    a.set_label(&mut inner)?;
-    a.mov(esi, dword_ptr(rdi + rdx * 4 - 4))?;
-    a.cmp(esi, eax)?;
-    a.jbe(place)?;
-    a.mov(dword_ptr(rdi + rdx * 4), esi)?;
-    a.dec(edx)?;
-    a.jnz(inner)?;
-    a.set_label(&mut place)?;
-    a.mov(dword_ptr(rdi + rdx * 4), eax)?;
-    a.inc(ecx)?;
-    a.cmp(ecx, 1000)?;
-    a.jne(outer)?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    repeat(a, 60, |a| {
+        a.mov(edi, DATA as u32)?;
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut fill)?;
+        a.imul_3(r10d, r10d, 1_103_515_245)?;
+        a.add(r10d, 12345)?;
+        a.mov(eax, r10d)?;
+        a.shr(eax, 8)?;
+        a.mov(dword_ptr(rdi + rcx * 4), eax)?;
+        a.inc(ecx)?;
+        a.cmp(ecx, 1000)?;
+        a.jne(fill)?;
+        a.mov(ecx, 1)?;
+        a.set_label(&mut outer)?;
+        a.mov(eax, dword_ptr(rdi + rcx * 4))?;
+        a.mov(edx, ecx)?;
+        a.set_label(&mut inner)?;
+        a.mov(esi, dword_ptr(rdi + rdx * 4 - 4))?;
+        a.cmp(esi, eax)?;
+        a.jbe(place)?;
+        a.mov(dword_ptr(rdi + rdx * 4), esi)?;
+        a.dec(edx)?;
+        a.jnz(inner)?;
+        a.set_label(&mut place)?;
+        a.mov(dword_ptr(rdi + rdx * 4), eax)?;
+        a.inc(ecx)?;
+        a.cmp(ecx, 1000)?;
+        a.jne(outer)
+    })
 }
 
 /// A bytecode interpreter: indirect jumps through a table, four opcodes.
 fn vm(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let mut program = a.create_label();
     let (mut fill, mut step) = (a.create_label(), a.create_label());
     let mut cases: Vec<CodeLabel> = (0..4).map(|_| a.create_label()).collect();
     let mut end = a.create_label();
@@ -347,87 +349,76 @@ fn vm(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.inc(ecx)?;
     a.cmp(ecx, 1024)?;
     a.jne(fill)?;
-    a.mov(r9d, 20_000)?;
-    a.set_label(&mut program)?;
-    a.xor(ecx, ecx)?;
-    a.set_label(&mut step)?;
-    a.movzx(edx, byte_ptr(r11 + rcx))?;
-    a.inc(rcx)?;
-    a.jmp(qword_ptr(r8 + rdx * 8))?;
-    for (i, case) in cases.iter_mut().enumerate() {
-        a.set_label(case)?;
-        match i {
-            0 => a.add(rax, rcx)?,
-            1 => a.xor(rax, rdx)?,
-            2 => a.rol(rax, 3)?,
-            _ => a.sub(rax, 7)?,
+    repeat(a, 20_000, |a| {
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut step)?;
+        a.movzx(edx, byte_ptr(r11 + rcx))?;
+        a.inc(rcx)?;
+        a.jmp(qword_ptr(r8 + rdx * 8))?;
+        for (i, case) in cases.iter_mut().enumerate() {
+            a.set_label(case)?;
+            match i {
+                0 => a.add(rax, rcx)?,
+                1 => a.xor(rax, rdx)?,
+                2 => a.rol(rax, 3)?,
+                _ => a.sub(rax, 7)?,
+            }
+            a.cmp(rcx, 1024)?;
+            a.jb(step)?;
+            if i < 3 {
+                a.jmp(end)?;
+            }
         }
-        a.cmp(rcx, 1024)?;
-        a.jb(step)?;
-        if i < 3 {
-            a.jmp(end)?;
-        }
-    }
-    a.set_label(&mut end)?;
-    a.dec(r9d)?;
-    a.jnz(program)?;
-    a.hlt()
+        a.set_label(&mut end)
+    })
 }
 
 /// A 64-bit mix over a buffer: multiplies, shifts, xors.
 fn hash(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut again, mut word) = (a.create_label(), a.create_label());
-    a.mov(r9d, 400)?;
+    let mut word = a.create_label();
     a.mov(r8, 0x9e37_79b9_7f4a_7c15u64)?;
-    a.set_label(&mut again)?;
-    a.mov(esi, DATA as u32)?;
-    a.mov(ecx, 0x1000)?;
-    a.set_label(&mut word)?;
-    a.xor(rax, qword_ptr(rsi))?;
-    a.mov(rdx, rax)?;
-    a.shr(rdx, 32)?;
-    a.xor(rax, rdx)?;
-    a.imul_2(rax, r8)?;
-    a.mov(rdx, rax)?;
-    a.shr(rdx, 29)?;
-    a.xor(rax, rdx)?;
-    a.add(rsi, 8)?;
-    a.sub(ecx, 1)?;
-    a.jne(word)?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    repeat(a, 400, |a| {
+        a.mov(esi, DATA as u32)?;
+        a.mov(ecx, 0x1000)?;
+        a.set_label(&mut word)?;
+        a.xor(rax, qword_ptr(rsi))?;
+        a.mov(rdx, rax)?;
+        a.shr(rdx, 32)?;
+        a.xor(rax, rdx)?;
+        a.imul_2(rax, r8)?;
+        a.mov(rdx, rax)?;
+        a.shr(rdx, 29)?;
+        a.xor(rax, rdx)?;
+        a.add(rsi, 8)?;
+        a.sub(ecx, 1)?;
+        a.jne(word)
+    })
 }
 
 /// Copies 256 KiB with MOVUPS and MOVAPS, four to a round.
 fn sse_copy(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut again, mut copy) = (a.create_label(), a.create_label());
-    a.mov(r9d, 100)?;
-    a.set_label(&mut again)?;
-    a.xor(ecx, ecx)?;
-    a.mov(esi, DATA as u32)?;
-    a.mov(edi, DATA_2 as u32)?;
-    a.set_label(&mut copy)?;
-    a.movups(xmm0, xmmword_ptr(rsi + rcx))?;
-    a.movups(xmm1, xmmword_ptr(rsi + rcx + 16))?;
-    a.movups(xmm2, xmmword_ptr(rsi + rcx + 32))?;
-    a.movups(xmm3, xmmword_ptr(rsi + rcx + 48))?;
-    a.movaps(xmmword_ptr(rdi + rcx), xmm0)?;
-    a.movaps(xmmword_ptr(rdi + rcx + 16), xmm1)?;
-    a.movaps(xmmword_ptr(rdi + rcx + 32), xmm2)?;
-    a.movaps(xmmword_ptr(rdi + rcx + 48), xmm3)?;
-    a.add(rcx, 64)?;
-    a.cmp(rcx, 0x4_0000)?;
-    a.jb(copy)?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    let mut copy = a.create_label();
+    repeat(a, 100, |a| {
+        a.xor(ecx, ecx)?;
+        buffers(a)?;
+        a.set_label(&mut copy)?;
+        a.movups(xmm0, xmmword_ptr(rsi + rcx))?;
+        a.movups(xmm1, xmmword_ptr(rsi + rcx + 16))?;
+        a.movups(xmm2, xmmword_ptr(rsi + rcx + 32))?;
+        a.movups(xmm3, xmmword_ptr(rsi + rcx + 48))?;
+        a.movaps(xmmword_ptr(rdi + rcx), xmm0)?;
+        a.movaps(xmmword_ptr(rdi + rcx + 16), xmm1)?;
+        a.movaps(xmmword_ptr(rdi + rcx + 32), xmm2)?;
+        a.movaps(xmmword_ptr(rdi + rcx + 48), xmm3)?;
+        a.add(rcx, 64)?;
+        a.cmp(rcx, 0x4_0000)?;
+        a.jb(copy)
+    })
 }
 
 /// The inner loop of strlen: compare, mask, test.
 fn strlen(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut again, mut scan, mut found) = (a.create_label(), a.create_label(), a.create_label());
-    a.mov(r9d, 200)?;
+    let (mut scan, mut found) = (a.create_label(), a.create_label());
     a.pcmpeqb(xmm1, xmm1)?;
     a.mov(edi, DATA as u32)?;
     a.xor(ecx, ecx)?;
@@ -439,64 +430,54 @@ fn strlen(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.jb(fill)?;
     a.mov(byte_ptr(rdi + rcx - 1), 0)?;
     a.pxor(xmm0, xmm0)?;
-    a.set_label(&mut again)?;
-    a.xor(ecx, ecx)?;
-    a.set_label(&mut scan)?;
-    a.movdqa(xmm1, xmmword_ptr(rdi + rcx))?;
-    a.pcmpeqb(xmm1, xmm0)?;
-    a.pmovmskb(eax, xmm1)?;
-    a.test(eax, eax)?;
-    a.jnz(found)?;
-    a.add(rcx, 16)?;
-    a.jmp(scan)?;
-    a.set_label(&mut found)?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    repeat(a, 200, |a| {
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut scan)?;
+        a.movdqa(xmm1, xmmword_ptr(rdi + rcx))?;
+        a.pcmpeqb(xmm1, xmm0)?;
+        a.pmovmskb(eax, xmm1)?;
+        a.test(eax, eax)?;
+        a.jnz(found)?;
+        a.add(rcx, 16)?;
+        a.jmp(scan)?;
+        a.set_label(&mut found)
+    })
 }
 
 /// `y[i] += a * x[i]` in doubles, as gcc compiles it without vectors.
 fn double(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut again, mut next) = (a.create_label(), a.create_label());
+    let mut next = a.create_label();
     a.mov(eax, 3)?;
     a.cvtsi2sd(xmm2, eax)?;
-    a.mov(esi, DATA as u32)?;
-    a.mov(edi, DATA_2 as u32)?;
-    a.mov(r9d, 400)?;
-    a.set_label(&mut again)?;
-    a.xor(ecx, ecx)?;
-    a.set_label(&mut next)?;
-    a.movsd_2(xmm0, qword_ptr(rsi + rcx * 8))?;
-    a.mulsd(xmm0, xmm2)?;
-    a.addsd(xmm0, qword_ptr(rdi + rcx * 8))?;
-    a.movsd_2(qword_ptr(rdi + rcx * 8), xmm0)?;
-    a.inc(rcx)?;
-    a.cmp(rcx, 0x1000)?;
-    a.jb(next)?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    buffers(a)?;
+    repeat(a, 400, |a| {
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut next)?;
+        a.movsd_2(xmm0, qword_ptr(rsi + rcx * 8))?;
+        a.mulsd(xmm0, xmm2)?;
+        a.addsd(xmm0, qword_ptr(rdi + rcx * 8))?;
+        a.movsd_2(qword_ptr(rdi + rcx * 8), xmm0)?;
+        a.inc(rcx)?;
+        a.cmp(rcx, 0x1000)?;
+        a.jb(next)
+    })
 }
 
 /// The same in x87.
 fn x87(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut again, mut next) = (a.create_label(), a.create_label());
+    let mut next = a.create_label();
     a.fninit()?;
     a.fldpi()?;
-    a.mov(esi, DATA as u32)?;
-    a.mov(edi, DATA_2 as u32)?;
-    a.mov(r9d, 100)?;
-    a.set_label(&mut again)?;
-    a.xor(ecx, ecx)?;
-    a.set_label(&mut next)?;
-    a.fld(qword_ptr(rsi + rcx * 8))?;
-    a.fmul_2(st0, st1)?;
-    a.fadd(qword_ptr(rdi + rcx * 8))?;
-    a.fstp(qword_ptr(rdi + rcx * 8))?;
-    a.inc(rcx)?;
-    a.cmp(rcx, 0x1000)?;
-    a.jb(next)?;
-    a.dec(r9d)?;
-    a.jnz(again)?;
-    a.hlt()
+    buffers(a)?;
+    repeat(a, 100, |a| {
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut next)?;
+        a.fld(qword_ptr(rsi + rcx * 8))?;
+        a.fmul_2(st0, st1)?;
+        a.fadd(qword_ptr(rdi + rcx * 8))?;
+        a.fstp(qword_ptr(rdi + rcx * 8))?;
+        a.inc(rcx)?;
+        a.cmp(rcx, 0x1000)?;
+        a.jb(next)
+    })
 }
