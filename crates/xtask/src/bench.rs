@@ -1,9 +1,9 @@
 //! `cargo xtask bench`: the benchmark program, built as releases are.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use softkvm_tests::softkvm;
 
-use crate::cargo::cargo;
+use crate::cargo::{program, succeeds};
 
 /// Measure exits, start-up, speed and a boot, with QEMU's own JIT beside it.
 ///
@@ -21,7 +21,6 @@ pub(crate) struct Args {
 /// True if all could be measured.
 pub(crate) fn run(args: &Args) -> Result<bool> {
     softkvm::require_host()?;
-    let mut command = cargo(["run", "--release", "--quiet", "--package", "softkvm-benches", "--"]);
-    command.args(args.json.then_some("--json")).args(&args.filter);
-    Ok(command.status().context("cannot start cargo")?.success())
+    let mut command = program("softkvm-benches");
+    succeeds(command.args(args.json.then_some("--json")).args(&args.filter))
 }

@@ -1,9 +1,9 @@
 //! `cargo xtask fuzz`: random inputs against an oracle, for as long as you like.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Subcommand;
 
-use crate::cargo::{cargo, workspace};
+use crate::cargo::{program, succeeds, workspace};
 
 /// Look for differences from an oracle with random inputs.
 #[derive(clap::Args)]
@@ -34,11 +34,11 @@ enum What {
 /// True if nothing differs.
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let What::Isa { minutes, seed, filter } = &args.what;
-    let mut command = cargo(["run", "--release", "--quiet", "--package", "isa-oracle", "--", "fuzz"]);
-    command.args([format!("--minutes={minutes}"), format!("--seed={seed}")]);
+    let mut command = program("isa-oracle");
+    command.args(["fuzz".to_owned(), format!("--minutes={minutes}"), format!("--seed={seed}")]);
     command.arg("--corpus").arg(workspace().join("target/isa-fuzz"));
     if !filter.is_empty() {
         command.arg("--filter").args(filter);
     }
-    Ok(command.status().context("cannot start cargo")?.success())
+    succeeds(&mut command)
 }

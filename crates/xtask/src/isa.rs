@@ -1,8 +1,8 @@
 //! `cargo xtask isa`: the instruction set, and what is missing of it.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use crate::cargo::cargo;
+use crate::cargo::{cargo, succeeds};
 
 /// Show the instructions that the core executes: rows by family, what the decoder knows beyond them by extension, the CPUID
 /// bits that guests are told of, and mnemonics with few test vectors.
@@ -19,6 +19,5 @@ pub(crate) struct Args {
 /// True if nothing is missing.
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let mut command = cargo(["run", "--quiet", "--package", "kvm", "--example", "isa_coverage", "--"]);
-    command.args(args.json.then_some("--json"));
-    Ok(command.status().context("cannot start cargo")?.success())
+    succeeds(command.args(args.json.then_some("--json")))
 }

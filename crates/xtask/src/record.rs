@@ -1,9 +1,9 @@
 //! `cargo xtask record`: expectations from something that is not our code.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Subcommand;
 
-use crate::cargo::cargo;
+use crate::cargo::{program, succeeds};
 
 /// Record the expected side of tests from an oracle.
 #[derive(clap::Args)]
@@ -25,6 +25,5 @@ enum What {
 /// True if all was recorded.
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let What::Isa { mnemonics } = &args.what;
-    let mut command = cargo(["run", "--release", "--quiet", "--package", "isa-oracle", "--", "record"]);
-    Ok(command.args(mnemonics).status().context("cannot start cargo")?.success())
+    succeeds(program("isa-oracle").arg("record").args(mnemonics))
 }
