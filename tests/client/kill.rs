@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use assets::qemu::{Accel, Machine};
 use assets::{Quiet, initramfs, kernel, packages};
@@ -15,8 +15,12 @@ use softkvm_tests::{eventually, long, softkvm};
 const BOOT: Duration = Duration::from_secs(120);
 /// The whole boot of the demo, roughly: moments are chosen in it.
 const BOOT_MS: u64 = 5000;
-/// For the daemon to notice that a client is gone.
-const NOTICE: Duration = Duration::from_secs(5);
+/// For the daemon to notice that a client is gone. Generous: what leaks stays for good.
+const NOTICE: Duration = Duration::from_secs(30);
+/// A VMM whose daemon was killed has so long to end.
+const LIMIT: Duration = Duration::from_secs(2);
+/// How often [`LIMIT`] may be missed on a machine that others keep busy.
+const ATTEMPTS: u32 = 3;
 
 fn machine() -> Machine {
     packages::ensure(&[packages::QEMU], &Quiet).expect("QEMU");
@@ -67,9 +71,27 @@ fn qemu_killed_at_random_moments_leaves_nothing_in_the_daemon() {
     }
 }
 
+/// `attempt` tells how long it took, and ends within [`NOTICE`] in any case. It must once be within [`LIMIT`]: one that is
+/// slow by itself is so every time, one that waited for a CPU is not.
+fn within_limit(attempt: impl Fn() -> Duration) {
+    let mut took = Vec::new();
+    for _ in 0..ATTEMPTS {
+        took.push(attempt());
+        if took.last().is_some_and(|last| *last <= LIMIT) {
+            println!("took {took:?}");
+            return;
+        }
+    }
+    panic!("not once within {LIMIT:?}: {took:?}");
+}
+
 /// Nothing of QEMU's ends it then: it would stop the machine and wait at its monitor. `softkvm run` does.
 #[test]
 fn qemu_ends_when_the_daemon_of_softkvm_run_is_killed() {
+    within_limit(kill_the_daemon_of_softkvm_run);
+}
+
+fn kill_the_daemon_of_softkvm_run() -> Duration {
     let mut machine = machine();
     let name = format!("softkvm-test-{}", std::process::id());
     machine.push(["-name", &name]);
@@ -79,24 +101,35 @@ fn qemu_ends_when_the_daemon_of_softkvm_run_is_killed() {
     let qemu = with_argument(run.pid(), &name);
     let [daemon] = with_argument(run.pid(), "daemon")[..] else { panic!("softkvm run has one daemon") };
     assert_eq!(qemu.len(), 1, "softkvm run has one QEMU");
+    let killed = Instant::now();
     kill(daemon, Signal::SIGKILL).expect("the daemon is there");
-    let status = run.wait(Duration::from_secs(2)).expect("softkvm run ends");
+    let status = run.wait(NOTICE).expect("softkvm run ends");
+    let took = killed.elapsed();
     assert!(!status.success(), "{status}");
     assert!(with_argument(run.pid(), &name).is_empty());
     assert!(!PathBuf::from(format!("/proc/{}", qemu[0])).exists(), "QEMU is gone");
+    took
 }
 
 #[test]
 fn qemu_says_so_and_does_not_hang_when_the_hosts_daemon_is_killed() {
+    within_limit(kill_the_hosts_daemon);
+}
+
+fn kill_the_hosts_daemon() -> Duration {
     let machine = machine();
     let service = Service::start().expect("the daemon starts");
     let mut qemu = Console::start(&mut service.client(&machine.command_line())).expect("QEMU starts");
     qemu.expect("Linux version", BOOT).expect("the boot is under way");
+    let killed = Instant::now();
     service.kill();
     // QEMU's way to fail: it names the error and stops the machine, its monitor still answers.
-    assert!(eventually(Duration::from_secs(2), || qemu.errors().contains("kvm run failed")), "{}", qemu.tail());
+    assert!(eventually(NOTICE, || qemu.errors().contains("kvm run failed")), "{}", qemu.tail());
+    let said = killed.elapsed();
+    let told = Instant::now();
     kill(qemu.pid(), Signal::SIGTERM).expect("QEMU is there");
-    qemu.wait(Duration::from_secs(2)).expect("QEMU ends when it is told to");
+    qemu.wait(NOTICE).expect("QEMU ends when it is told to");
+    said.max(told.elapsed())
 }
 
 /// The children of `parent` that have this argument.

@@ -14,8 +14,8 @@ use softkvm_tests::console::Console;
 use softkvm_tests::foreign::test_program;
 use softkvm_tests::softkvm;
 
-const BOOT: Duration = Duration::from_secs(120);
-const STEP: Duration = Duration::from_secs(120);
+const BOOT: Duration = Duration::from_secs(240);
+const STEP: Duration = Duration::from_secs(240);
 
 const INIT: &str = "\
 #!/bin/busybox sh
