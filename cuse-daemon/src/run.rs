@@ -51,8 +51,15 @@ pub fn run(args: &ServiceArgs, verbosity: &[OsString], command: &[OsString]) -> 
 
 /// Mounts made from here on are seen by this process and its children only.
 fn private_namespace() -> Result<()> {
-    let next = "run softkvm as root with CAP_SYS_ADMIN (docker: --privileged, or --cap-add SYS_ADMIN)";
-    let explain = |errno: Errno| anyhow::anyhow!("cannot make a mount namespace: {}. Next step: {next}", errno.desc());
+    let explain = |errno: Errno| {
+        let next = match errno {
+            Errno::EINVAL => {
+                "`/` must be a mount point, which it is not in this chroot: mount --bind DIR DIR, chroot DIR"
+            }
+            _ => "run softkvm as root with CAP_SYS_ADMIN (docker: --privileged, or --cap-add SYS_ADMIN)",
+        };
+        anyhow::anyhow!("cannot make a mount namespace: {}. Next step: {next}", errno.desc())
+    };
     unshare(CloneFlags::CLONE_NEWNS).map_err(explain)?;
     // Slave: what the host mounts later still shows here.
     mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&Path>).map_err(explain)

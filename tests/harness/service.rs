@@ -48,7 +48,7 @@ impl Service {
             let daemons = status["daemons"].as_array();
             daemons.is_some_and(|all| all.len() == 1 && all[0]["pid"] == service.pid().as_raw())
         };
-        if !eventually(Duration::from_secs(10), || service.status().is_ok_and(|status| own(&status))) {
+        if !eventually(Duration::from_secs(60), || service.status().is_ok_and(|status| own(&status))) {
             bail!("softkvm serve does not answer: {:?}\n{}", service.status().err(), service.console.tail());
         }
         Ok(service)
@@ -62,7 +62,9 @@ impl Service {
     /// `line`, run where the daemon's /dev/kvm is.
     pub fn client<L: AsRef<OsStr>>(&self, line: &[L]) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--mount=/proc/{}/ns/mnt", self.pid())).arg("--").args(line);
+        // Its root as well: in a chroot that is not the namespace's.
+        command.arg(format!("--mount=/proc/{}/ns/mnt", self.pid())).arg(format!("--root=/proc/{}/root", self.pid()));
+        command.arg("--").args(line);
         command
     }
 

@@ -79,13 +79,16 @@ pub fn ensure(needs: &[Need], progress: &dyn Progress) -> Result<()> {
 /// Says what to do where there is no apt of Debian's.
 pub(crate) fn require_apt(what: &str) -> Result<()> {
     if !host::is_debian() || find(need("apt-get", "apt")).is_none() {
-        bail!(
-            "{what}: comes from Debian's archive, and this is {}. Next step: run in a Debian 12 machine or container \
-             (`docker run -it --privileged debian:12`), or put it in place by hand",
-            host::distribution()
-        );
+        bail!(not_debian(what, &host::distribution()));
     }
     Ok(())
+}
+
+fn not_debian(what: &str, distribution: &str) -> String {
+    format!(
+        "{what}: comes from Debian's archive, and this is {distribution}. Next step: run in a Debian 12 machine or \
+         container (`docker run -it --privileged debian:12`), or put it in place by hand"
+    )
 }
 
 /// Runs apt-get without questions. What it said is shown only when it fails.
@@ -122,4 +125,25 @@ pub(crate) fn output_of(program: &str, args: &[&str], dir: &Path) -> Result<Stri
         bail!("{program} {}: {}\n{}", args.join(" "), output.status, String::from_utf8_lossy(&output.stderr));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_distribution_is_named_with_the_next_step() {
+        let message = not_debian("the package(s) busybox-static", "Fedora Linux 43");
+        for part in ["busybox-static", "this is Fedora Linux 43", "Next step: run in a Debian 12 machine"] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn what_is_there_needs_no_package() {
+        let sh = need("sh", "no-such-package");
+        assert!(find(sh).is_some_and(|path| path.is_absolute()));
+        ensure(&[sh], &crate::Quiet).expect("nothing is installed");
+        assert!(find(need("/nonexistent/file", "no-such-package")).is_none());
+    }
 }
