@@ -30,9 +30,11 @@ const OWN_FAILURE: u8 = 125;
 
 /// Runs the command; the exit status to end with.
 pub fn run(args: &ServiceArgs, verbosity: &[OsString], command: &[OsString]) -> Result<u8> {
+    // Before the namespace is left that it was opened in: in a chroot the path is another one afterwards.
+    let own = std::env::current_exe().context("cannot find my own program file")?;
     private_namespace()?;
     let mut signals = Signals::block()?;
-    let mut daemon = start_daemon(args, verbosity, signals.before)?;
+    let mut daemon = start_daemon(&own, args, verbosity, signals.before)?;
     let (program, arguments) = command.split_first().context("no command")?;
     let mut line = Command::new(program);
     line.args(arguments);
@@ -65,8 +67,7 @@ fn private_namespace() -> Result<()> {
     mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&Path>).map_err(explain)
 }
 
-fn start_daemon(args: &ServiceArgs, verbosity: &[OsString], mask: SigSet) -> Result<Child> {
-    let own = std::env::current_exe().context("cannot find my own program file")?;
+fn start_daemon(own: &Path, args: &ServiceArgs, verbosity: &[OsString], mask: SigSet) -> Result<Child> {
     let mut line = Command::new(own);
     line.arg("daemon").args(args.to_args()).args(verbosity).stdin(Stdio::null()).stdout(Stdio::piped());
     // Ctrl-C is for the command; the daemon ends after it.

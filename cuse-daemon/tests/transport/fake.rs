@@ -233,7 +233,8 @@ impl Daemon {
 
     /// This test program again, as the client `case`.
     pub fn client(&self, case: &str) -> Command {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        // Not by its path, which in a chroot is another one since this thread left the namespace of its start.
+        let mut command = Command::new("/proc/self/exe");
         command.args(["--exact", "client::client", "--nocapture", "--test-threads=1"]);
         command.env(client::CASE, case).env(client::DEVICE, &self.device).stdin(Stdio::null()).stdout(Stdio::null());
         command
