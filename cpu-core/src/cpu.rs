@@ -155,8 +155,8 @@ pub struct Cpu {
     pub(crate) unchecked: bool,
     pub(crate) stop: Option<StopReason>,
     /// Instruction count at which an STI or MOV SS shadow was set up; it holds back events while the count is the same.
+    /// Which of the two: [`Events::shadow_sti`], [`Events::shadow_mov_ss`].
     pub(crate) shadow_at: u64,
-    pub(crate) shadow_mov_ss: bool,
     /// The running instruction sets up a shadow over the next one.
     pub(crate) shadow_wanted: bool,
     /// The running instruction loaded RF on purpose (IRET, task switch): it stays for the next one.
@@ -334,7 +334,6 @@ impl Cpu {
             unchecked: false,
             stop: None,
             shadow_at: u64::MAX,
-            shadow_mov_ss: false,
             shadow_wanted: false,
             keep_rf: false,
             suppress_step: false,
@@ -715,20 +714,21 @@ impl Cpu {
     /// Loads the debug registers.
     pub fn set_debug_regs(&mut self, debug: DebugRegs) {
         self.debug = debug;
+        self.unchecked = true;
         self.flush_tlb();
     }
 
     /// Events between instructions.
     pub fn events(&self) -> Events {
-        let shadow = self.in_shadow();
-        Events { shadow_sti: shadow && !self.shadow_mov_ss, shadow_mov_ss: shadow && self.shadow_mov_ss, ..self.events }
+        let (shadow, events) = (self.in_shadow(), self.events);
+        Events { shadow_sti: shadow && events.shadow_sti, shadow_mov_ss: shadow && events.shadow_mov_ss, ..events }
     }
 
     /// Loads the events.
     pub fn set_events(&mut self, events: Events) {
         self.events = events;
         self.shadow_at = if events.shadow_sti || events.shadow_mov_ss { self.instructions } else { u64::MAX };
-        self.shadow_mov_ss = events.shadow_mov_ss;
+        self.unchecked = true;
     }
 
     /// An STI or MOV SS shadow holds back events before the next instruction.

@@ -4,7 +4,7 @@
 //! State that instructions have made passes by construction, so only what user space has loaded is looked at.
 
 use x86_defs::descriptor::system_type as system;
-use x86_defs::{Cr0, Cr4, Efer};
+use x86_defs::{Cr0, Cr4, Efer, Rflags};
 
 use crate::cpu::Cpu;
 use crate::state::{Seg, Segment};
@@ -13,7 +13,9 @@ use crate::state::{Seg, Segment};
 type Check = (&'static str, fn(&Cpu) -> bool);
 
 /// "Checks on Guest Control Registers, Debug Registers, and MSRs", "… on Guest Segment Registers", "… on Guest
-/// Descriptor-Table Registers", "… on Guest RIP, RFLAGS, and SSP".
+/// Descriptor-Table Registers", "… on Guest RIP, RFLAGS, and SSP", "… on Guest Non-Register State". What the API cannot load has
+/// no rule here: activity state and pending debug exceptions, which the core keeps itself; reserved bits of RFLAGS, of PDPTEs and of
+/// MSRs, which the KVM layer refuses or masks; an event to be injected, which waits until the guest can take it.
 const CHECKS: &[Check] = &[
     ("CR0.PG needs PE", |cpu| !cpu.cr0.contains(Cr0::PG) || cpu.cr0.contains(Cr0::PE)),
     ("IA-32e mode needs paging and PAE", |cpu| {
@@ -57,6 +59,10 @@ const CHECKS: &[Check] = &[
     }),
     ("bases of GDTR and IDTR are canonical", |cpu| cpu.is_canonical(cpu.gdt.base) && cpu.is_canonical(cpu.idt.base)),
     ("RIP fits the mode", |cpu| if cpu.is_64bit() { cpu.is_canonical(cpu.rip) } else { cpu.rip >> 32 == 0 }),
+    ("blocking by STI needs IF, and excludes blocking by MOV SS", |cpu| {
+        let events = cpu.events();
+        !events.shadow_sti || cpu.rflags & Rflags::IF.bits() != 0 && !events.shadow_mov_ss
+    }),
     ("RFLAGS.VM needs legacy protected mode", |cpu| !cpu.is_v86() || cpu.cr0.contains(Cr0::PE) && !cpu.is_long()),
 ];
 
@@ -111,43 +117,190 @@ fn is_data(segment: &Segment) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Events;
     use crate::testing::Machine;
 
-    /// Each change breaks the rule beside it, and no earlier one.
+    /// A guest whose state every rule allows.
+    #[derive(Clone, Copy, Debug)]
+    enum Mode {
+        Real,
+        Virtual8086,
+        Protected,
+        Compatibility,
+        Long,
+    }
+    use Mode::{Compatibility, Long, Protected, Real, Virtual8086};
+
+    fn machine(mode: Mode) -> Machine {
+        let mut machine = match mode {
+            Real => Machine::new_real(|_| ()),
+            Protected | Virtual8086 => Machine::new_32bit(|_| ()),
+            Compatibility | Long => Machine::new_64bit(|_| ()),
+        };
+        let cpu = &mut machine.cpu;
+        match mode {
+            Virtual8086 => {
+                cpu.rflags |= Rflags::VM.bits();
+                cpu.seg = [Segment::virtual_8086(0x100); 6];
+            }
+            Compatibility => {
+                let code = &mut cpu.seg[CS];
+                (code.l, code.db) = (false, true);
+            }
+            _ => {}
+        }
+        cpu.ldt = Segment { unusable: false, type_: system::LDT, s: false, present: true, ..cpu.ldt };
+        cpu.derive();
+        machine
+    }
+
+    const ES: usize = Seg::Es as usize;
+    const CS: usize = Seg::Cs as usize;
+    const SS: usize = Seg::Ss as usize;
+    const DS: usize = Seg::Ds as usize;
+    const FS: usize = Seg::Fs as usize;
+    const GS: usize = Seg::Gs as usize;
+
+    /// Each change breaks the rule beside it, and no earlier one: a row for every condition of the SDM's sections.
     #[test]
     fn broken_state_is_named() {
         type Break = fn(&mut Cpu);
-        let table: &[(&str, bool, Break)] = &[
-            ("CR0.PG needs PE", true, |cpu| cpu.cr0 |= Cr0::PG),
-            ("IA-32e mode needs paging and PAE", false, |cpu| cpu.cr4 -= Cr4::PAE),
-            ("PCIDs need IA-32e mode", true, |cpu| cpu.cr4 |= Cr4::PCIDE),
-            ("LMA is LME under paging", false, |cpu| cpu.efer -= Efer::LME),
-            ("CR3 inside the physical-address width", false, |cpu| cpu.cr3 |= 1 << 40),
-            ("DR7 has 32 bits", false, |cpu| cpu.debug.dr7 |= 1 << 32),
-            ("SYSENTER addresses are canonical", false, |cpu| cpu.msrs.sysenter_eip = 1 << 63),
-            ("TR is in the GDT", false, |cpu| cpu.tr.selector = 4),
-            ("LDTR is in the GDT", false, |cpu| cpu.ldt.selector = 4),
-            ("bases of TR, FS and GS are canonical", false, |cpu| cpu.seg[5].base = 1 << 50),
-            ("base of LDTR is canonical", false, |cpu| cpu.ldt.base = 1 << 50),
-            ("bases of CS, SS, DS and ES have 32 bits", false, |cpu| cpu.seg[0].base = 1 << 32),
-            ("virtual-8086 segments", true, |cpu| cpu.rflags |= x86_defs::Rflags::VM.bits()),
-            ("CS", true, |cpu| cpu.seg[1].type_ = 2),
-            ("CS", false, |cpu| cpu.seg[1].db = true),
-            ("SS", true, |cpu| cpu.seg[2].type_ = 1),
-            ("DS, ES, FS and GS", true, |cpu| cpu.seg[3].type_ = 2),
-            ("DS, ES, FS and GS", true, |cpu| cpu.seg[3].limit = 0x1f_ffff),
-            ("TR is a busy TSS", false, |cpu| cpu.tr.type_ = 9),
-            ("TR is a busy TSS", false, |cpu| cpu.tr.type_ = 3),
-            ("LDTR is an LDT", true, |cpu| cpu.ldt.type_ = 3),
-            ("bases of GDTR and IDTR are canonical", true, |cpu| cpu.gdt.base = 1 << 48),
-            ("RIP fits the mode", true, |cpu| cpu.rip = 1 << 32),
-            ("RIP fits the mode", false, |cpu| cpu.rip = 1 << 48),
+        let table: &[(&str, Mode, Break)] = &[
+            // "Checks on Guest Control Registers, Debug Registers, and MSRs"
+            ("CR0.PG needs PE", Real, |cpu| cpu.cr0 |= Cr0::PG),
+            ("IA-32e mode needs paging and PAE", Long, |cpu| cpu.cr4 -= Cr4::PAE),
+            ("IA-32e mode needs paging and PAE", Long, |cpu| cpu.cr0 -= Cr0::PG),
+            ("PCIDs need IA-32e mode", Protected, |cpu| cpu.cr4 |= Cr4::PCIDE),
+            ("LMA is LME under paging", Long, |cpu| cpu.efer -= Efer::LME),
+            ("LMA is LME under paging", Protected, |cpu| {
+                cpu.cr0 |= Cr0::PG;
+                cpu.efer |= Efer::LME;
+            }),
+            ("CR3 inside the physical-address width", Long, |cpu| cpu.cr3 |= 1 << cpu.phys_bits),
+            ("DR7 has 32 bits", Long, |cpu| cpu.debug.dr7 |= 1 << 32),
+            ("SYSENTER addresses are canonical", Long, |cpu| cpu.msrs.sysenter_eip = 1 << 63),
+            ("SYSENTER addresses are canonical", Long, |cpu| cpu.msrs.sysenter_esp = 1 << 47),
+            // "Checks on Guest Segment Registers": selectors, bases
+            ("TR is in the GDT", Long, |cpu| cpu.tr.selector = 4),
+            ("LDTR is in the GDT", Long, |cpu| cpu.ldt.selector = 4),
+            ("bases of TR, FS and GS are canonical", Long, |cpu| cpu.tr.base = 1 << 50),
+            ("bases of TR, FS and GS are canonical", Long, |cpu| cpu.seg[FS].base = 1 << 50),
+            ("bases of TR, FS and GS are canonical", Long, |cpu| cpu.seg[GS].base = 1 << 50),
+            ("base of LDTR is canonical", Long, |cpu| cpu.ldt.base = 1 << 50),
+            ("bases of CS, SS, DS and ES have 32 bits", Long, |cpu| cpu.seg[CS].base = 1 << 32),
+            ("bases of CS, SS, DS and ES have 32 bits", Long, |cpu| cpu.seg[SS].base = 1 << 32),
+            ("bases of CS, SS, DS and ES have 32 bits", Long, |cpu| cpu.seg[DS].base = 1 << 32),
+            ("bases of CS, SS, DS and ES have 32 bits", Long, |cpu| cpu.seg[ES].base = 1 << 32),
+            // Virtual-8086 mode
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[CS].base += 0x10),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[SS].selector = 0),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[DS].limit = 0xfffe),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[ES].type_ = 0xb),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[FS].dpl = 0),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[GS].s = false),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[CS].present = false),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[SS].db = true),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[DS].g = true),
+            ("virtual-8086 segments", Virtual8086, |cpu| cpu.seg[ES].unusable = true),
+            // CS
+            ("CS", Real, |cpu| cpu.seg[CS].type_ = 2),
+            ("CS", Protected, |cpu| cpu.seg[CS].type_ = 8),
+            ("CS", Protected, |cpu| cpu.seg[CS].s = false),
+            ("CS", Protected, |cpu| cpu.seg[CS].present = false),
+            ("CS", Protected, |cpu| cpu.seg[CS].unusable = true),
+            ("CS", Protected, |cpu| cpu.seg[CS].dpl = 3),
+            ("CS", Protected, |cpu| (cpu.seg[CS].type_, cpu.seg[CS].dpl) = (3, 1)),
+            ("CS", Protected, |cpu| (cpu.seg[CS].type_, cpu.seg[CS].dpl) = (15, 1)),
+            ("CS", Protected, |cpu| cpu.seg[CS].limit = 0xf_f000),
+            ("CS", Protected, |cpu| cpu.seg[CS].g = false),
+            ("CS", Long, |cpu| cpu.seg[CS].db = true),
+            // SS
+            ("SS", Real, |cpu| cpu.seg[SS].type_ = 1),
+            ("SS", Real, |cpu| (cpu.seg[SS].dpl, cpu.seg[CS].dpl) = (3, 3)),
+            ("SS", Protected, |cpu| (cpu.seg[SS].dpl, cpu.seg[CS].type_) = (3, 3)),
+            ("SS", Protected, |cpu| cpu.seg[SS].type_ = 11),
+            ("SS", Protected, |cpu| cpu.seg[SS].s = false),
+            ("SS", Protected, |cpu| cpu.seg[SS].present = false),
+            ("SS", Protected, |cpu| cpu.seg[SS].limit = 0x1f_f000),
+            // DS, ES, FS, GS
+            ("DS, ES, FS and GS", Real, |cpu| cpu.seg[DS].type_ = 2),
+            ("DS, ES, FS and GS", Real, |cpu| cpu.seg[DS].limit = 0x1f_ffff),
+            ("DS, ES, FS and GS", Protected, |cpu| cpu.seg[ES].type_ = 9),
+            ("DS, ES, FS and GS", Protected, |cpu| cpu.seg[FS].s = false),
+            ("DS, ES, FS and GS", Protected, |cpu| cpu.seg[GS].present = false),
+            ("DS, ES, FS and GS", Long, |cpu| cpu.seg[DS].g = false),
+            // TR and LDTR
+            ("TR is a busy TSS", Protected, |cpu| cpu.tr.type_ = system::TSS32_AVAILABLE),
+            ("TR is a busy TSS", Long, |cpu| cpu.tr.type_ = system::TSS16_BUSY),
+            ("TR is a busy TSS", Protected, |cpu| cpu.tr.s = true),
+            ("TR is a busy TSS", Protected, |cpu| cpu.tr.present = false),
+            ("TR is a busy TSS", Protected, |cpu| cpu.tr.unusable = true),
+            ("TR is a busy TSS", Protected, |cpu| (cpu.tr.limit, cpu.tr.g) = (0x68, true)),
+            ("TR is a busy TSS", Protected, |cpu| (cpu.tr.limit, cpu.tr.g) = (0x10_0000, false)),
+            ("LDTR is an LDT", Protected, |cpu| cpu.ldt.type_ = 3),
+            ("LDTR is an LDT", Protected, |cpu| cpu.ldt.s = true),
+            ("LDTR is an LDT", Protected, |cpu| cpu.ldt.present = false),
+            ("LDTR is an LDT", Protected, |cpu| (cpu.ldt.limit, cpu.ldt.g) = (0x68, true)),
+            // "Checks on Guest Descriptor-Table Registers"; limits have 16 bits by their type
+            ("bases of GDTR and IDTR are canonical", Real, |cpu| cpu.gdt.base = 1 << 48),
+            ("bases of GDTR and IDTR are canonical", Long, |cpu| cpu.idt.base = 1 << 48),
+            // "Checks on Guest RIP, RFLAGS, and SSP"
+            ("RIP fits the mode", Real, |cpu| cpu.rip = 1 << 32),
+            ("RIP fits the mode", Compatibility, |cpu| cpu.rip = 1 << 32),
+            ("RIP fits the mode", Long, |cpu| cpu.rip = 1 << 48),
+            ("RFLAGS.VM needs legacy protected mode", Long, |cpu| {
+                cpu.rflags |= Rflags::VM.bits();
+                cpu.seg = [Segment::virtual_8086(0x100); 6];
+            }),
+            ("RFLAGS.VM needs legacy protected mode", Virtual8086, |cpu| cpu.cr0 -= Cr0::PE),
+            // "Checks on Guest Non-Register State"
+            ("blocking by STI needs IF, and excludes blocking by MOV SS", Real, |cpu| {
+                cpu.set_events(Events { shadow_sti: true, ..Events::default() });
+            }),
+            ("blocking by STI needs IF, and excludes blocking by MOV SS", Long, |cpu| {
+                cpu.rflags |= Rflags::IF.bits();
+                cpu.set_events(Events { shadow_sti: true, shadow_mov_ss: true, ..Events::default() });
+            }),
         ];
-        for (rule, real, change) in table {
-            let mut machine = if *real { Machine::new_real(|_| ()) } else { Machine::new_64bit(|_| ()) };
-            assert_eq!(machine.cpu.entry_check(), None, "before {rule}");
+        for (row, (rule, mode, change)) in table.iter().enumerate() {
+            let mut machine = machine(*mode);
+            assert_eq!(machine.cpu.entry_check(), None, "before row {row}, {rule}, {mode:?}");
             change(&mut machine.cpu);
-            assert_eq!(machine.cpu.entry_check(), Some(*rule));
+            assert_eq!(machine.cpu.entry_check(), Some(*rule), "row {row}, {mode:?}");
+        }
+        for (rule, _) in CHECKS {
+            assert!(table.iter().any(|row| row.0 == *rule), "no row breaks: {rule}");
+        }
+    }
+
+    #[test]
+    fn odd_state_that_is_legal_enters() {
+        type Change = fn(&mut Cpu);
+        let table: &[(&str, Mode, Change)] = &[
+            ("LMA without paging in no mode", Protected, |cpu| cpu.efer |= Efer::LME),
+            ("unusable data segments hold anything", Long, |cpu| {
+                cpu.seg[DS] = Segment { unusable: true, present: false, type_: 2, limit: 0x1f_f000, ..cpu.seg[DS] };
+            }),
+            ("an unusable stack segment of the level", Long, |cpu| cpu.seg[SS].unusable = true),
+            ("an unusable LDTR", Long, |cpu| (cpu.ldt.unusable, cpu.ldt.selector, cpu.ldt.base) = (true, 4, 1 << 50)),
+            ("a 16-bit TSS outside IA-32e mode", Protected, |cpu| cpu.tr.type_ = system::TSS16_BUSY),
+            ("conforming code of an inner level", Protected, |cpu| {
+                (cpu.seg[CS].type_, cpu.seg[CS].dpl, cpu.seg[SS].dpl) = (15, 0, 3);
+            }),
+            ("code in a data segment, as before the first far jump", Real, |cpu| cpu.seg[CS].type_ = 3),
+            ("a data segment of another level", Protected, |cpu| cpu.seg[DS].dpl = 0),
+            ("blocking by STI", Long, |cpu| {
+                cpu.rflags |= Rflags::IF.bits();
+                cpu.set_events(Events { shadow_sti: true, ..Events::default() });
+            }),
+            ("blocking by MOV SS without IF", Long, |cpu| {
+                cpu.set_events(Events { shadow_mov_ss: true, ..Events::default() });
+            }),
+        ];
+        for (what, mode, change) in table {
+            let mut machine = machine(*mode);
+            change(&mut machine.cpu);
+            assert_eq!(machine.cpu.entry_check(), None, "{what}");
         }
     }
 

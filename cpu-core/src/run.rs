@@ -13,6 +13,14 @@ use crate::vmx::{Exit, Io, Mmio};
 
 const PAGE: u64 = 0x1000;
 
+/// What a look at the events before an instruction found.
+enum Due {
+    /// Nothing that may be delivered now.
+    Nothing,
+    /// One event, which ended in an exit or in its handler.
+    Delivered(Option<Exit>),
+}
+
 impl Cpu {
     /// Runs the guest until something needs the KVM layer.
     pub fn run(&mut self) -> Exit {
@@ -90,44 +98,55 @@ impl Cpu {
         }
     }
 
-    /// Delivers what is due before the next instruction, in the order of SDM Vol. 3 "Priority Among Concurrent Events".
+    /// Delivers all that is due before the next instruction: an NMI may come before the first one of a trap's handler.
     fn take_events(&mut self) -> Option<Exit> {
         if !self.io_elements.is_empty() || !self.mmio.answered.is_empty() {
             // The device has been asked already: the instruction that asked goes on first.
             return None;
         }
-        let held = self.in_shadow() && self.shadow_mov_ss;
+        loop {
+            match self.take_event() {
+                Due::Nothing => return None,
+                Due::Delivered(None) => {}
+                Due::Delivered(exit) => return exit,
+            }
+        }
+    }
+
+    /// The first of the order in SDM Vol. 3 "Priority Among Concurrent Events".
+    fn take_event(&mut self) -> Due {
+        let held = self.in_shadow() && self.events.shadow_mov_ss;
         if self.debug_pending != 0 && self.events.exception.is_none() && !held {
             let dr6 = std::mem::take(&mut self.debug_pending);
-            return self.raise(Fault::db(dr6, Origin::Trap));
+            return Due::Delivered(self.raise(Fault::db(dr6, Origin::Trap)));
         }
         if let Some(pending) = self.events.exception.take() {
-            return self.deliver(Delivery::Injected(pending));
+            return Due::Delivered(self.deliver(Delivery::Injected(pending)));
         }
         if self.in_shadow() {
-            return None;
+            return Due::Nothing;
         }
         if let Some(number) = self.events.interrupt
             && self.events.soft
         {
             self.events.interrupt = None;
             self.events.soft = false;
-            return self.deliver(Delivery::External(number));
+            return Due::Delivered(self.deliver(Delivery::External(number)));
         }
         if self.events.nmi_pending && !self.events.nmi_masked {
             self.events.nmi_pending = false;
             self.events.nmi_masked = true;
-            return self.deliver(Delivery::Nmi);
+            return Due::Delivered(self.deliver(Delivery::Nmi));
         }
         if self.rflags & Rflags::IF.bits() == 0 {
-            return None;
+            return Due::Nothing;
         }
         if let Some(number) = self.events.interrupt.take() {
             // An interrupt may announce data that a device wrote: fetches see it from here on.
             self.serialize();
-            return self.deliver(Delivery::External(number));
+            return Due::Delivered(self.deliver(Delivery::External(number)));
         }
-        self.interrupt_window.then_some(Exit::InterruptWindow)
+        if self.interrupt_window { Due::Delivered(Some(Exit::InterruptWindow)) } else { Due::Nothing }
     }
 
     /// Runs traces until the quantum ends, an instruction stops, or somebody asks for attention.
@@ -217,7 +236,7 @@ impl Cpu {
 
     /// #DB for an instruction breakpoint at RIP (SDM Vol. 3 "Instruction-Breakpoint Exception Condition").
     fn instruction_breakpoint(&mut self) -> Option<Exit> {
-        let held = self.in_shadow() && self.shadow_mov_ss;
+        let held = self.in_shadow() && self.events.shadow_mov_ss;
         if !self.has_breakpoints() || self.rflags & Rflags::RF.bits() != 0 || held {
             return None;
         }

@@ -86,7 +86,7 @@ impl Cpu {
         // The head has charged the whole trace; `left` counts from this instruction on.
         let unspent = self.budget + i64::from(op.left) - 1;
         self.shadow_at = self.instructions.wrapping_add((self.quantum - unspent) as u64);
-        self.shadow_mov_ss = mov_ss;
+        (self.events.shadow_sti, self.events.shadow_mov_ss) = (!mov_ss, mov_ss);
     }
 
     /// IF has just been set: whether the loop must look before the trace goes on.

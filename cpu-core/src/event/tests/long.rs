@@ -1,5 +1,9 @@
 //! IA-32e mode: 16-byte gates, IST, SYSCALL, IRETQ, system registers.
 
+mod double_faults;
+mod fast_calls;
+mod invpcid;
+
 use iced_x86::code_asm::*;
 use x86_defs::descriptor::system_type as system;
 use x86_defs::vector::{DB, DF, GP, NM, NP, PF, SS, TS, UD};
@@ -190,26 +194,7 @@ fn stacks_of_the_tss_are_checked() {
 }
 
 #[test]
-fn page_faults_on_the_way_double() {
-    // The IDT entries of #GP and #PF lie on a page that is not there.
-    let table = [
-        (vec![], Event(GP, Some(0), 0)),
-        (vec![GP], Event(NP, Some(u64::from(GP) * 8 + 3), 0)),
-        (vec![GP, NP], Event(DF, Some(0), 0)),
-        (vec![GP, NP, DF], Seen::Exit(Exit::TripleFault)),
-    ];
-    for (absent, expected) in table {
-        let mut guest = Guest::new(3, |a| a.hlt().unwrap());
-        for vector in &absent {
-            let rights = u32::from(system::INTERRUPT_GATE32);
-            set_gate(&mut guest.0, *vector, gate(sel::CODE0, handler(*vector), rights, 0));
-        }
-        let seen = guest.run();
-        // #NP for the gate of #GP is contributory upon contributory.
-        let expected = if absent.len() == 1 { Event(DF, Some(0), 0) } else { expected };
-        let expected = if absent.len() == 2 { Event(DF, Some(0), 0) } else { expected };
-        assert_eq!(seen, expected, "{absent:?}");
-    }
+fn page_faults_tell_their_address() {
     let mut guest = Guest::new(0, |a| a.mov(rax, qword_ptr(0x4000_0000)).unwrap());
     assert_eq!(guest.run(), Event(PF, Some(0), 0));
     assert_eq!(guest.0.cpu.cr2, 0x4000_0000);

@@ -2,6 +2,12 @@
 //!
 //! A 32-bit guest without paging.
 
+mod debugging;
+mod fast_calls;
+mod paged_tasks;
+mod priority;
+mod stacks;
+
 use iced_x86::code_asm::*;
 use x86_defs::descriptor::system_type as system;
 use x86_defs::vector::{BR, DB, DF, GP, NP, OF, SS, TS, UD};
