@@ -433,12 +433,41 @@ fn smap_and_smep_keep_the_kernel_out_of_user_pages() {
     assert_eq!(guest.run(), Seen::Exit(Exit::TripleFault));
 }
 
+/// As the host's CPU does in a program that sets RFLAGS.AC.
 #[test]
 fn alignment_is_checked_at_level_3() {
-    let mut guest = Guest::new(3, |a| a.mov(eax, dword_ptr(rsp + 1)).unwrap());
-    guest.0.cpu.cr0 |= Cr0::AM;
-    guest.0.cpu.set_rflags(2 | Rflags::AC.bits());
-    assert_eq!(guest.run(), Event(x86_defs::vector::AC, Some(0), 0));
+    const AC: u8 = x86_defs::vector::AC;
+    type Code = fn(&mut CodeAssembler);
+    // The least distance from 16-byte alignment that is no fault, and what others raise.
+    let table: &[(&str, Code, u64, u8)] = &[
+        ("MOV r8", |a| a.mov(al, byte_ptr(rbx)).unwrap(), 1, AC),
+        ("MOV r16", |a| a.mov(ax, word_ptr(rbx)).unwrap(), 2, AC),
+        ("MOV r32", |a| a.mov(eax, dword_ptr(rbx)).unwrap(), 4, AC),
+        ("MOV r64", |a| a.mov(rax, qword_ptr(rbx)).unwrap(), 8, AC),
+        ("MOVSS", |a| a.movss(xmm0, dword_ptr(rbx)).unwrap(), 4, AC),
+        ("MOVLPS", |a| a.movlps(xmm0, qword_ptr(rbx)).unwrap(), 8, AC),
+        ("CVTPS2PD", |a| a.cvtps2pd(xmm0, qword_ptr(rbx)).unwrap(), 8, AC),
+        ("MOVUPS", |a| a.movups(xmm0, xmmword_ptr(rbx)).unwrap(), 16, AC),
+        ("MOVUPS to memory", |a| a.movups(xmmword_ptr(rbx), xmm0).unwrap(), 16, AC),
+        ("LDDQU", |a| a.lddqu(xmm0, xmmword_ptr(rbx)).unwrap(), 16, AC),
+        ("PCMPESTRI", |a| a.pcmpestri(xmm0, xmmword_ptr(rbx), 0).unwrap(), 16, AC),
+        ("MOVDQA", |a| a.movdqa(xmm0, xmmword_ptr(rbx)).unwrap(), 16, GP),
+        ("CMPXCHG16B", |a| a.cmpxchg16b(xmmword_ptr(rbx)).unwrap(), 16, GP),
+    ];
+    for &(name, code, alignment, vector) in table {
+        for distance in [1, 2, 4, 8, 16] {
+            for checked in [true, false] {
+                let mut guest = Guest::new(3, code);
+                guest.0.cpu.cr0 |= Cr0::AM;
+                guest.0.cpu.set_rflags(2 | if checked { Rflags::AC.bits() } else { 0 });
+                guest.0.cpu.set_reg(Gpr::Rbx, 0x7_1000 + distance);
+                guest.0.cpu.derive();
+                let faults = distance % alignment != 0 && (checked || vector == GP);
+                let expected = if faults { Event(vector, Some(0), 0) } else { Done };
+                assert_eq!(guest.run(), expected, "{name} at {distance}, AC {checked}");
+            }
+        }
+    }
 }
 
 #[test]
