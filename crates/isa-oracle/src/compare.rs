@@ -5,7 +5,7 @@ use iced_x86::{CpuidFeature, Instruction, Mnemonic};
 use crate::decode;
 use crate::generate::open_flags;
 use crate::layout::DATA_BASE;
-use crate::state::{Case, End, GPR_NAMES, Mode, Outcome, SEG_NAMES, flag};
+use crate::state::{CS, Case, End, GPR_NAMES, Mode, Outcome, SEG_NAMES, flag};
 use crate::stop;
 use crate::vendor;
 
@@ -107,8 +107,10 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
     let done = expected.end == End::Done && actual.end == End::Done;
     let mut mask = Mask::of(case, &instruction, done);
     mask.mxcsr = vendor::open_mxcsr(&instruction, expected);
-    // Outside 64-bit mode the upper halves are undefined (SDM Vol. 1 "General-Purpose Registers in 64-Bit Mode").
-    let width = if case.mode == Mode::Bits64 { u64::MAX } else { u64::from(u32::MAX) };
+    // Outside 64-bit mode the upper halves are undefined (SDM Vol. 1 "General-Purpose Registers in 64-Bit Mode"), and so for
+    // what has just left it.
+    let stays = case.mode == Mode::Bits64 && e.seg[CS] == case.state.seg[CS];
+    let width = if stays { u64::MAX } else { u64::from(u32::MAX) };
     for (at, name) in GPR_NAMES.iter().enumerate().filter(|(at, _)| !mask.gpr.contains(at)) {
         report(name, hex(e.gpr[at] & width), hex(a.gpr[at] & width));
     }

@@ -289,6 +289,30 @@ fn rdtscp_and_rdpid_tell_tsc_aux() {
     }
 }
 
+/// KVM's guests run with CR0.NE set whatever they write (SDM Vol. 3 "VMX-Fixed Bits in CR0"): no FERR#, no deferral to an
+/// interrupt controller.
+#[test]
+fn x87_exceptions_are_mf_with_and_without_ne() {
+    for ne in [false, true] {
+        let mut guest = Guest::new(3, |a| {
+            a.fninit().unwrap();
+            a.fldcw(word_ptr(rdi)).unwrap();
+            a.fld1().unwrap();
+            a.fldz().unwrap();
+            a.fdivp(st1, st0).unwrap();
+            a.nop().unwrap();
+            a.fnstsw(ax).unwrap();
+            a.wait().unwrap();
+        });
+        guest.0.cpu.cr0.set(Cr0::NE, ne);
+        guest.0.cpu.set_reg(Gpr::Rdi, 0x6_0000);
+        guest.0.write(0x6_0000, &0x37bu16.to_le_bytes());
+        // The divide-by-zero waits for the next waiting instruction; FNSTSW does not wait.
+        assert_eq!(guest.run(), Event(x86_defs::vector::MF, None, 13), "NE {ne}");
+        assert_eq!(guest.0.cpu.reg(Gpr::Rax) & 0x84, 0x84, "ES and ZE");
+    }
+}
+
 #[test]
 fn monitor_and_mwait_are_no_ops_of_level_0() {
     for code in [|a: &mut CodeAssembler| a.monitor().unwrap(), |a: &mut CodeAssembler| a.mwait().unwrap()] {
