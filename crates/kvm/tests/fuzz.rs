@@ -2,35 +2,10 @@
 
 mod common;
 
-use common::{BASE, BYTES, FakeClient, SCRATCH};
+use common::{BASE, FakeClient, Random, SCRATCH};
 use kvm::ioctl::ROWS;
 use kvm_abi::request::*;
 use kvm_abi::{Plain, kvm_userspace_memory_region};
-
-/// xorshift64*, so that a failure comes again.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// A number of the kind that finds mistakes: small, a single bit, all ones, an address, anything.
-    fn number(&mut self) -> u64 {
-        match self.next() % 8 {
-            0 => self.next() % 300,
-            1 => 1 << (self.next() % 64),
-            2 => u64::MAX << (self.next() % 64),
-            3 => BASE + self.next() % BYTES,
-            4 => (self.next() % BYTES) & !0xfff,
-            5 => u64::MAX - self.next() % 0x2000,
-            _ => self.next(),
-        }
-    }
-}
 
 #[test]
 fn no_argument_panics_or_hangs() {

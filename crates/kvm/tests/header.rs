@@ -125,6 +125,7 @@ fn every_test_of_2007_is_named() {
         "a_fresh_vcpu_has_dr7_400_and_mxcsr_1f80",
         "a_fresh_vcpu_starts_in_the_first_mebibyte",
         "a_vector_under_way_shows_in_the_bitmap_once",
+        "any_guest_exits_as_the_header_says",
         "arguments_that_should_be_0_are_einval",
         "bad_control_registers_are_the_guests_fault",
         "bad_pointers_are_efault_and_change_nothing",

@@ -22,6 +22,31 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 /// Where arguments are put.
 pub const SCRATCH: u64 = BASE + BYTES - 0x10_0000;
 
+/// xorshift64*, so that a failure comes again.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number of the kind that finds mistakes: small, a single bit, all ones, an address, anything.
+    pub fn number(&mut self) -> u64 {
+        match self.next() % 8 {
+            0 => self.next() % 300,
+            1 => 1 << (self.next() % 64),
+            2 => u64::MAX << (self.next() % 64),
+            3 => BASE + self.next() % BYTES,
+            4 => (self.next() % BYTES) & !0xfff,
+            5 => u64::MAX - self.next() % 0x2000,
+            _ => self.next(),
+        }
+    }
+}
+
 pub struct FakeClient {
     pub memory: Arc<Mapping>,
     pub files: Mutex<Vec<Arc<dyn File>>>,

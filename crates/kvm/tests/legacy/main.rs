@@ -9,6 +9,7 @@ mod debug;
 mod dirty;
 mod errno;
 mod exits;
+mod guests;
 mod interrupts;
 mod io;
 mod machine;
