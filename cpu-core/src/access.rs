@@ -4,6 +4,8 @@
 //! instruction; all the rest is behind `#[cold]`.
 #![expect(unsafe_code, reason = "TLB entries hold host addresses of guest RAM")]
 
+use std::sync::{Mutex, PoisonError};
+
 use mmu::{Access, AccessKind, Lookup, Paging};
 use x86_defs::{GuestPhysAddr, LinearAddr, Rflags};
 
@@ -34,6 +36,9 @@ pub(crate) enum Target {
 }
 
 const PAGE: u64 = 0x1000;
+
+/// Held for a locked access across a page end: such accesses of all CPUs exclude one another, as on a locked bus.
+static BUS: Mutex<()> = Mutex::new(());
 
 impl Cpu {
     // Effective and linear addresses
@@ -541,10 +546,30 @@ impl Cpu {
             self.note_watch(la, W::BYTES, true);
             return Ok(old);
         }
-        // A locked access over a page end or to a device: a bus lock on hardware. No other CPU of ours is between the
-        // two halves for longer than this takes, and KVM does no better ("emulating exchange as write").
         if crosses {
             self.probe_write(la, W::BYTES, seg)?;
+        }
+        // Hardware locks the bus for an operand across a page end. Where the pages are neighbours in host memory too, one
+        // host instruction does the same. Where they are not, CPUs of ours exclude one another; what else writes to one
+        // of the halves alone is not kept out. A device has no atomic accesses (KVM: "emulating exchange as write").
+        let _bus = (lock && crosses).then(|| BUS.lock().unwrap_or_else(PoisonError::into_inner));
+        if lock && crosses {
+            let bytes = PAGE - (la & (PAGE - 1));
+            let next = self.target(self.wrap_linear(la.wrapping_add(bytes)), true, By::Code, seg)?;
+            if let Target::Ram { host, gpa, code } = target
+                && let Target::Ram { host: next_host, gpa: next_gpa, code: next_code } = next
+                && host + bytes == next_host
+            {
+                let old = modify_locked(host, &mut |old| f(old));
+                if code {
+                    self.code_written(gpa, bytes as u32);
+                }
+                if next_code {
+                    self.code_written(next_gpa, W::BYTES - bytes as u32);
+                }
+                self.note_watch(la, W::BYTES, true);
+                return Ok(old);
+            }
         }
         let old = W::of(self.load_slow(la, W::BYTES, By::Code, seg)?);
         let new = f(old).unwrap_or(old);
