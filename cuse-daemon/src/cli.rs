@@ -44,6 +44,12 @@ pub enum Command {
         /// What both kinds of service have in common
         #[command(flatten)]
         service: ServiceArgs,
+        /// Let root and the members of GROUP open the device, and nobody else
+        ///
+        /// A name or a number. Without it a character device is what udev's rules make of it, root's alone if there are
+        /// none.
+        #[arg(long, value_name = "GROUP")]
+        group: Option<String>,
     },
     /// Tell of the VMs of running softkvm daemons: owners, memory, vCPUs, exits
     ///

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{Gid, Group};
 use serde_json::Value;
 
 use crate::cli::ServiceArgs;
@@ -22,9 +23,42 @@ pub struct Objects {
     pub status: Box<dyn Fn() -> Value + Send + Sync>,
 }
 
-/// The whole life of a daemon. `host_wide`: CUSE is wanted if possible. `ready` is called with a line for the user once
-/// clients may come.
-pub fn serve(args: &ServiceArgs, objects: Objects, host_wide: bool, ready: impl FnOnce(&str)) -> Result<()> {
+/// For whom the device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audience {
+    /// One command, in a mount namespace of its own, in which nobody is to be kept out.
+    Command,
+    /// The whole host; CUSE is wanted if possible. `group`: who may open the device, beside root; `None`: what else decides.
+    Host {
+        /// As `--group` says.
+        group: Option<Gid>,
+    },
+}
+
+impl Audience {
+    /// The host, with the group of that name or number.
+    pub fn host(group: Option<&str>) -> Result<Self> {
+        let find = |name: &str| match name.parse() {
+            Ok(number) => Ok(Gid::from_raw(number)),
+            Err(_) => match Group::from_name(name).with_context(|| format!("cannot look for the group {name}"))? {
+                Some(group) => Ok(group.gid),
+                None => bail!("there is no group {name}. Next step: groupadd --system {name}"),
+            },
+        };
+        Ok(Self::Host { group: group.map(find).transpose()? })
+    }
+
+    /// What was asked for.
+    fn access(self) -> Option<Access> {
+        match self {
+            Self::Command => Some(Access::ALL),
+            Self::Host { group } => group.map(|group| Access { mode: 0o660, uid: 0, gid: group.as_raw() }),
+        }
+    }
+}
+
+/// The whole life of a daemon. `ready` is called with a line for the user once clients may come.
+pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: impl FnOnce(&str)) -> Result<()> {
     // Before any device is opened, and before there is a second thread.
     prove_jitless()?;
     require_root()?;
@@ -34,13 +68,13 @@ pub fn serve(args: &ServiceArgs, objects: Objects, host_wide: bool, ready: impl 
     let runtime = runtime_directory()?;
     let front = Front::new(objects.system);
     let mount = runtime.join(format!("{}.mnt", std::process::id()));
+    let host_wide = audience != Audience::Command;
     let by_cuse = host_wide && cuse::is_possible(&args.device);
     let over = (!by_cuse).then_some(args.device.as_path());
-    // In a namespace of one command nobody else is there to be kept out.
-    let access = if host_wide { Access::as_before(&args.device) } else { Access::ALL };
+    let access = audience.access().unwrap_or_else(|| Access::as_before(&args.device));
     let bound = fuse::start(&front, &mount, fuse::Options { passthrough: !args.no_passthrough, over, access })?;
     let mode = if by_cuse {
-        cuse::start(&front)?;
+        cuse::start(&front, audience.access())?;
         "a CUSE character device"
     } else {
         "a FUSE file"

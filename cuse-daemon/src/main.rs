@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use cuse_daemon::cli::{Cli, Command};
+use cuse_daemon::daemon::Audience;
 use cuse_daemon::{daemon, objects, run, status};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
@@ -15,11 +16,14 @@ fn main() -> ExitCode {
     log(&cli);
     let done = match &cli.command {
         Command::Run { service, command } => run::run(service, &verbosity(&cli), command),
-        Command::Serve { service } => {
-            daemon::serve(service, objects::kvm(), true, |line| eprintln!("softkvm: {line}")).map(|()| 0)
+        Command::Serve { service, group } => {
+            let audience = Audience::host(group.as_deref());
+            audience
+                .and_then(|to| daemon::serve(service, objects::kvm(), to, |line| eprintln!("softkvm: {line}")))
+                .map(|()| 0)
         }
         Command::Daemon { service } => {
-            daemon::serve(service, objects::kvm(), false, |line| println!("{line}")).map(|()| 0)
+            daemon::serve(service, objects::kvm(), Audience::Command, |line| println!("{line}")).map(|()| 0)
         }
         Command::Status { json } => status::show(*json).map(|()| 0),
     };

@@ -1,5 +1,7 @@
 //! `/dev/kvm` as a character device of ours, where the kernel has CUSE.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use cuse_rs::{Device, Kind, Session};
 
-use super::{CharacterDevice, Front};
+use super::{Access, CharacterDevice, Front};
 
 /// How long udev or devtmpfs may take to make the device node.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -17,8 +19,8 @@ pub fn is_possible(path: &Path) -> bool {
     path == Path::new("/dev/kvm") && Path::new("/dev/cuse").exists() && !path.exists()
 }
 
-/// Makes `/dev/kvm`. It goes with the daemon.
-pub fn start(front: &Arc<Front>) -> Result<()> {
+/// Makes `/dev/kvm`. It goes with the daemon. `access`: who may open it, if udev is not to decide.
+pub fn start(front: &Arc<Front>, access: Option<Access>) -> Result<()> {
     let device = Device::open(Path::new("/dev/cuse")).context("cannot open /dev/cuse. Next step: modprobe cuse")?;
     let kind = Kind::Cuse { name: "kvm".into() };
     let session =
@@ -30,5 +32,14 @@ pub fn start(front: &Arc<Front>) -> Result<()> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+    if let Some(access) = access {
+        admit(access).context("cannot set the permissions of /dev/kvm")?;
+    }
     front.device.set(session).map_err(|_| anyhow::anyhow!("/dev/kvm is served twice"))
+}
+
+/// Owner first: until the mode follows, nobody has more than before.
+fn admit(access: Access) -> std::io::Result<()> {
+    chown("/dev/kvm", Some(access.uid), Some(access.gid))?;
+    fs::set_permissions("/dev/kvm", Permissions::from_mode(access.mode))
 }
