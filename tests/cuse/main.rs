@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use assets::initramfs::Archive;
-use assets::packages::{self, BUSYBOX, QEMU};
+use assets::packages::{self, BUSYBOX, QEMU, SETPRIV};
 use assets::qemu::{Accel, Machine};
 use assets::{Quiet, kernel};
 use softkvm_tests::console::Console;
@@ -17,35 +17,129 @@ use softkvm_tests::softkvm;
 const BOOT: Duration = Duration::from_secs(240);
 const STEP: Duration = Duration::from_secs(240);
 
-const INIT: &str = "\
-#!/bin/busybox sh
+/// What an installation ships.
+const RULES: &str = include_str!("../../packaging/65-softkvm.rules");
+const UNIT: &str = include_str!("../../packaging/softkvm.service");
+
+/// The group in the machine, and the numbers of its users: two are members, one is not.
+const GROUP: u32 = 104;
+
+/// `@WORD@` is filled in from the files above. There is no udev here: what its rule says is done by hand.
+const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs run /run
+chmod 755 /run
 insmod /fuse.ko
 insmod /cuse.ko
-softkvm serve &
+setpriv() { /sbin/setpriv "$@"; } # busybox has one that can do less
+member() { user=$1; shift; setpriv --reuid=$user --regid=$user --groups=@GROUP@ -- "$@"; }
+stranger() { setpriv --reuid=3000 --regid=3000 --clear-groups -- "$@"; }
+opens() { "$@" sh -c ': <>/dev/kvm' 2>/dev/null && echo yes || echo no; }
+modern() { "$@" kvm_ioctls --exact --test-threads=1 ioctls::vcpu::tests::test_run_code ioctls::vcpu::tests::xsave_test; }
+
+/sbin/setpriv --no-new-privs --bounding-set=@CAPABILITIES@ -- softkvm serve &
 daemon=$!
 while ! [ -c /dev/kvm ]; do sleep 0.1; done
 echo DEVICE: $(stat -c %F /dev/kvm)
+echo SUBSYSTEM: $(basename $(readlink -f /sys/class/*/kvm/subsystem))
 softkvm status
-kvm_ioctls --exact --test-threads=1 ioctls::vcpu::tests::test_run_code ioctls::vcpu::tests::xsave_test
+modern env
 echo CUSE: $?
+legacy --seconds 2 header smp display signals reset
+echo LEGACY: $?
+
+echo BEFORE: $(opens member 1000) $(opens stranger)
+chgrp @RULE_GROUP@ /dev/kvm
+chmod @RULE_MODE@ /dev/kvm
+echo RULE: $(opens member 1000) $(opens stranger)
+modern member 1000
+echo USER: $?
+member 1000 legacy --seconds 2 header smp display locked signals reset
+echo USER LEGACY: $?
+
+member 1000 legacy --seconds 1000 smp >/dev/null &
+sleep 3
+victim=$(pidof legacy)
+echo VICTIM: $(stat -c %u /proc/$victim) $(ls -l /proc/$victim/fd | grep -c kvm-vm)
+fd=$(ls -l /proc/$victim/fd | sed -n 's/.* \([0-9]*\) -> .*kvm-vm.*/\1/p' | head -n 1)
+echo OTHER: $(member 2000 sh -c ": <>/proc/$victim/fd/$fd" 2>/dev/null && echo yes || echo no)
+echo OTHER MEMORY: $(member 2000 sh -c ": </proc/$victim/mem" 2>/dev/null && echo yes || echo no)
+echo ROOT: $(sh -c ": <>/proc/$victim/fd/$fd" 2>/dev/null && echo yes || echo no)
+member 2000 legacy --seconds 1 reset
+echo OTHER LEGACY: $?
+kill $victim
 softkvm status
 kill $daemon
 wait $daemon
 echo SERVE: $?
 [ -e /dev/kvm ] && echo /dev/kvm is still there
+
+softkvm serve --group kvm &
+daemon=$!
+while ! [ -c /dev/kvm ]; do sleep 0.1; done
+while [ "$(stat -c '%a %G' /dev/kvm)" = '600 root' ]; do sleep 0.1; done
+echo GROUP: $(stat -c '%a %U %G' /dev/kvm) $(opens member 1000) $(opens stranger)
+kill $daemon
+wait $daemon
+
 softkvm run -- kvm_ioctls --exact --test-threads=1 ioctls::vcpu::tests::test_run_code
 echo FUSE: $?
+softkvm run -- legacy --seconds 1 header reset
+echo FUSE LEGACY: $?
 poweroff -f
-";
+"#;
+
+/// What the machine prints once each of these steps has gone well, in this order.
+const STEPS: &[&str] = &[
+    "CUSE: 0",
+    "LEGACY: 0",
+    "BEFORE: no no",
+    "RULE: yes no",
+    "USER: 0",
+    "USER LEGACY: 0",
+    "VICTIM: 1000 1",
+    "OTHER: no",
+    "OTHER MEMORY: no",
+    // A descriptor of KVM's cannot be opened anew by anybody.
+    "ROOT: no",
+    "OTHER LEGACY: 0",
+    "SERVE: 0",
+    "GROUP: 660 root kvm yes no",
+    "FUSE: 0",
+    "FUSE LEGACY: 0",
+];
+
+/// The value of `KEY="value"` or `KEY==..` in the one rule that there is.
+fn rule(key: &str) -> &'static str {
+    let mut rules = RULES.lines().filter(|line| !line.starts_with('#'));
+    let (rule, None) = (rules.next().expect("a rule"), rules.next()) else { panic!("one rule") };
+    let value = rule.split(", ").find_map(|part| part.strip_prefix(key)?.trim_start_matches('=').strip_prefix('"'));
+    value.and_then(|value| value.strip_suffix('"')).unwrap_or_else(|| panic!("no {key} in {rule}"))
+}
+
+/// The capabilities of the unit, as setpriv wants them.
+fn capabilities() -> String {
+    let list = UNIT.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).expect("the unit bounds them");
+    let names = list.split_whitespace().map(|name| name.trim_start_matches("CAP_").to_lowercase());
+    names.fold("-all".to_owned(), |all, name| all + ",+" + &name)
+}
+
+fn init() -> String {
+    let filled = [
+        ("@GROUP@", GROUP.to_string()),
+        ("@RULE_GROUP@", rule("GROUP").to_owned()),
+        ("@RULE_MODE@", rule("MODE").to_owned()),
+        ("@CAPABILITIES@", capabilities()),
+    ];
+    filled.into_iter().fold(INIT.to_owned(), |script, (word, value)| script.replace(word, &value))
+}
 
 /// A program and the libraries that it loads, at the places where it looks for them.
 fn add_program(archive: &mut Archive, name: &str, program: &Path, libraries: &mut Vec<PathBuf>) {
-    archive.file(&format!("bin/{name}"), 0o755, &fs::read(program).expect("the program can be read"));
+    archive.file(name, 0o755, &fs::read(program).expect("the program can be read"));
     let output = Command::new("ldd").arg(program).output().expect("ldd runs");
     let list = String::from_utf8_lossy(&output.stdout).into_owned();
     let paths = list.split_whitespace().filter(|word| word.starts_with('/'));
@@ -62,7 +156,7 @@ fn add_program(archive: &mut Archive, name: &str, program: &Path, libraries: &mu
 
 fn initramfs(modules: &Path) -> Vec<u8> {
     let mut archive = Archive::new();
-    for dir in ["bin", "dev", "proc", "sys", "run", "tmp", "lib", "lib/x86_64-linux-gnu", "lib64"] {
+    for dir in ["bin", "sbin", "dev", "etc", "proc", "sys", "run", "tmp", "lib", "lib/x86_64-linux-gnu", "lib64"] {
         archive.directory(dir);
     }
     archive.char_device("dev/console", 5, 1);
@@ -73,20 +167,29 @@ fn initramfs(modules: &Path) -> Vec<u8> {
         archive.file(module, 0o644, &content);
     }
     let mut libraries = Vec::new();
-    add_program(&mut archive, "softkvm", softkvm::binary().expect("softkvm builds"), &mut libraries);
+    let programs = softkvm::build_static(&["softkvm", "legacy"]).expect("static programs");
+    for (name, program) in ["softkvm", "legacy"].into_iter().zip(programs) {
+        archive.file(&format!("bin/{name}"), 0o755, &program);
+    }
+    let setpriv = packages::find(SETPRIV).expect("setpriv is installed");
+    add_program(&mut archive, "sbin/setpriv", &setpriv, &mut libraries);
     let client = test_program("kvm-ioctls", "0.25.1").expect("the suite builds");
-    add_program(&mut archive, "kvm_ioctls", &client, &mut libraries);
-    archive.file("init", 0o755, INIT.as_bytes());
+    add_program(&mut archive, "bin/kvm_ioctls", &client, &mut libraries);
+    archive.file("etc/group", 0o644, format!("root:x:0:\nkvm:x:{GROUP}:\n").as_bytes());
+    archive.file("etc/passwd", 0o644, b"root:x:0:0::/:/bin/sh\n");
+    archive.file("init", 0o755, init().as_bytes());
     archive.finish()
 }
 
 #[test]
 fn a_character_device_serves_clients() {
-    packages::ensure(&[QEMU, BUSYBOX], &Quiet).expect("QEMU and busybox");
+    packages::ensure(&[QEMU, BUSYBOX, SETPRIV], &Quiet).expect("QEMU, busybox and setpriv");
     let kernel = kernel::ensure(&Quiet).expect("the kernel");
     let path = std::env::temp_dir().join(format!("softkvm-cuse-{}.cpio", std::process::id()));
     fs::write(&path, initramfs(&kernel.modules())).expect("the image can be written");
-    let machine = Machine::new(Accel::Tcg, 1024).linux(&kernel.image(), &path, "quiet");
+    let mut machine = Machine::new(Accel::Tcg, 1024).linux(&kernel.image(), &path, "quiet");
+    // vCPUs in parallel.
+    machine.push(["-smp", "2"]);
     let mut console = Console::start(&mut machine.command()).expect("QEMU starts");
     let mut expect = |needle: &str, within| {
         let seen = console.expect(needle, within);
@@ -94,14 +197,14 @@ fn a_character_device_serves_clients() {
     };
     // The guest's shell and the daemon write when they get there: the device may be looked at before it is announced.
     expect("serves /dev/kvm by CUSE", BOOT);
-    expect("CUSE: 0", STEP);
-    expect("no VMs", STEP);
-    expect("SERVE: 0", STEP);
-    expect("FUSE: 0", STEP);
+    for step in STEPS {
+        expect(&format!("{step}\r\n"), STEP);
+    }
     console.finish(STEP).expect("the machine powers off");
-    for needle in ["/dev/kvm is a CUSE character device", "DEVICE: character special file"] {
+    fs::remove_file(&path).expect("the image is there");
+    let subsystem = format!("SUBSYSTEM: {}", rule("SUBSYSTEM"));
+    for needle in ["/dev/kvm is a CUSE character device", "DEVICE: character special file", &subsystem, "no VMs"] {
         assert!(console.text().contains(needle), "no {needle:?}: {}", console.tail());
     }
     assert!(!console.text().contains("is still there"), "{}", console.tail());
-    fs::remove_file(&path).expect("the image is there");
 }

@@ -24,8 +24,43 @@ pub fn build() -> Result<PathBuf> {
     if !status.success() {
         bail!("softkvm did not build. Next step: cargo build --release --package cuse-daemon");
     }
+    Ok(target().join("release/softkvm"))
+}
+
+/// Programs of this workspace as one file each, without a library: their bytes, in the order of `names`. From the folder
+/// `$SOFTKVM_STATIC`, else built now.
+pub fn build_static(names: &[&str]) -> Result<Vec<Vec<u8>>> {
+    if let Some(folder) = std::env::var_os("SOFTKVM_STATIC") {
+        return names.iter().map(|name| stripped(&Path::new(&folder).join(name))).collect();
+    }
+    // With a target named, build scripts and procedural macros are built without the flag.
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    build.args(["build", "--release", "--target", TARGET, "--package", "cuse-daemon", "--package", "softkvm-tests"]);
+    for name in names {
+        build.args(["--bin", name]);
+    }
+    build.env("RUSTFLAGS", "-C target-feature=+crt-static").current_dir(workspace());
+    if !build.status().context("cannot start cargo")?.success() {
+        bail!("no static programs. Next step: {build:?}");
+    }
+    let folder = target().join(TARGET).join("release");
+    names.iter().map(|name| stripped(&folder.join(name))).collect()
+}
+
+/// The program's bytes without debug information.
+fn stripped(program: &Path) -> Result<Vec<u8>> {
+    let short = program.with_extension("stripped");
+    let strip = Command::new("strip").arg("-o").args([&short, program]).status();
+    if !strip.context("cannot start strip. Next step: apt-get install binutils")?.success() {
+        bail!("strip {} failed", program.display());
+    }
+    std::fs::read(&short).with_context(|| format!("cannot read {}", short.display()))
+}
+
+fn target() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
-    Ok(workspace().join(target).join("release/softkvm"))
+    workspace().join(target)
 }
 
 /// `$SOFTKVM`, else the release binary, built once per process.

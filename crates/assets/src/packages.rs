@@ -34,9 +34,11 @@ pub const XORRISO: Need = need("xorriso", "xorriso");
 pub const MTOOLS: Need = need("mformat", "mtools");
 /// Mount namespaces for the tests.
 pub const UNSHARE: Need = need("unshare", "util-linux");
+/// Users and capabilities for the tests.
+pub const SETPRIV: Need = need("setpriv", "util-linux");
 
 /// All of them.
-pub const ALL: &[Need] = &[QEMU, BUSYBOX, GRUB_MKRESCUE, GRUB_PC, XORRISO, MTOOLS, UNSHARE];
+pub const ALL: &[Need] = &[QEMU, BUSYBOX, GRUB_MKRESCUE, GRUB_PC, XORRISO, MTOOLS, UNSHARE, SETPRIV];
 
 /// Where the file is, if it is there.
 pub fn find(need: Need) -> Option<PathBuf> {
