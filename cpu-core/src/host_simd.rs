@@ -203,7 +203,16 @@ pub(crate) fn is_inexact_unbounded(name: &str, a: V, b: V, mxcsr: u32) -> Option
         let lanes = if name == "cvtsd2ss" { 1 } else { 2 };
         return Some((0..lanes).any(|i| is_inexact(Arithmetic::Narrow, 4, lane(b, i, 8), 0, rounding)));
     }
-    let (operation, shape) = name.split_at_checked(3)?;
+    if let "addsubps" | "addsubpd" = name {
+        // Even lanes are differences, odd ones sums.
+        let bytes = if name == "addsubps" { 4 } else { 8 };
+        let operation = |i: u32| if i.is_multiple_of(2) { Arithmetic::Sub } else { Arithmetic::Add };
+        let inexact = |i| is_inexact(operation(i), bytes, lane(a, i, bytes), lane(b, i, bytes), rounding);
+        return Some((0..16 / bytes).any(inexact));
+    }
+    // The horizontal ones take both operands of a lane from one register.
+    let horizontal = name.starts_with('h');
+    let (operation, shape) = name[usize::from(horizontal)..].split_at_checked(3)?;
     let operation = match operation {
         "add" => Arithmetic::Add,
         "sub" => Arithmetic::Sub,
@@ -218,6 +227,10 @@ pub(crate) fn is_inexact_unbounded(name: &str, a: V, b: V, mxcsr: u32) -> Option
         "pd" => (8, 2),
         _ => return None,
     };
+    if horizontal {
+        let pair = |v, i| is_inexact(operation, bytes, lane(v, 2 * i, bytes), lane(v, 2 * i + 1, bytes), rounding);
+        return Some([a, b].into_iter().any(|v| (0..lanes / 2).any(|i| pair(v, i))));
+    }
     Some((0..lanes).any(|i| is_inexact(operation, bytes, lane(a, i, bytes), lane(b, i, bytes), rounding)))
 }
 
