@@ -561,7 +561,10 @@ fn namespaces() {
     let empty = std::env::temp_dir().join(format!("softkvm-empty-{}", std::process::id()));
     std::fs::create_dir(&empty).unwrap();
     let lowest = free_descriptor();
-    nix::unistd::chroot(&empty).unwrap();
+    // Removed while it is ours, so that nothing stays behind.
+    nix::unistd::chdir(&empty).unwrap();
+    std::fs::remove_dir(&empty).unwrap();
+    nix::unistd::chroot(".").unwrap();
     nix::unistd::chdir("/").unwrap();
     let vm = create(&kvm);
     assert_eq!(vm.as_raw_fd(), lowest);
