@@ -79,8 +79,10 @@ fn stand_in_comes_and_goes() {
 
 /// Daemon and supervisor of a `softkvm run`, from the status of the daemon that serves its namespace.
 fn daemon_of(pid: u32) -> Value {
-    let line = [format!("--mount=/proc/{pid}/ns/mnt"), "--".into(), SOFTKVM.into(), "status".into(), "--json".into()];
-    let output = Command::new("nsenter").args(line).output().unwrap();
+    let mut nsenter = Command::new("nsenter");
+    // Its root as well: in a chroot that is not the namespace's.
+    nsenter.args([format!("--mount=/proc/{pid}/ns/mnt"), format!("--root=/proc/{pid}/root")]);
+    let output = nsenter.args(["--", SOFTKVM, "status", "--json"]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let status: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(status["daemons"].as_array().unwrap().len(), 1, "only the one that serves this namespace");
