@@ -203,6 +203,32 @@ fn who_could_open_the_device_before_may_open_ours() {
     std::fs::remove_dir_all(dir).unwrap();
 }
 
+#[test]
+fn a_group_may_open_the_device_and_others_may_not() {
+    if !can_run() {
+        return;
+    }
+    let dir = directory("group");
+    std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let device = dir.join("kvm");
+    let script = format!(
+        "{SOFTKVM} serve --device {0} --group no-such-group && exit 4
+         {SOFTKVM} serve --device {0} --group 65533 & for i in $(seq 100); do test -S /run/softkvm/$!.sock && break; sleep 0.1; done
+         stat -c '%a %u %g' {0}
+         setpriv --reuid=65534 --regid=65534 --groups=65533 -- sh -c ': <> {0}' || exit 1
+         setpriv --reuid=65534 --regid=65534 --clear-groups -- sh -c ': <> {0}' && exit 2
+         kill $!; wait $!",
+        device.display()
+    );
+    let output =
+        Command::new("unshare").args(["--mount", "--propagation", "private", "sh", "-c", &script]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "660 0 65533\n");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("there is no group no-such-group. Next step: groupadd"), "{said}");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
 /// The other side of the tests below: tries to make code. Exits with 0 if that works, with 3 if it is forbidden.
 #[test]
 fn make_code() {
