@@ -14,7 +14,7 @@ use crate::fault::Fault;
 use crate::host::{self, HostWord};
 use crate::host_simd::{self, V};
 use crate::op::Op;
-use crate::state::Seg;
+use crate::state::{Breakpoints, Seg};
 use crate::vmx::{Exit, Mmio};
 
 /// Who accesses: the running code, or the processor on its own account (descriptor tables, TSS).
@@ -170,7 +170,7 @@ impl Cpu {
 
     /// A DR7 breakpoint on data lies in the page of `la`.
     fn is_watched(&self, la: u64) -> bool {
-        self.has_breakpoints() && self.debug.db.iter().any(|b| b & !(PAGE - 1) == la & !(PAGE - 1))
+        self.has_breakpoints() && self.breakpoints().db.iter().any(|b| b & !(PAGE - 1) == la & !(PAGE - 1))
     }
 
     /// Sets pending #DB causes for data breakpoints that `size` bytes at `la` hit (SDM Vol. 3 "Debug Registers").
@@ -178,12 +178,12 @@ impl Cpu {
         if !self.has_breakpoints() {
             return;
         }
+        let Breakpoints { db, dr7 } = self.breakpoints();
         for i in 0..4 {
-            let dr7 = self.debug.dr7;
             let enabled = dr7 >> (2 * i) & 3 != 0;
             let rw = dr7 >> (16 + 4 * i) & 3;
             let len = [1, 2, 8, 4][(dr7 >> (18 + 4 * i) & 3) as usize];
-            let start = self.debug.db[i as usize] & !(len - 1);
+            let start = db[i as usize] & !(len - 1);
             let hit = la < start + len && start < la + u64::from(size);
             if enabled && hit && (rw == 3 || rw == 1 && write) {
                 self.debug_pending |= 1 << i;

@@ -18,7 +18,7 @@ use crate::flags::{Flags, STATUS};
 use crate::op::{Op, RasEntry};
 use crate::platform::Platform;
 use crate::state::{
-    CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, Regs, Seg, Segment, Sregs, Variant,
+    Breakpoints, CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, Regs, Seg, Segment, Sregs, Variant,
 };
 use crate::vmx::{Exit, Io, Mmio};
 use crate::word::Word;
@@ -139,6 +139,8 @@ pub struct Cpu {
     /// PAE's page-directory pointers, as loaded by the last MOV CR3.
     pub(crate) pdpte: [u64; 4],
     pub(crate) debug: DebugRegs,
+    /// A debugger's, which hide the guest's own.
+    pub(crate) debugger: Option<Breakpoints>,
     pub(crate) msrs: Msrs,
     pub(crate) fpu: Fpu,
     pub(crate) events: Events,
@@ -323,6 +325,7 @@ impl Cpu {
             efer: Efer::empty(),
             pdpte: [0; 4],
             debug: DebugRegs::default(),
+            debugger: None,
             msrs: Msrs::default(),
             fpu: Fpu::default(),
             events: Events::default(),
@@ -613,7 +616,12 @@ impl Cpu {
     /// Any of DR7's breakpoints is enabled.
     pub(crate) fn has_breakpoints(&self) -> bool {
         let enabled = Dr7::L0 | Dr7::G0 | Dr7::L1 | Dr7::G1 | Dr7::L2 | Dr7::G2 | Dr7::L3 | Dr7::G3;
-        self.debug.dr7 & enabled.bits() != 0
+        self.breakpoints().dr7 & enabled.bits() != 0
+    }
+
+    /// The breakpoints in force: the debugger's, or else the guest's own (Linux: `vcpu->arch.eff_db`).
+    pub fn breakpoints(&self) -> Breakpoints {
+        self.debugger.unwrap_or(Breakpoints { db: self.debug.db, dr7: self.debug.dr7 })
     }
 
     /// Loads the PDPTE registers where PAE paging uses them, without the checks of MOV CR3.
@@ -715,6 +723,13 @@ impl Cpu {
     pub fn set_debug_regs(&mut self, debug: DebugRegs) {
         self.debug = debug;
         self.unchecked = true;
+        self.flush_tlb();
+    }
+
+    /// Puts a debugger's breakpoints in the place of the guest's, whose registers stay as they are; `None` takes them away.
+    /// Their #DB exits only if [`Self::set_exception_bitmap`] says so.
+    pub fn set_debugger(&mut self, breakpoints: Option<Breakpoints>) {
+        self.debugger = breakpoints;
         self.flush_tlb();
     }
 

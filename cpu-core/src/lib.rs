@@ -30,7 +30,7 @@ pub use cpu::{Cpu, Kick};
 pub use isa::{FEATURES, families, is_implemented};
 pub use platform::{HostPlatform, Platform};
 pub use state::{
-    CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment, Sregs,
-    Variant, VectorRegister, XSAVE_LEGACY_BYTES,
+    Breakpoints, CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment,
+    Sregs, Variant, VectorRegister, XSAVE_LEGACY_BYTES,
 };
 pub use vmx::{Exit, Io, Mmio};

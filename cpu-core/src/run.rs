@@ -8,7 +8,7 @@ use crate::decode::trace::MAX_INSTRUCTION_BYTES;
 use crate::event::{self, Delivery};
 use crate::fault::{Fault, Origin};
 use crate::op::QUANTUM;
-use crate::state::Seg;
+use crate::state::{Breakpoints, Seg};
 use crate::vmx::{Exit, Io, Mmio};
 
 const PAGE: u64 = 0x1000;
@@ -241,9 +241,9 @@ impl Cpu {
             return None;
         }
         let la = self.wrap_linear(self.seg_base[Seg::Cs as usize].wrapping_add(self.rip));
-        let dr7 = self.debug.dr7;
+        let Breakpoints { db, dr7 } = self.breakpoints();
         let hit = (0..4)
-            .filter(|i| dr7 >> (2 * i) & 3 != 0 && dr7 >> (16 + 4 * i) & 3 == 0 && self.debug.db[*i as usize] == la)
+            .filter(|i| dr7 >> (2 * i) & 3 != 0 && dr7 >> (16 + 4 * i) & 3 == 0 && db[*i as usize] == la)
             .fold(0, |bits, i| bits | 1 << i);
         if hit != 0 {
             self.budget = 1;

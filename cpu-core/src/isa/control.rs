@@ -230,7 +230,7 @@ impl Cpu {
             _ => return Err(self.undefined()),
         };
         self.require_cpl0()?;
-        if self.debug.dr7 & Dr7::GD.bits() != 0 {
+        if self.breakpoints().dr7 & Dr7::GD.bits() != 0 {
             return Err(self.fault(Fault::db(Dr6::BD.bits(), Origin::Fault)));
         }
         Ok(number)

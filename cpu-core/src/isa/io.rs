@@ -11,7 +11,7 @@ use crate::decode::digest::{Digest, Lowered};
 use crate::fault::Fault;
 use crate::host::HostWord;
 use crate::op::{Handler, Op};
-use crate::state::{Gpr, Seg};
+use crate::state::{Breakpoints, Gpr, Seg};
 use crate::vmx::{Exit, Io};
 
 pub(super) const ROWS: &[Row] = &[
@@ -77,11 +77,11 @@ impl Cpu {
             return;
         }
         let (first, last) = (u64::from(port), u64::from(port) + u64::from(size) - 1);
+        let Breakpoints { db, dr7 } = self.breakpoints();
         for i in 0..4 {
-            let dr7 = self.debug.dr7;
             let enabled = dr7 >> (2 * i) & 3 != 0 && dr7 >> (16 + 4 * i) & 3 == 2;
             let len = [1, 2, 8, 4][(dr7 >> (18 + 4 * i) & 3) as usize];
-            let start = self.debug.db[i as usize] & !(len - 1);
+            let start = db[i as usize] & !(len - 1);
             if enabled && first < start + len && start <= last {
                 self.debug_pending |= 1 << i;
             }

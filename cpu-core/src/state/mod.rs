@@ -111,6 +111,15 @@ impl Default for DebugRegs {
     }
 }
 
+/// DR0–DR3 and DR7 as breakpoints are looked for: the guest's own, or those of a debugger of the guest in their place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Breakpoints {
+    /// Breakpoint linear addresses.
+    pub db: [u64; 4],
+    /// Debug control.
+    pub dr7: u64,
+}
+
 /// One row of the guest's CPUID table. A row whose `index` is `None` answers any ECX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuidEntry {

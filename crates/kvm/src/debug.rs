@@ -1,9 +1,9 @@
 //! A debugger of the guest: `KVM_SET_GUEST_DEBUG`, and 2007's `KVM_DEBUG_GUEST` in its terms.
 //!
-//! The debugger's #DB and #BP exit instead of reaching the guest. Its breakpoints stand in the debug registers while the
-//! guest's own wait aside; its single steps use RFLAGS.TF, which `KVM_GET_REGS` hides.
+//! The debugger's #DB and #BP exit instead of reaching the guest. Its breakpoints are in force in the place of the
+//! guest's own, whose registers the guest goes on using; its single steps use RFLAGS.TF, which `KVM_GET_REGS` hides.
 
-use cpu_core::{DebugRegs, Events, PendingException};
+use cpu_core::{Breakpoints, Events, PendingException};
 use kvm_abi::consts::*;
 use kvm_abi::legacy::kvm_debug_guest;
 use kvm_abi::{Plain, kvm_guest_debug};
@@ -75,28 +75,10 @@ pub(crate) fn set(vcpu: &mut Vcpu, debug: &kvm_guest_debug) -> Result<(), Errno>
     }
     vcpu.cpu.set_exception_bitmap(exiting);
 
-    let mine = guest_registers(vcpu);
-    if control & KVM_GUESTDBG_USE_HW_BP != 0 {
-        let [db0, db1, db2, db3, .., dr7] = vcpu.guest_debug.arch.debugreg;
-        vcpu.guests_debugregs = Some(mine);
-        vcpu.cpu.set_debug_regs(DebugRegs { db: [db0, db1, db2, db3], dr6: mine.dr6, dr7 });
-    } else if vcpu.guests_debugregs.take().is_some() {
-        vcpu.cpu.set_debug_regs(mine);
-    }
+    let [db0, db1, db2, db3, .., dr7] = vcpu.guest_debug.arch.debugreg;
+    let breakpoints = Breakpoints { db: [db0, db1, db2, db3], dr7 };
+    vcpu.cpu.set_debugger((control & KVM_GUESTDBG_USE_HW_BP != 0).then_some(breakpoints));
     Ok(())
-}
-
-/// The debug registers as the guest would have them without the debugger.
-pub(crate) fn guest_registers(vcpu: &Vcpu) -> DebugRegs {
-    vcpu.guests_debugregs.unwrap_or_else(|| vcpu.cpu.debug_regs())
-}
-
-/// Loads the guest's debug registers, under the debugger's if it has some.
-pub(crate) fn set_guest_registers(vcpu: &mut Vcpu, regs: DebugRegs) {
-    match &mut vcpu.guests_debugregs {
-        Some(guests) => *guests = regs,
-        None => vcpu.cpu.set_debug_regs(regs),
-    }
 }
 
 #[cfg(test)]

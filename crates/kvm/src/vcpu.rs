@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use cpu_core::{Cpu, DebugRegs, Kick};
+use cpu_core::{Cpu, Kick};
 use kvm_abi::consts::KVM_MP_STATE_RUNNABLE;
 use kvm_abi::{Plain, kvm_cpuid_entry2, kvm_guest_debug};
 use mmu::Mapping;
@@ -56,8 +56,6 @@ pub(crate) struct Vcpu {
     /// The guest has been entered: its CPUID is fixed from now on.
     pub(crate) has_run: bool,
     pub(crate) guest_debug: kvm_guest_debug,
-    /// The guest's debug registers while a debugger's are loaded.
-    pub(crate) guests_debugregs: Option<DebugRegs>,
     /// What a signal to the client's thread does while it is in `KVM_RUN`.
     pub(crate) on_signal: Arc<dyn Fn() + Send + Sync>,
 }
@@ -99,7 +97,6 @@ impl VcpuFile {
             cpuid: Vec::new(),
             has_run: false,
             guest_debug: Plain::zeroed(),
-            guests_debugregs: None,
             on_signal: Arc::new(move || kick.kick()),
         };
         Ok(Arc::new(Self { vm, id, pages, vcpu: Mutex::new(vcpu) }))

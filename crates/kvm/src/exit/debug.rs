@@ -18,7 +18,7 @@ const DR7_FIXED: u64 = 0x400;
 
 pub(super) fn handle(vcpu: &mut Vcpu, exception: u8, dr6: u64) -> Outcome {
     let (dr6, dr7) = match exception {
-        vector::DB => (dr6 | DR6_FIXED, vcpu.cpu.debug_regs().dr7 | DR7_FIXED),
+        vector::DB => (dr6 | DR6_FIXED, vcpu.cpu.breakpoints().dr7 | DR7_FIXED),
         _ => (0, 0),
     };
     vcpu.page.set_debug(exception.into(), vcpu.linear_rip(), dr6, dr7);

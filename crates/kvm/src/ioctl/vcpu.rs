@@ -351,7 +351,7 @@ pub(super) fn set_xcrs(vcpu: &mut Vcpu, xcrs: &kvm_xcrs) -> Result<(), Errno> {
 
 /// Reads DR0–DR3, DR6, DR7. api.rst `KVM_GET_DEBUGREGS`.
 pub(super) fn get_debugregs(vcpu: &mut Vcpu) -> Result<kvm_debugregs, Errno> {
-    Ok(state::from_core_debugregs(&debug::guest_registers(vcpu)))
+    Ok(state::from_core_debugregs(&vcpu.cpu.debug_regs()))
 }
 
 /// Loads DR0–DR3, DR6, DR7. api.rst `KVM_SET_DEBUGREGS`. EINVAL: flags, or the upper half of DR6 or DR7.
@@ -359,7 +359,7 @@ pub(super) fn set_debugregs(vcpu: &mut Vcpu, regs: &kvm_debugregs) -> Result<(),
     if regs.flags != 0 || regs.dr6 >> 32 != 0 || regs.dr7 >> 32 != 0 {
         return Err(Errno::EINVAL);
     }
-    debug::set_guest_registers(vcpu, cpu_core::DebugRegs { db: regs.db, dr6: regs.dr6, dr7: regs.dr7 });
+    vcpu.cpu.set_debug_regs(cpu_core::DebugRegs { db: regs.db, dr6: regs.dr6, dr7: regs.dr7 });
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use super::*;
 const CAUSES: u64 = 0xe00f;
 
 /// DR7 for breakpoint 0, for all tasks: R/W and LEN as encoded.
-fn dr7(rw: u64, len: u64) -> u64 {
+fn armed(rw: u64, len: u64) -> u64 {
     0x402 | rw << 16 | len << 18
 }
 
@@ -44,7 +44,7 @@ fn port_breakpoints_trap_behind_the_access() {
             let cpu = &mut guest.0.cpu;
             cpu.cr4 |= Cr4::DE;
             cpu.debug.db[0] = at;
-            cpu.debug.dr7 = dr7(2, len);
+            cpu.debug.dr7 = armed(2, len);
             assert!(matches!(cpu.run(), Exit::Io(_)));
             if input {
                 cpu.complete_io_in(&[0; 4][..bytes.into()])
@@ -90,7 +90,7 @@ fn data_breakpoints_trap_behind_the_access() {
         let cpu = &mut guest.0.cpu;
         cpu.set_reg(Gpr::Rbx, address);
         let mut regs = cpu.debug_regs();
-        (regs.db[0], regs.dr7) = (breakpoint, dr7(rw, len));
+        (regs.db[0], regs.dr7) = (breakpoint, armed(rw, len));
         cpu.set_debug_regs(regs);
         let expected = if hit { Event(DB, None, 2) } else { Done };
         assert_eq!(guest.run(), expected, "{:x?}", (rw, len, breakpoint, address, bytes, write));
@@ -119,7 +119,7 @@ fn iret_resumes_at_a_breakpoint_once() {
         let cpu = &mut guest.0.cpu;
         cpu.set_reg(Gpr::Rsp, STACK - 12);
         let mut regs = cpu.debug_regs();
-        (regs.db[0], regs.dr7) = (OTHER_CODE.into(), dr7(0, 0));
+        (regs.db[0], regs.dr7) = (OTHER_CODE.into(), armed(0, 0));
         cpu.set_debug_regs(regs);
         assert_eq!(guest.run(), Event(DB, None, u64::from(OTHER_CODE) - crate::testing::CODE));
         assert_eq!(guest.0.cpu.reg(Gpr::Rbx), rounds, "{flags:#x}");
@@ -134,7 +134,45 @@ fn popf_does_not_load_rf() {
         a.nop().unwrap();
     });
     let mut regs = guest.0.cpu.debug_regs();
-    (regs.db[0], regs.dr7) = (crate::testing::CODE + 6, dr7(0, 0));
+    (regs.db[0], regs.dr7) = (crate::testing::CODE + 6, armed(0, 0));
     guest.0.cpu.set_debug_regs(regs);
     assert_eq!(guest.run(), Event(DB, None, 6));
+}
+
+#[test]
+fn a_debugger_leaves_the_guest_its_registers() {
+    use crate::state::Breakpoints;
+    const AT: u64 = crate::testing::CODE;
+    let mut guest = Guest::new(0, |a| {
+        a.mov(ebx, dr0).unwrap();
+        a.mov(eax, AT as i32 + 0x1d).unwrap();
+        a.mov(dr0, eax).unwrap();
+        a.mov(ecx, dr7).unwrap();
+        a.mov(eax, 0x402).unwrap();
+        a.mov(dr7, eax).unwrap();
+        a.mov(edx, dr0).unwrap();
+        // The debugger's breakpoint, then the guest's.
+        a.nop().unwrap();
+        a.nop().unwrap();
+        a.nop().unwrap();
+        a.nop().unwrap();
+        a.nop().unwrap();
+        a.nop().unwrap();
+    });
+    let cpu = &mut guest.0.cpu;
+    cpu.debug.db[0] = 0x1234;
+    cpu.set_debugger(Some(Breakpoints { db: [0, AT + 0x19, 0, 0], dr7: 0x408 }));
+    cpu.set_exception_bitmap(1 << DB);
+    assert_eq!(guest.run(), Seen::Exit(Exit::Exception { vector: DB, dr6: 2 }));
+    let cpu = &mut guest.0.cpu;
+    assert_eq!(cpu.rip, AT + 0x19);
+    assert_eq!([Gpr::Rbx, Gpr::Rcx, Gpr::Rdx].map(|r| cpu.reg(r)), [0x1234, 0x400, AT + 0x1d]);
+    // Past it, the guest's own breakpoint is none while the debugger's are in force.
+    cpu.set_rflags(cpu.rflags() | Rflags::RF.bits());
+    assert_eq!(guest.run(), Done);
+    let cpu = &mut guest.0.cpu;
+    cpu.set_debugger(None);
+    cpu.set_exception_bitmap(0);
+    cpu.rip = AT + 0x19;
+    assert_eq!(guest.run(), Event(DB, None, 0x1d));
 }
