@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use kvm::client::{File, FileKind};
 use nix::errno::Errno;
 
+use crate::client::signal::LastPending;
 use crate::client::space::{Space, Spaces};
 use crate::client::window::Shows;
 use crate::place::Place;
@@ -22,6 +23,8 @@ pub struct Shared {
     mapped: AtomicBool,
     /// Where a vCPU's thread and its workers run.
     pub place: Place,
+    /// Signals of the thread that runs a vCPU under a mask.
+    pub pending: LastPending,
     /// What clients see of a 2007 VM's RAM.
     pub window: Shows,
 }
@@ -35,6 +38,7 @@ impl Shared {
             seen: AtomicU32::new(0),
             mapped: AtomicBool::new(false),
             place: Place::default(),
+            pending: LastPending::default(),
             window: Shows::default(),
         })
     }

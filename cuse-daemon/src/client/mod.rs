@@ -10,7 +10,7 @@ pub mod stop;
 pub mod vm;
 pub mod window;
 
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -41,14 +41,15 @@ pub struct Caller<'a> {
     /// `None` inside: it was answered, but the thread is gone or cannot be held.
     held: OnceCell<Option<Held>>,
     watch: Cell<Option<u64>>,
-    mask: Cell<Option<SignalMask>>,
+    /// While it runs under a mask of its own.
+    masked: RefCell<Option<(SignalMask, Arc<Pending>)>>,
 }
 
 impl<'a> Caller<'a> {
     /// The caller of `ioctl` on `open`.
     pub fn new(front: &'a Arc<Front>, call: &'a Call<'a>, open: &'a Arc<Open>, ioctl: Ioctl<'a>) -> Self {
         let (space, held) = (OnceCell::new(), OnceCell::new());
-        Self { front, call, open, ioctl, space, held, watch: Cell::new(None), mask: Cell::new(None) }
+        Self { front, call, open, ioctl, space, held, watch: Cell::new(None), masked: RefCell::new(None) }
     }
 
     /// Runs the ioctl and answers it.
@@ -290,27 +291,29 @@ impl Client for Caller<'_> {
         if let Some(id) = self.watch.take() {
             self.front.watcher.remove(id);
         }
-        self.mask.set(None);
+        self.masked.replace(None);
         let Some(InterruptAction { run, mask }) = action else { return self.call.on_interrupt(None) };
         let Some(mask) = mask else { return self.call.on_interrupt(Some(run)) };
-        self.mask.set(Some(mask));
-        let tid = self.call.header.pid;
-        if let Some(pending) = Pending::of(tid) {
-            // The kernel tells of signals that the thread does not block, also of those that the mask does block.
-            let act = Arc::clone(&run);
-            self.call.on_interrupt(Some(Arc::new(move || {
-                if pending.outside(mask) != 0 {
-                    act();
-                }
-            })));
-        }
-        self.watch.set(self.front.watcher.add(tid, mask, run));
+        // A thread that is gone has been killed, and waits for nothing.
+        let Some(pending) = self.open.shared.pending.of(self.call.header.pid) else {
+            return self.call.on_interrupt(Some(run));
+        };
+        self.masked.replace(Some((mask, Arc::clone(&pending))));
+        // The kernel tells of signals that the thread does not block, also of those that the mask does block, and of the
+        // first only.
+        let (act, of_interrupt) = (Arc::clone(&run), Arc::clone(&pending));
+        self.call.on_interrupt(Some(Arc::new(move || {
+            if of_interrupt.outside(mask) != 0 {
+                act();
+            }
+        })));
+        self.watch.set(Some(self.front.watcher.add(pending, mask, run)));
     }
 
     fn interrupted(&self) -> bool {
-        match self.mask.get() {
+        match &*self.masked.borrow() {
             None => self.call.interrupted(),
-            Some(mask) => Pending::of(self.call.header.pid).is_some_and(|pending| pending.outside(mask) != 0),
+            Some((mask, pending)) => pending.outside(*mask) != 0,
         }
     }
 }

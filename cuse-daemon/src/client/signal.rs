@@ -14,8 +14,8 @@ use std::time::Duration;
 use kvm::client::SignalMask;
 use parking_lot::{Condvar, Mutex};
 
-/// How late a watched signal may be seen.
-const PERIOD: Duration = Duration::from_millis(1);
+/// How late a watched signal may be seen: VMMs of 2007 kick their vCPUs this way.
+const PERIOD: Duration = Duration::from_micros(500);
 /// How long the watcher stays with nothing to watch: `KVM_RUN` is called again and again.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -29,11 +29,33 @@ impl Pending {
         File::open(format!("/proc/{tid}/status")).ok().map(Self)
     }
 
-    /// Pending signals that `mask` does not block.
+    /// Pending signals that `mask` does not block; none for a thread that is gone.
     pub fn outside(&self, mask: SignalMask) -> u64 {
+        self.read().unwrap_or(0) & !mask.0
+    }
+
+    fn read(&self) -> Option<u64> {
         let mut text = [0; 4096];
-        let len = self.0.read_at(&mut text, 0).unwrap_or(0);
-        pending(&text[..len]) & !mask.0
+        let len = self.0.read_at(&mut text, 0).ok().filter(|&len| len > 0)?;
+        Some(pending(&text[..len]))
+    }
+}
+
+/// The set that was asked for last. A thread asks again and again, and opening takes longer than reading.
+#[derive(Debug, Default)]
+pub struct LastPending(Mutex<Option<(u32, Arc<Pending>)>>);
+
+impl LastPending {
+    /// Of thread `tid`; `None` if it is gone.
+    pub fn of(&self, tid: u32) -> Option<Arc<Pending>> {
+        let mut last = self.0.lock();
+        // The file means the thread it was opened for, also when its number means another.
+        let known = last.as_ref().filter(|(of, pending)| *of == tid && pending.read().is_some());
+        if let Some((_, pending)) = known {
+            return Some(Arc::clone(pending));
+        }
+        *last = Pending::of(tid).map(|pending| (tid, Arc::new(pending)));
+        last.as_ref().map(|(_, pending)| Arc::clone(pending))
     }
 }
 
@@ -53,7 +75,7 @@ type Run = Arc<dyn Fn() + Send + Sync>;
 
 struct Watch {
     id: u64,
-    pending: Pending,
+    pending: Arc<Pending>,
     mask: SignalMask,
     run: Run,
 }
@@ -73,10 +95,9 @@ struct Watches {
 }
 
 impl Watcher {
-    /// Calls `run`, perhaps repeatedly, once a signal outside `mask` is pending for thread `tid`.
-    /// Returns what [`remove`](Self::remove) wants; `None` if the thread is gone.
-    pub fn add(self: &Arc<Self>, tid: u32, mask: SignalMask, run: Run) -> Option<u64> {
-        let pending = Pending::of(tid)?;
+    /// Calls `run`, perhaps repeatedly, once a signal outside `mask` is in `pending`.
+    /// Returns what [`remove`](Self::remove) wants.
+    pub fn add(self: &Arc<Self>, pending: Arc<Pending>, mask: SignalMask, run: Run) -> u64 {
         let id = self.ids.fetch_add(1, Ordering::Relaxed);
         let mut watches = self.watches.lock();
         watches.list.push(Watch { id, pending, mask, run });
@@ -86,7 +107,7 @@ impl Watcher {
             watches.thread = spawned.inspect_err(|err| tracing::error!(%err, "nobody watches for signals")).is_ok();
         }
         self.added.notify_one();
-        Some(id)
+        id
     }
 
     /// Once this returns, the watch's `run` is not called any more.
@@ -129,7 +150,8 @@ mod tests {
     #[test]
     fn watcher_ends_with_nothing_to_watch() {
         let watcher = Arc::new(Watcher::default());
-        let id = watcher.add(std::process::id(), SignalMask(!0), Arc::new(|| panic!("everything is masked"))).unwrap();
+        let pending = LastPending::default().of(std::process::id()).unwrap();
+        let id = watcher.add(pending, SignalMask(!0), Arc::new(|| panic!("everything is masked")));
         assert!(watcher.watches.lock().thread);
         watcher.remove(id);
         let start = std::time::Instant::now();

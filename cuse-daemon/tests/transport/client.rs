@@ -40,6 +40,7 @@ fn client() {
         "wait" => wait(),
         "namespaces" => namespaces(),
         "ram-window" => crate::legacy::ram_window(),
+        "signal-mask" => crate::legacy::signal_mask(),
         "ram-threads" => crate::legacy::ram_threads(),
         case => panic!("no such case: {case}"),
     }

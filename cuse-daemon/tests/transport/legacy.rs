@@ -14,6 +14,7 @@ const SET_MEMORY_REGION: u32 = 0x4018_ae40;
 const SET_MEMORY_ALIAS: u32 = 0x4020_ae43;
 const CREATE_VCPU: u32 = 0xae41;
 const RUN: u32 = 0xae80;
+const SET_SIGNAL_MASK: u32 = 0x4004_ae8b;
 const WINDOW: usize = 2 << 20;
 
 /// SIGBUS so far.
@@ -73,6 +74,14 @@ fn machine() -> OwnedFd {
     region(&vm, 3, 0, 0xa_0000);
     region(&vm, 0, 0xc_0000, 0x8_0000);
     vm
+}
+
+/// A vCPU that spins: jmp $.
+fn spinning(vm: &OwnedFd, id: u64) -> OwnedFd {
+    let window = window(vm);
+    put(window, 0xf_fff0, 0xeb).unwrap();
+    put(window, 0xf_fff1, 0xfe).unwrap();
+    crate::client::owned(ioctl(vm, CREATE_VCPU, id).unwrap())
 }
 
 pub fn ram_window() {
@@ -176,4 +185,159 @@ pub fn ram_threads() {
             assert_eq!(seen, vec![Some(round); THREADS], "round {round}, page {page:#x}");
         }
     }
+}
+
+/// Signals whose handler ran, bit n−1 for signal n.
+static HANDLED: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn on_signal(signal: i32) {
+    HANDLED.fetch_or(bit(signal), Ordering::SeqCst);
+}
+
+const fn bit(signal: i32) -> u64 {
+    1 << (signal - 1)
+}
+
+fn handle(signal: i32) {
+    // SAFETY: an all-zero sigaction is a valid one.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = on_signal as *const () as usize;
+    // SAFETY: the handler touches an atomic only.
+    assert_eq!(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) }, 0);
+}
+
+/// All real-time signals: 32 to 64 of the kernel's.
+pub const REALTIME: u64 = !0 << 31;
+
+/// rt_sigprocmask(2), of this thread.
+pub fn mask(how: i32, set: u64) {
+    // SAFETY: the kernel reads 8 bytes of `set`. Not by way of libc, which hides two signals.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const set, 0, 8) }, 0);
+}
+
+fn set_mask(vcpu: &OwnedFd, set: u64) {
+    let [a, b] = [set as u32, (set >> 32) as u32];
+    assert_eq!(ioctl(vcpu, SET_SIGNAL_MASK, [8u32, a, b].as_ptr().addr() as u64), Ok(0));
+}
+
+fn gettid() -> i32 {
+    nix::unistd::gettid().as_raw()
+}
+
+fn tgkill(tid: i32, signal: i32) {
+    // SAFETY: takes integers only.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), tid, signal) }, 0);
+}
+
+/// Takes a signal that is pending; 0: there is none of `set`.
+fn take(set: u64) -> i32 {
+    let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel reads 8 bytes of `set` and the time.
+    let signal = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigtimedwait,
+            &raw const set,
+            std::ptr::null_mut::<libc::siginfo_t>(),
+            &raw const none,
+            8,
+        )
+    };
+    signal.max(0) as i32
+}
+
+/// A thread in KVM_RUN that blocks `set`, under a mask that lets all of it through and blocks `masked`.
+fn runner(vcpu: &OwnedFd, set: u64, masked: u64, started: &std::sync::mpsc::Sender<i32>) -> (std::time::Instant, i32) {
+    mask(libc::SIG_BLOCK, set);
+    set_mask(vcpu, masked);
+    started.send(gettid()).unwrap();
+    assert_eq!(ioctl(vcpu, RUN, 0), Err(Errno::EINTR));
+    let ended = std::time::Instant::now();
+    (ended, take(set))
+}
+
+/// KVM_SET_SIGNAL_MASK by the rules of `kvm_vcpu_ioctl`: during KVM_RUN the mask is the thread's.
+pub fn signal_mask() {
+    use std::sync::mpsc::channel;
+    use std::thread::{scope, sleep};
+    use std::time::Duration;
+    let (rt, other, usr) = (libc::SIGRTMIN() + 4, libc::SIGRTMIN() + 5, libc::SIGUSR2);
+    [rt, other, usr].into_iter().for_each(handle);
+    let vm = machine();
+    let (first, second) = (spinning(&vm, 0), spinning(&vm, 1));
+    let (sender, started) = channel();
+    let soon = || sleep(Duration::from_millis(10));
+
+    // One thread, over and over: blocked outside, let through inside. It stays pending, and no handler runs.
+    let mut latencies: Vec<Duration> = (0..40)
+        .map(|_| {
+            scope(|scope| {
+                let run = scope.spawn(|| runner(&first, bit(rt), 0, &sender));
+                let tid = started.recv().unwrap();
+                soon();
+                let sent = std::time::Instant::now();
+                tgkill(tid, rt);
+                let (ended, taken) = run.join().unwrap();
+                assert_eq!(taken, rt, "still pending");
+                ended - sent
+            })
+        })
+        .collect();
+    latencies.sort();
+    eprintln!("tgkill to the end of KVM_RUN: median {:?}, slowest {:?}", latencies[20], latencies[39]);
+    assert!(latencies[20] < Duration::from_millis(2), "{latencies:?}");
+    assert_eq!(HANDLED.load(Ordering::SeqCst), 0, "no handler ran");
+
+    // Pending before: the same, at once; and again, for nobody took it.
+    mask(libc::SIG_BLOCK, bit(rt));
+    set_mask(&first, 0);
+    tgkill(gettid(), rt);
+    assert_eq!((ioctl(&first, RUN, 0), ioctl(&first, RUN, 0)), (Err(Errno::EINTR), Err(Errno::EINTR)));
+    assert_eq!(take(bit(rt)), rt);
+
+    // To the process, all of whose threads block it.
+    scope(|scope| {
+        let run = scope.spawn(|| runner(&first, bit(other), 0, &sender));
+        started.recv().unwrap();
+        soon();
+        // SAFETY: takes integers only.
+        assert_eq!(unsafe { libc::kill(libc::getpid(), other) }, 0);
+        assert_eq!(run.join().unwrap().1, other);
+    });
+
+    // Two threads, each with a mask of its own: a signal ends the run whose mask lets it through.
+    let both = bit(rt) | bit(other);
+    scope(|scope| {
+        let one = scope.spawn(|| runner(&first, both, bit(other), &sender));
+        let one_tid = started.recv().unwrap();
+        let two = scope.spawn(|| runner(&second, both, bit(rt), &sender));
+        let two_tid = started.recv().unwrap();
+        soon();
+        tgkill(one_tid, other);
+        tgkill(two_tid, rt);
+        soon();
+        assert!(!one.is_finished() && !two.is_finished(), "both are masked");
+        tgkill(two_tid, other);
+        assert_eq!(two.join().unwrap().1, rt, "lower numbers are taken first; both pend");
+        assert!(!one.is_finished());
+        tgkill(one_tid, rt);
+        assert_eq!(one.join().unwrap().1, rt);
+    });
+    assert_eq!(HANDLED.load(Ordering::SeqCst), 0);
+
+    // A signal that the thread takes and the mask blocks does not end the run; its handler runs when something else has.
+    scope(|scope| {
+        let run = scope.spawn(|| runner(&first, bit(rt), bit(usr), &sender));
+        let tid = started.recv().unwrap();
+        soon();
+        tgkill(tid, usr);
+        soon();
+        assert!(!run.is_finished(), "masked");
+        assert_eq!(HANDLED.load(Ordering::SeqCst), 0);
+        tgkill(tid, rt);
+        assert_eq!(run.join().unwrap().1, rt);
+        assert_eq!(HANDLED.load(Ordering::SeqCst), bit(usr));
+    });
+
+    // What the kernel moves before it asks anybody, for a file of FUSE: 4 bytes at a null pointer.
+    assert_eq!(ioctl(&first, SET_SIGNAL_MASK, 0), Err(Errno::EFAULT));
 }

@@ -61,6 +61,15 @@ fn a_vm_that_turns_out_legacy_can_be_mapped() {
     both("window");
 }
 
+/// As the kernel governs a run by a mask: real objects, real signals.
+#[test]
+fn signal_masks_are_as_the_kernels() {
+    let Some(daemon) = Daemon::start_kvm(true) else { return };
+    // The client inherits it: its other threads must not take what is sent to the process.
+    legacy::mask(libc::SIG_BLOCK, legacy::REALTIME);
+    daemon.run("signal-mask");
+}
+
 #[test]
 fn ram_of_2007_is_what_the_guest_sees_and_holes_are_sigbus() {
     for passthrough in [true, false] {
