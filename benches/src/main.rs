@@ -1,6 +1,7 @@
 //! What softkvm costs, and beside it what QEMU's own JIT makes of the same image. Not a gate: numbers to compare with
 //! yesterday's on the same machine. Run by `cargo xtask bench`.
 
+mod bare;
 mod boot;
 mod row;
 mod sector;
@@ -64,5 +65,9 @@ fn run(args: &Args) -> Result<()> {
 type Group = (&'static [&'static str], fn() -> Result<Vec<Row>>);
 
 /// Rows that are measured together.
-const GROUPS: &[Group] =
-    &[(vmm::NAMES, vmm::measure_inside_softkvm), (sector::NAMES, sector::measure), (boot::NAMES, boot::measure)];
+const GROUPS: &[Group] = &[
+    (bare::NAMES, bare::measure),
+    (vmm::NAMES, vmm::measure_inside_softkvm),
+    (sector::NAMES, sector::measure),
+    (boot::NAMES, boot::measure),
+];

@@ -74,6 +74,9 @@ pub struct ServiceArgs {
     /// Do without FUSE passthrough, as on kernels before 6.9
     #[arg(long)]
     pub no_passthrough: bool,
+    /// Leave all threads to the scheduler
+    #[arg(long, hide = true)]
+    pub no_placement: bool,
     /// The path to put the device at
     #[arg(long, value_name = "PATH", default_value = "/dev/kvm", hide = true)]
     pub device: PathBuf,
@@ -88,6 +91,9 @@ impl ServiceArgs {
         let mut args: Vec<OsString> = vec!["--device".into(), self.device.clone().into()];
         if self.no_passthrough {
             args.push("--no-passthrough".into());
+        }
+        if self.no_placement {
+            args.push("--no-placement".into());
         }
         if let Some(summary) = &self.summary {
             args.extend(["--summary".into(), summary.clone().into()]);
@@ -116,7 +122,7 @@ mod tests {
 
     #[test]
     fn service_arguments_survive_the_way_to_the_daemon() {
-        let cli = Cli::parse_from(["softkvm", "run", "--no-passthrough", "--summary", "a b", "true"]);
+        let cli = Cli::parse_from(["softkvm", "run", "--no-passthrough", "--no-placement", "--summary", "a b", "true"]);
         let Command::Run { service, .. } = cli.command else { panic!() };
         let args = ["softkvm".into(), "daemon".into()].into_iter().chain(service.to_args());
         let Command::Daemon { service: again } = Cli::parse_from(args).command else { panic!() };

@@ -12,8 +12,9 @@ use nix::unistd::{Gid, Group};
 use serde_json::Value;
 
 use crate::cli::ServiceArgs;
+use crate::client::guard;
 use crate::front::{Access, Front, OpenSystem, cuse, fuse};
-use crate::{status, sys};
+use crate::{place, status, sys};
 
 /// What the daemon serves.
 pub struct Objects {
@@ -63,7 +64,11 @@ pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: im
     prove_jitless()?;
     require_root()?;
     let signals = block_signals().context("cannot block signals")?;
+    guard::start(&args.device).context("cannot start the guard")?;
     raise_descriptor_limit();
+    if args.no_placement {
+        place::turn_off();
+    }
 
     let runtime = runtime_directory()?;
     let front = Front::new(objects.system);
@@ -73,6 +78,9 @@ pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: im
     let over = (!by_cuse).then_some(args.device.as_path());
     let access = audience.access().unwrap_or_else(|| Access::as_before(&args.device));
     let bound = fuse::start(&front, &mount, fuse::Options { passthrough: !args.no_passthrough, over, access })?;
+    if over.is_some() {
+        guard::serves(front.st_dev());
+    }
     let mode = if by_cuse {
         cuse::start(&front, audience.access())?;
         "a CUSE character device"
@@ -97,6 +105,7 @@ pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: im
     tracing::info!(%signal, "ending");
 
     drop(socket);
+    guard::serves(0);
     drop(bound);
     let open = front.open_files();
     if host_wide && open > 0 {

@@ -28,6 +28,13 @@ const TENURE: u32 = 4096;
 const LINGER: Duration = Duration::from_secs(1);
 const NOWHERE: i32 = -1;
 
+static IS_OFF: AtomicBool = AtomicBool::new(false);
+
+/// Leaves all threads to the scheduler, to measure what that costs.
+pub fn turn_off() {
+    IS_OFF.store(true, Ordering::Relaxed);
+}
+
 /// Where a vCPU's thread is kept, if anywhere.
 #[derive(Debug)]
 pub struct Place {
@@ -47,7 +54,7 @@ impl Default for Place {
 impl Place {
     /// A run for thread `client` begins on the calling worker.
     pub fn enter(&self, client: u32) -> Run<'_> {
-        if self.streak.load(Ordering::Relaxed) == STREAK {
+        if self.streak.load(Ordering::Relaxed) == STREAK && !IS_OFF.load(Ordering::Relaxed) {
             self.settle(client);
         }
         if self.cpu.load(Ordering::Relaxed) != NOWHERE && self.client.load(Ordering::Relaxed) != client {

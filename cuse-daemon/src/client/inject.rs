@@ -4,8 +4,8 @@
 //! lets it leave, just behind its `syscall` instruction, before any signal is looked at. There it runs that instruction
 //! again with other registers, as often as wanted, and then goes on as if its ioctl had returned what we say.
 //!
-//! Nothing is left behind if either side dies: a tracer's death detaches it (`PTRACE_O_EXITKILL` is not set), and a
-//! tracee's death shows as `ESRCH` here. Only the thread that seized may drive it, so a `Held` stays where it was made.
+//! Neither side's death holds up the other: a tracer's detaches it (`PTRACE_O_EXITKILL` is not set, and `guard.rs` sees to
+//! its signals), and a tracee's shows as `ESRCH` here. Only the thread that seized may drive it, so a `Held` stays where it was made.
 
 use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
 use nix::unistd::Pid;
 
+use super::guard::Note;
 use super::{maps, vm};
 use crate::sys;
 
@@ -121,6 +122,8 @@ pub struct Held {
     /// The address of a `syscall` instruction.
     gate: u64,
     blocked: u64,
+    /// For the case that this process is killed meanwhile.
+    note: Option<Note>,
     /// What it goes on with.
     next: Cell<user_regs_struct>,
     /// The address of a page in the client for arguments; 0 before the first use.
@@ -169,7 +172,7 @@ impl Seized {
         let registers = ptrace::getregs(traced.tid)?;
         let blocked = sys::blocked_signals(traced.tid)?;
         let (next, scratch) = (Cell::new(registers), Cell::new(0));
-        Ok(Held { traced, registers, gate: 0, blocked, next, scratch })
+        Ok(Held { traced, registers, gate: 0, blocked, note: None, next, scratch })
     }
 }
 
@@ -211,6 +214,7 @@ impl Held {
 
     fn ready(mut self, gate: u64) -> Result<Self, Errno> {
         self.gate = gate;
+        self.note = Note::of(self.traced.tid, self.blocked);
         sys::set_blocked_signals(self.traced.tid, !0)?;
         Ok(self)
     }

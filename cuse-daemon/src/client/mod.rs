@@ -1,5 +1,6 @@
 //! The VMM's side of an ioctl: its memory, its descriptors, its signals.
 
+pub mod guard;
 pub mod inject;
 pub mod install;
 pub mod maps;

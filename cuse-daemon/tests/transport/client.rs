@@ -29,6 +29,7 @@ fn client() {
         "share" => share(),
         "share-files" => share_files(),
         "share-writers" => share_writers(),
+        "share-huge" => share_huge(),
         "signals" => signals(),
         "masked" => masked(),
         "window" => window(),
@@ -37,6 +38,8 @@ fn client() {
         "seccomp" => seccomp(),
         "spaces" => spaces(),
         "churn" => churn(),
+        "churn-alone" => churn_alone(),
+        "serve" => serve(),
         "wait" => wait(),
         "namespaces" => namespaces(),
         "ram-window" => crate::legacy::ram_window(),
@@ -295,6 +298,78 @@ fn share_files() {
     poke(anonymous, 0, 3);
     assert_eq!(words(&vm, request::SHARE, [anonymous.addr() as u64, PAGE as u64]), Ok(1));
     assert_eq!(ioctl(&vm, request::PEEK, 0), Ok(3));
+}
+
+/// Private memory in huge pages, as QEMU has it with `-mem-path` on hugetlbfs and `share=off`.
+fn share_huge() {
+    const HUGE: usize = 2 << 20;
+    let kvm = device();
+    let vm = create(&kvm);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let ram = map(2 * HUGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1);
+    poke(ram, 5, 42);
+    poke(ram, HUGE + 7 * PAGE, 43);
+    assert_eq!(words(&vm, request::SHARE, [ram.addr() as u64 + PAGE as u64, HUGE as u64]), Err(Errno::EINVAL));
+    assert_eq!(
+        (peek(ram, 5), peek(ram, HUGE + 7 * PAGE)),
+        (42, 43),
+        "a huge page cannot be split: nothing has changed"
+    );
+    assert_eq!(words(&vm, request::SHARE, [ram.addr() as u64, 2 * HUGE as u64]), Ok(1));
+    assert_eq!((peek(ram, 5), peek(ram, HUGE + 7 * PAGE)), (42, 43));
+    assert_eq!(ioctl(&vm, request::PEEK, (HUGE + 7 * PAGE) as u64), Ok(43));
+    poke(ram, 6, 44);
+    assert_eq!(ioctl(&vm, request::PEEK, 6), Ok(44));
+    // Shared from the start: the huge pages themselves.
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let shared = map(HUGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1);
+    poke(shared, 9, 45);
+    assert_eq!(words(&vm, request::SHARE, [shared.addr() as u64, HUGE as u64]), Ok(1));
+    assert_eq!(ioctl(&vm, request::PEEK, 9), Ok(45));
+}
+
+/// As `churn`, until its daemon is killed. Whatever an ioctl gave then, the thread's signals are not blocked soon after.
+fn churn_alone() {
+    let worker = || {
+        // By numbers that nobody owns: the last ioctls may have given anything.
+        while ioctl(device_or_end()?, request::CREATE, 0).is_ok_and(|vm| {
+            let ram = anonymous(32 * PAGE);
+            poke(ram, 5 * PAGE, 1);
+            let range = [ram.addr() as u64, 32 * PAGE as u64];
+            // SAFETY: takes integers, or the address of `range`.
+            let shared = unsafe { libc::ioctl(vm, request::SHARE.into(), range.as_ptr()) };
+            // SAFETY: as above.
+            unsafe { libc::close(vm) };
+            shared == 1
+        }) {}
+        Some(())
+    };
+    let checked = || {
+        worker();
+        let start = Instant::now();
+        let blocked = || nix::sys::signal::SigSet::thread_get_mask().unwrap().contains(nix::sys::signal::SIGUSR1);
+        while blocked() {
+            assert!(start.elapsed() < Duration::from_secs(2), "signals stay blocked");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(checked);
+        scope.spawn(checked);
+    });
+}
+
+fn device_or_end() -> Option<File> {
+    OpenOptions::new().read(true).write(true).open(std::env::var_os(DEVICE)?).ok()
+}
+
+/// A daemon in a process that may be killed: says where its device is, and in which namespace.
+fn serve() {
+    let Some(daemon) = crate::fake::Daemon::start_guarded() else { return };
+    let namespace = format!("/proc/{}/task/{}/ns/mnt", std::process::id(), nix::unistd::gettid());
+    let told = format!("{}\n{namespace}\n", daemon.device.display());
+    std::fs::write(std::env::var_os(DEVICE).unwrap(), told).unwrap();
+    std::thread::sleep(Duration::from_secs(60));
 }
 
 /// Other threads write while memory is shared: each of their writes must be there afterwards.
@@ -560,7 +635,7 @@ fn namespaces() {
         | nix::sched::CloneFlags::CLONE_NEWIPC;
     nix::sched::unshare(flags).unwrap();
     let empty = std::env::temp_dir().join(format!("softkvm-empty-{}", std::process::id()));
-    std::fs::create_dir(&empty).unwrap();
+    std::fs::create_dir_all(&empty).unwrap();
     let lowest = free_descriptor();
     // Removed while it is ours, so that nothing stays behind.
     nix::unistd::chdir(&empty).unwrap();

@@ -1,11 +1,13 @@
 //! KVM objects that do nothing but exercise the transport, and a daemon in this process that serves them.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use cuse_daemon::client::guard;
 use cuse_daemon::front::{Access, Front, OpenSystem, fuse};
 use kvm::client::{Client, File, FileKind, Reply, SharedPiece, SignalMask, WindowPiece};
 use mmu::Mapping;
@@ -202,15 +204,22 @@ impl Daemon {
     pub fn start(passthrough: bool) -> Option<Self> {
         let stats = Arc::<Stats>::default();
         let of_system = stats.clone();
-        Self::of(Box::new(move || Node::new(FileKind::System, &of_system)), stats, passthrough)
+        Self::of(Box::new(move || Node::new(FileKind::System, &of_system)), stats, passthrough, false)
+    }
+
+    /// The same, for being killed.
+    pub fn start_guarded() -> Option<Self> {
+        let stats = Arc::<Stats>::default();
+        let of_system = stats.clone();
+        Self::of(Box::new(move || Node::new(FileKind::System, &of_system)), stats, true, true)
     }
 
     /// The same with the KVM objects that softkvm serves.
     pub fn start_kvm(passthrough: bool) -> Option<Self> {
-        Self::of(cuse_daemon::objects::kvm().system, Arc::default(), passthrough)
+        Self::of(cuse_daemon::objects::kvm().system, Arc::default(), passthrough, false)
     }
 
-    fn of(system: Box<OpenSystem>, stats: Arc<Stats>, passthrough: bool) -> Option<Self> {
+    fn of(system: Box<OpenSystem>, stats: Arc<Stats>, passthrough: bool, guarded: bool) -> Option<Self> {
         if !nix::unistd::geteuid().is_root() || !std::path::Path::new("/dev/fuse").exists() {
             eprintln!("skipped: needs root and /dev/fuse");
             return None;
@@ -221,9 +230,13 @@ impl Daemon {
         std::fs::create_dir_all(&dir).unwrap();
         let front = Front::new(system);
         let device = dir.join("kvm");
+        if guarded {
+            guard::start(&device).unwrap();
+        }
         let options = fuse::Options { passthrough, over: Some(&device), access: Access::ALL };
         let bound = fuse::start(&front, &dir.join("mnt"), options).unwrap();
         assert!(device.exists());
+        guard::serves(front.st_dev());
         if passthrough && !front.has_passthrough() {
             eprintln!("skipped: the kernel has no FUSE passthrough");
             return None;
@@ -242,7 +255,12 @@ impl Daemon {
 
     /// Runs client `case` to its end, which must be success, and waits until everything of it is gone.
     pub fn run(&self, case: &str) {
-        let mut child = self.client(case).spawn().unwrap();
+        self.run_by(&[], case);
+    }
+
+    /// The same, started by `launcher`.
+    pub fn run_by(&self, launcher: &[&str], case: &str) {
+        let mut child = launched(launcher, &self.client(case)).spawn().unwrap();
         let status = wait(&mut child, Duration::from_secs(30));
         assert!(matches!(status, WaitStatus::Exited(_, 0)), "client {case}: {status:?}");
         self.settles();
@@ -262,6 +280,16 @@ impl Drop for Daemon {
         drop(self._bound.take());
         let _ = std::fs::remove_dir(self.device.parent().unwrap());
     }
+}
+
+/// `command`, started by `launcher`.
+pub fn launched(launcher: &[&str], command: &Command) -> Command {
+    let line: Vec<_> =
+        launcher.iter().map(OsStr::new).chain([command.get_program()]).chain(command.get_args()).collect();
+    let mut launched = Command::new(line[0]);
+    launched.args(&line[1..]).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    launched.stdin(Stdio::null()).stdout(Stdio::null());
+    launched
 }
 
 /// Waits for the end of a child. Not by std's way: the daemon's threads trace the child, and a wait in the same process

@@ -6,6 +6,8 @@ mod legacy;
 
 use std::time::Duration;
 
+use nix::sys::wait::WaitStatus;
+
 use fake::{Daemon, eventually, wait};
 
 /// Runs a case with passthrough and without.
@@ -102,6 +104,77 @@ fn address_spaces_are_told_apart() {
 #[test]
 fn no_path_is_needed() {
     both("namespaces");
+}
+
+#[test]
+fn clients_may_be_in_other_namespaces() {
+    let Some(daemon) = Daemon::start(true) else { return };
+    let pids = ["unshare", "--pid", "--fork", "--mount", "--mount-proc"];
+    let users = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"];
+    for launcher in [&pids[..], &users[..]] {
+        for case in ["descriptors", "pages", "share", "signals"] {
+            daemon.run_by(launcher, case);
+        }
+    }
+    daemon.run_by(&pids, "namespaces");
+}
+
+/// Huge pages of 2 MiB, for as long as it lives; `None`, with the reason printed, where the kernel gives none.
+struct HugePages(String);
+
+impl HugePages {
+    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn reserve(count: u64) -> Option<Self> {
+        let before = std::fs::read_to_string(Self::COUNT).ok()?;
+        let wanted = before.trim().parse::<u64>().ok()? + count;
+        let own = Self(before);
+        let reserved =
+            std::fs::write(Self::COUNT, wanted.to_string()).and_then(|()| std::fs::read_to_string(Self::COUNT));
+        if reserved.is_ok_and(|now| now.trim() == wanted.to_string()) {
+            return Some(own);
+        }
+        eprintln!("skipped: the kernel has no {count} huge pages to spare");
+        None
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::COUNT, &self.0);
+    }
+}
+
+#[test]
+fn huge_pages_become_shared() {
+    let Some(daemon) = Daemon::start(true) else { return };
+    let Some(_pages) = HugePages::reserve(4) else { return };
+    daemon.run("share-huge");
+}
+
+/// At any moment, injections included: its clients get errors and go on by themselves, with their signals as they were.
+#[test]
+fn clients_of_a_killed_daemon_go_on() {
+    let Some(daemon) = Daemon::start(true) else { return };
+    let place = std::env::temp_dir().join(format!("softkvm-killed-{}", std::process::id()));
+    for round in 0..20 {
+        let _ = std::fs::remove_file(&place);
+        let mut server = daemon.client("serve").env(client::DEVICE, &place).spawn().unwrap();
+        let told = || std::fs::read_to_string(&place).unwrap_or_default();
+        eventually("the daemon serves", || told().ends_with("/mnt\n"));
+        let told = told();
+        let (device, namespace) = told.trim_end().split_once('\n').unwrap();
+        let enter = format!("--mount={namespace}");
+        let mut churn = daemon.client("churn-alone");
+        churn.env(client::DEVICE, device);
+        let mut churn = fake::launched(&["nsenter", &enter], &churn).spawn().unwrap();
+        std::thread::sleep(Duration::from_micros(80_000 + round * 4_321));
+        server.kill().unwrap();
+        wait(&mut server, Duration::from_secs(5));
+        let status = wait(&mut churn, Duration::from_secs(5));
+        assert!(matches!(status, WaitStatus::Exited(_, 0)), "round {round}: {status:?}");
+    }
+    std::fs::remove_file(&place).unwrap();
 }
 
 #[test]

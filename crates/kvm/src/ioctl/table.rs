@@ -69,6 +69,9 @@ macro_rules! ioctls {
     (@file $kind:ident $file:ident $call:ident) => { &Caller { file: $file, client: $call.client } };
 }
 
+const NO_NULL_MASK: Support = Partial(
+    "a null pointer, which ends the mask, is EFAULT: the kernel reads 4 bytes there for a file of FUSE before it asks anybody",
+);
 const NO_ROUTES: Support = Partial("there is no interrupt controller to route to: EINVAL, as Linux without one");
 
 ioctls! {
@@ -103,7 +106,7 @@ ioctls! {
     KVM_GET_MSRS               0x88 Vcpu   InOutFam<kvm_msrs, kvm_msr_entry>,      Basic,          Full => vcpu::get_msrs;
     KVM_SET_MSRS               0x89 Vcpu   InFam<kvm_msrs, kvm_msr_entry>,         Basic,          Full => vcpu::set_msrs;
     KVM_SET_CPUID              0x8a Vcpu   InFam<kvm_cpuid, kvm_cpuid_entry>,      Basic,          Full => vcpu::set_cpuid;
-    KVM_SET_SIGNAL_MASK        0x8b Vcpu   OptionalFam<kvm_signal_mask, u8>,       Basic,          Full => vcpu::set_signal_mask;
+    KVM_SET_SIGNAL_MASK        0x8b Vcpu   OptionalFam<kvm_signal_mask, u8>,       Basic,          NO_NULL_MASK => vcpu::set_signal_mask;
     KVM_GET_FPU                0x8c Vcpu   Out<kvm_fpu>,                           Basic,          Full => vcpu::get_fpu;
     KVM_SET_FPU                0x8d Vcpu   In<kvm_fpu>,                            Basic,          Full => vcpu::set_fpu;
     KVM_SET_CPUID2             0x90 Vcpu   InFam<kvm_cpuid2, kvm_cpuid_entry2>,    ExtCpuid,       Full => vcpu::set_cpuid2;

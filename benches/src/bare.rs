@@ -1,0 +1,109 @@
+//! What no exit can be cheaper than: an ioctl of a FUSE file that is answered at once, in this process.
+#![expect(unsafe_code, reason = "ioctl(2)")]
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use cuse_rs::layout::{Attr, AttrOut, EntryOut, OpenFlags, OpenOut, ROOT_ID};
+use cuse_rs::{Answer, Bytes, Call, Device, Kind, Operation, Service, Session};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
+use nix::unistd::Pid;
+
+use crate::row::Row;
+
+const ONE: &str = "bare FUSE ioctl, both sides on one CPU";
+const FREE: &str = "bare FUSE ioctl, left to the scheduler";
+pub(crate) const NAMES: &[&str] = &[ONE, FREE];
+
+/// `_IO('w', 1)`
+const NOTHING: libc::c_ulong = 0x7701;
+const ROUNDS: u32 = 20_000;
+const FILE: u64 = 2;
+
+/// A directory with one file, whose ioctl does nothing.
+struct Bare {
+    pinned: bool,
+}
+
+impl Service for Bare {
+    fn serve(&self, call: &Call<'_>, operation: Operation<'_>) -> Answer {
+        let attr = |node| {
+            let mode = if node == ROOT_ID { libc::S_IFDIR | 0o700 } else { libc::S_IFREG | 0o600 };
+            Attr { ino: node, nlink: 1, mode, blksize: 4096, ..Attr::default() }
+        };
+        match operation {
+            Operation::Lookup(name) if name == c"file" => {
+                Answer::Entry(EntryOut { nodeid: FILE, attr: attr(FILE), ..EntryOut::default() })
+            }
+            Operation::Getattr(_) => Answer::Attr(AttrOut { attr: attr(call.header.nodeid), ..AttrOut::default() }),
+            Operation::Open(_) => {
+                Answer::Open(OpenOut { fh: 1, open_flags: OpenFlags::DIRECT_IO.bits(), ..OpenOut::default() })
+            }
+            Operation::Ioctl(_) => Answer::Ioctl(0, Bytes::new()),
+            Operation::Release(_) => Answer::Empty,
+            Operation::Forget(_) | Operation::BatchForget(_) => Answer::Done,
+            _ => Answer::Error(Errno::ENOSYS),
+        }
+    }
+
+    fn worker_started(&self) {
+        if self.pinned {
+            pin();
+        }
+    }
+}
+
+/// To the first CPU that there is; without effect where there is none to choose.
+fn pin() {
+    let mut set = CpuSet::new();
+    let _ = set.set(0).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+}
+
+pub(crate) fn measure() -> Result<Vec<Row>> {
+    let one = |name: &'static str, pinned| {
+        // A thread of its own: its namespace and its CPU go with it.
+        let measured = thread::spawn(move || round_trip(pinned)).join().expect("no panic of ours");
+        Ok::<_, anyhow::Error>(Row::new(name, "µs", Some(measured?), None))
+    };
+    Ok(vec![one(ONE, true)?, one(FREE, false)?])
+}
+
+fn round_trip(pinned: bool) -> Result<f64> {
+    if pinned {
+        pin();
+    }
+    let device = Device::open(Path::new("/dev/fuse")).context("cannot open /dev/fuse")?;
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&Path>)?;
+    let dir = std::env::temp_dir().join(format!("softkvm-bare-{}", std::process::id()));
+    fs::create_dir_all(&dir)?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_fd().as_raw_fd());
+    mount(Some("bare"), &dir, Some("fuse"), MsFlags::empty(), Some(options.as_str())).context("cannot mount")?;
+    let session = Session::start(device, Kind::Fuse { passthrough: false }, Arc::new(Bare { pinned }))?;
+    let file = OpenOptions::new().read(true).open(dir.join("file")).context("cannot open the file")?;
+    repeat(&file, ROUNDS / 10)?;
+    let started = Instant::now();
+    repeat(&file, ROUNDS)?;
+    let each = started.elapsed().as_secs_f64() * 1e6 / f64::from(ROUNDS);
+    drop(file);
+    umount2(&dir, MntFlags::MNT_DETACH)?;
+    fs::remove_dir(&dir)?;
+    drop(session);
+    Ok(each)
+}
+
+fn repeat(file: &File, count: u32) -> Result<()> {
+    for _ in 0..count {
+        // SAFETY: the request carries no data, and its server looks at none.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), NOTHING, 0) };
+        ensure!(result == 0, "ioctl: {}", Errno::last());
+    }
+    Ok(())
+}

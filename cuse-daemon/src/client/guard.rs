@@ -1,0 +1,170 @@
+//! What a daemon that was killed cannot do any more, done by a process of its own, forked before anything is opened.
+//!
+//! It aborts the daemon's connection. The kernel does so by itself when /dev/fuse is closed, but a daemon asks itself: a
+//! worker may be inside a request to another one, which is dead. It then waits in the kernel for ever, with /dev/fuse open,
+//! and with it all clients.
+//!
+//! And it gives signals back to client threads that were held. Those have all signals blocked, or a handler would run in the
+//! middle of an injection. A killed tracer's tracees go on by themselves, but with that mask. What cannot be brought back
+//! is the result of the ioctl that such a thread was in: it goes on with that of the system call that ran instead.
+#![expect(unsafe_code, reason = "fork, and memory shared with the child")]
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::ptrace::{self, Options};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::stat::{Mode, fstat};
+use nix::unistd::{ForkResult, Pid, fork, getpid};
+
+use super::inject::is_dead;
+use crate::sys;
+
+/// Injections at one time that are looked after.
+const SLOTS: usize = 256;
+/// Looks, and the time between: for the dead daemon to let a thread go, and for the thread to stop.
+const LOOKS: u32 = 1000;
+const POLL: Duration = Duration::from_millis(1);
+/// SIGKILL and SIGSTOP, which nothing blocks.
+const NEVER_BLOCKED: u64 = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
+
+/// What the guard knows of the daemon.
+#[repr(C)]
+struct Table {
+    /// `st_dev` of the file system that is bound over the device; 0: none.
+    served: AtomicU64,
+    held: [Slot; SLOTS],
+}
+
+/// A held thread; zeroes: none.
+#[repr(C)]
+#[derive(Debug)]
+struct Slot {
+    tid: AtomicI32,
+    blocked: AtomicU64,
+}
+
+static TABLE: OnceLock<&'static Table> = OnceLock::new();
+
+/// Starts the guard of a daemon whose device is bound over `over`, if anywhere. Before any device is opened, which the guard would
+/// keep open, and from the thread that is the daemon's last.
+pub fn start(over: &Path) -> Result<(), Errno> {
+    let len = NonZeroUsize::new(size_of::<Table>()).ok_or(Errno::EINVAL)?;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let table =
+        unsafe { mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED) }?;
+    // SAFETY: page-aligned, zeroed, as long as the table, never unmapped; all of it is atomics, for the other process, too.
+    let table: &'static Table = unsafe { table.cast().as_ref() };
+    let (daemon, over) = (getpid(), over.to_owned());
+    // SAFETY: glibc lets the child allocate; it needs nothing else that another thread may have locked.
+    match unsafe { fork() }? {
+        ForkResult::Child => watch(daemon, over, table),
+        ForkResult::Parent { .. } => {
+            let _ = TABLE.set(table);
+            Ok(())
+        }
+    }
+}
+
+/// The device is in place: bound from the file system with this `st_dev`. 0: no more.
+pub fn serves(device: u64) {
+    if let Some(table) = TABLE.get() {
+        table.served.store(device, Ordering::Release);
+    }
+}
+
+/// The life of the guard.
+fn watch(daemon: Pid, over: PathBuf, table: &Table) -> ! {
+    // SAFETY: descriptors of this process, whose owners never run here.
+    unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
+    let news = SigSet::from(Signal::SIGTERM);
+    // From here on the daemon's end is a SIGTERM that pends; before, it shows below.
+    let told = news.thread_block().and_then(|()| set_pdeathsig(Signal::SIGTERM));
+    while told.is_ok() && !is_dead(daemon) {
+        let _ = news.wait();
+    }
+    let served = table.served.load(Ordering::Acquire);
+    if served != 0 {
+        let _ = abort(&over, served);
+    }
+    for slot in &table.held {
+        let tid = slot.tid.load(Ordering::Acquire);
+        if tid > 0 {
+            let _ = restore(Pid::from_raw(tid), slot.blocked.load(Ordering::Relaxed));
+        }
+    }
+    // SAFETY: ends this process, and runs nothing of the daemon's.
+    unsafe { libc::_exit(0) }
+}
+
+/// Ends the connection behind what is bound over `over`, if that is the daemon's.
+fn abort(over: &Path, served: u64) -> Result<(), Errno> {
+    // A path alone asks nobody: neither opening it so nor fstat, whose answer never changes, sends a request.
+    let found = open(over, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+    if fstat(&found)?.st_dev != served {
+        return Ok(());
+    }
+    // The abort comes first, and EBUSY then: `found` holds on to the mount. What is below it would be no device of ours, and
+    // who opens it shall learn that the daemon is gone.
+    match umount2(over, MntFlags::MNT_FORCE) {
+        Err(Errno::EBUSY) => Ok(()),
+        result => result,
+    }
+}
+
+/// Gives the thread its mask back, if it has the one that we gave it.
+fn restore(tid: Pid, blocked: u64) -> Result<(), Errno> {
+    repeatedly(|| match ptrace::seize(tid, Options::empty()) {
+        // The dead daemon's still.
+        Err(Errno::EPERM) => Ok(None),
+        result => result.map(Some),
+    })?;
+    ptrace::interrupt(tid)?;
+    repeatedly(|| sys::wait_for(tid, false))?;
+    if sys::blocked_signals(tid)? | NEVER_BLOCKED == !0 {
+        sys::set_blocked_signals(tid, blocked)?;
+    }
+    ptrace::detach(tid, None)
+}
+
+fn repeatedly<T>(mut look: impl FnMut() -> Result<Option<T>, Errno>) -> Result<T, Errno> {
+    for _ in 0..LOOKS {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        std::thread::sleep(POLL);
+    }
+    Err(Errno::ETIMEDOUT)
+}
+
+/// While it lives the guard knows of a held thread.
+#[derive(Debug)]
+pub struct Note(&'static Slot);
+
+impl Note {
+    /// Thread `tid` is about to be held, and blocked `blocked` before. `None`: nobody guards.
+    pub fn of(tid: Pid, blocked: u64) -> Option<Self> {
+        let free = |slot: &&Slot| {
+            // -1: taken, and not yet to be looked at.
+            slot.tid.compare_exchange(0, -1, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        };
+        let slot = TABLE.get()?.held.iter().find(free)?;
+        slot.blocked.store(blocked, Ordering::Relaxed);
+        slot.tid.store(tid.as_raw(), Ordering::Release);
+        Some(Self(slot))
+    }
+}
+
+impl Drop for Note {
+    fn drop(&mut self) {
+        self.0.tid.store(0, Ordering::Release);
+    }
+}
