@@ -299,8 +299,9 @@ pub fn signal_mask() {
         let run = scope.spawn(|| runner(&first, bit(other), 0, &sender));
         started.recv().unwrap();
         soon();
+        let pid = std::process::id().cast_signed();
         // SAFETY: takes integers only.
-        assert_eq!(unsafe { libc::kill(libc::getpid(), other) }, 0);
+        assert_eq!(unsafe { libc::kill(pid, other) }, 0);
         assert_eq!(run.join().unwrap().1, other);
     });
 
