@@ -30,7 +30,7 @@ pub(crate) enum By {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Target {
     /// RAM at a host address. `code`: traces were decoded from its page.
-    Ram { host: u64, gpa: u64, code: bool },
+    Ram { host: u64, code: bool },
     /// No slot, or a write to a read-only one.
     Device { gpa: u64 },
 }
@@ -153,7 +153,7 @@ impl Cpu {
             Lookup::Ram { ptr, writable, .. } => (ptr.as_ptr().addr() as u64, writable),
             Lookup::Readonly | Lookup::Hole => return Ok(Target::Device { gpa }),
         };
-        let code = self.traces.is_code(page);
+        let code = self.traces.is_code(host);
         // A watched page stays out of the TLB, so that every access to it comes through here. System accesses at CPL 3
         // would be entered under the wrong privilege.
         let watched = self.is_watched(la) || by == By::System && self.cpl == 3 || self.alignment_checked();
@@ -165,7 +165,7 @@ impl Cpu {
                 self.tlb.fill_read(la, host, found.page_bytes);
             }
         }
-        Ok(Target::Ram { host: host + (gpa & (PAGE - 1)), gpa, code })
+        Ok(Target::Ram { host: host + (gpa & (PAGE - 1)), code })
     }
 
     /// A DR7 breakpoint on data lies in the page of `la`.
@@ -342,7 +342,7 @@ impl Cpu {
     /// Stores `size` bytes that lie in one page.
     fn store_target(&mut self, target: Target, value: u64, size: u32) {
         match target {
-            Target::Ram { host, gpa, code } => {
+            Target::Ram { host, code } => {
                 match size {
                     // SAFETY: `target` found these bytes inside a writable page of a slot that `view` keeps alive.
                     1 => unsafe { u8::store(host, value as u8) },
@@ -360,7 +360,7 @@ impl Cpu {
                     }
                 }
                 if code {
-                    self.code_written(gpa, size);
+                    self.code_written(host, size);
                 }
             }
             Target::Device { gpa } if self.variant.natural_mmio && !size.is_power_of_two() => {
@@ -377,9 +377,9 @@ impl Cpu {
         }
     }
 
-    /// A guest store hit a page that traces were decoded from.
-    pub(crate) fn code_written(&mut self, gpa: u64, size: u32) {
-        if self.traces.written(gpa, size) {
+    /// A guest store at host address `host` hit a page that traces were decoded from.
+    pub(crate) fn code_written(&mut self, host: u64, size: u32) {
+        if self.traces.written(host, size) {
             self.leave = true;
         }
     }
@@ -528,7 +528,7 @@ impl Cpu {
         self.check_alignment(la, W::BYTES, By::Code)?;
         let crosses = (la & (PAGE - 1)) + u64::from(W::BYTES) > PAGE;
         let target = self.target(la, true, By::Code, seg)?;
-        if let Target::Ram { host, gpa, code } = target
+        if let Target::Ram { host, code } = target
             && !crosses
         {
             let old = if lock {
@@ -541,7 +541,7 @@ impl Cpu {
                 old
             };
             if code {
-                self.code_written(gpa, W::BYTES);
+                self.code_written(host, W::BYTES);
             }
             self.note_watch(la, W::BYTES, true);
             return Ok(old);
@@ -556,16 +556,16 @@ impl Cpu {
         if lock && crosses {
             let bytes = PAGE - (la & (PAGE - 1));
             let next = self.target(self.wrap_linear(la.wrapping_add(bytes)), true, By::Code, seg)?;
-            if let Target::Ram { host, gpa, code } = target
-                && let Target::Ram { host: next_host, gpa: next_gpa, code: next_code } = next
+            if let Target::Ram { host, code } = target
+                && let Target::Ram { host: next_host, code: next_code } = next
                 && host + bytes == next_host
             {
                 let old = modify_locked(host, &mut |old| f(old));
                 if code {
-                    self.code_written(gpa, bytes as u32);
+                    self.code_written(host, bytes as u32);
                 }
                 if next_code {
-                    self.code_written(next_gpa, W::BYTES - bytes as u32);
+                    self.code_written(next_host, W::BYTES - bytes as u32);
                 }
                 self.note_watch(la, W::BYTES, true);
                 return Ok(old);
@@ -580,9 +580,9 @@ impl Cpu {
     /// CMPXCHG16B's access: `la` is 16-byte aligned. Returns the value found.
     pub(crate) fn compare_exchange_16(&mut self, la: u64, seg: Seg, old: u128, new: u128) -> Result<u128, Stop> {
         let (host, code) = match self.tlb.write(la, 16) {
-            Some(host) => (host, None),
+            Some(host) => (host, false),
             None => match self.target(la, true, By::Code, seg)? {
-                Target::Ram { host, gpa, code } => (host, code.then_some(gpa)),
+                Target::Ram { host, code } => (host, code),
                 Target::Device { gpa } => {
                     let low = self.load_device(gpa, 8)?;
                     let high = self.load_device(gpa + 8, 8)?;
@@ -598,8 +598,8 @@ impl Cpu {
         let found = match unsafe { host::compare_exchange_16(host, old, new) } {
             Ok(found) | Err(found) => found,
         };
-        if let Some(gpa) = code {
-            self.code_written(gpa, 16);
+        if code {
+            self.code_written(host, 16);
         }
         Ok(found)
     }
@@ -630,7 +630,7 @@ fn natural_parts(gpa: u64, size: u32) -> impl Iterator<Item = (u32, u32)> {
 }
 
 /// What #AC asks of a vector, or of an x87 environment or image (SDM Vol. 3 "Alignment Requirements by Data Type"). The SDM
-/// leaves vectors of unaligned loads to the processor; the host's checks them (AMD 1Ah).
+/// leaves vectors of unaligned loads to the processor; the host's checks them (AMD family 19h).
 fn wide_alignment(bytes: usize) -> u32 {
     match bytes {
         14 | 94 => 2,

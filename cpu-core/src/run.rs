@@ -91,10 +91,12 @@ impl Cpu {
         None
     }
 
-    /// Slots changed, or a dirty log was harvested: everything that holds host addresses goes.
+    /// Slots changed, or a dirty log was harvested: everything that holds host addresses goes, and fetches see what is there
+    /// now, as behind the exit that KVM forces (`kvm_arch_flush_shadow_all`, `KVM_REQ_TLB_FLUSH`).
     pub(crate) fn refresh_memory(&mut self) {
         if self.view.refresh() {
             self.flush_tlb();
+            self.serialize();
         }
     }
 

@@ -68,6 +68,11 @@ struct Trace {
     generation: u64,
 }
 
+/// Which line of 64 bytes of its page an address lies in.
+fn line_of(address: u64) -> u64 {
+    (address & (PAGE - 1)) >> 6
+}
+
 #[derive(Default)]
 struct CodePage {
     /// Bit n: bytes 64 n to 64 n + 63 hold decoded code.
@@ -82,6 +87,7 @@ pub(crate) struct Traces {
     list: Vec<Trace>,
     bytes: Vec<u8>,
     by_address: Map<(u64, u64, u8), u32>,
+    /// By host address, so that it does not matter by which guest-physical address a store comes (aliases of 2007).
     pages: Map<u64, CodePage>,
     singles: Vec<Option<Single>>,
     /// How often the arena was emptied.
@@ -157,16 +163,33 @@ impl Traces {
         self.flushes += 1;
     }
 
-    /// Traces were decoded from the page at `gpa`.
+    /// Traces were decoded from the page at host address `page`.
     pub(crate) fn is_code(&self, page: u64) -> bool {
         self.pages.contains_key(&page)
     }
 
-    /// A store of `size` bytes at `gpa` happened. True: it hit decoded bytes, so the running trace must be left.
-    pub(crate) fn written(&mut self, gpa: u64, size: u32) -> bool {
-        let Some(page) = self.pages.get(&(gpa & !(PAGE - 1))) else { return false };
-        let first = (gpa & (PAGE - 1)) >> 6;
-        let last = ((gpa & (PAGE - 1)) + u64::from(size) - 1).min(PAGE - 1) >> 6;
+    /// Enters a trace into the page that its host address lies in. True: the page had none.
+    fn enter_page(&mut self, index: u32) -> bool {
+        let trace = &self.list[index as usize];
+        let (from, to) = (line_of(trace.host), line_of(trace.host + u64::from(trace.len) - 1));
+        let page = self.pages.entry(trace.host & !(PAGE - 1)).or_default();
+        let new = page.lines == 0;
+        page.lines |= (u64::MAX << from) & (u64::MAX >> (63 - to));
+        page.traces.push(index);
+        new
+    }
+
+    fn leave_page(&mut self, index: u32) {
+        if let Some(page) = self.pages.get_mut(&(self.list[index as usize].host & !(PAGE - 1))) {
+            page.traces.retain(|&other| other != index);
+        }
+    }
+
+    /// A store of `size` bytes at host address `host` happened. True: it hit decoded bytes, so the running trace must be left.
+    pub(crate) fn written(&mut self, host: u64, size: u32) -> bool {
+        let Some(page) = self.pages.get(&(host & !(PAGE - 1))) else { return false };
+        let first = line_of(host);
+        let last = ((host & (PAGE - 1)) + u64::from(size) - 1).min(PAGE - 1) >> 6;
         let touched = (u64::MAX << first) & (u64::MAX >> (63 - last));
         if page.lines & touched == 0 {
             return false;
@@ -174,7 +197,7 @@ impl Traces {
         let mut hit = false;
         for &index in &page.traces {
             let trace = &self.list[index as usize];
-            if gpa < trace.gpa + u64::from(trace.len) && trace.gpa < gpa + u64::from(size) {
+            if host < trace.host + u64::from(trace.len) && trace.host < host + u64::from(size) {
                 // SAFETY: `head` is a head of the arena; no reference to it exists.
                 unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
                 hit = true;
@@ -192,9 +215,7 @@ impl Traces {
         if self.by_address.get(&trace.key) == Some(&index) {
             self.by_address.remove(&trace.key);
         }
-        if let Some(page) = self.pages.get_mut(&(trace.gpa & !(PAGE - 1))) {
-            page.traces.retain(|&other| other != index);
-        }
+        self.leave_page(index);
     }
 
     /// Points the branch in front of `stub` to `target`: for good within the page of the running trace, under `context`
@@ -261,20 +282,16 @@ impl Cpu {
             return false;
         }
         let generation = self.view.generation();
-        let trace = &mut self.traces.list[index as usize];
+        let trace = &self.traces.list[index as usize];
         if trace.dead {
             return false;
         }
         if trace.generation != generation {
-            match self.view.page(GuestPhysAddr(trace.gpa & !(PAGE - 1)), false) {
-                Lookup::Ram { ptr, .. } => trace.host = ptr.as_ptr().addr() as u64 + (trace.gpa & (PAGE - 1)),
-                Lookup::Readonly | Lookup::Hole => {
-                    self.drop_trace(index);
-                    return false;
-                }
-            }
-            let trace = &mut self.traces.list[index as usize];
-            trace.generation = generation;
+            let Lookup::Ram { ptr, .. } = self.view.page(GuestPhysAddr(trace.gpa & !(PAGE - 1)), false) else {
+                self.drop_trace(index);
+                return false;
+            };
+            self.settle_trace(index, ptr.as_ptr().addr() as u64, generation);
         }
         let trace = &self.traces.list[index as usize];
         let bytes = &self.traces.bytes[trace.bytes_at as usize..][..usize::from(trace.len)];
@@ -286,6 +303,21 @@ impl Cpu {
         // SAFETY: `head` is a head of the arena; no reference to it exists.
         unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = self.kick.epoch() };
         true
+    }
+
+    /// A new picture of memory has the page of a trace at host address `page`.
+    fn settle_trace(&mut self, index: u32, page: u64, generation: u64) {
+        let trace = &mut self.traces.list[index as usize];
+        trace.generation = generation;
+        if trace.host & !(PAGE - 1) == page {
+            return;
+        }
+        self.traces.leave_page(index);
+        let trace = &mut self.traces.list[index as usize];
+        trace.host = page | trace.gpa & (PAGE - 1);
+        if self.traces.enter_page(index) {
+            self.tlb.protect(page);
+        }
     }
 
     /// Empties the arena if it is full. Called between traces.
@@ -399,12 +431,7 @@ impl Cpu {
         });
         self.traces.by_address.insert(key, index);
         self.traces.decoded += 1;
-        let new_page = !self.traces.is_code(page);
-        let code = self.traces.pages.entry(page).or_default();
-        let (from, to) = ((gpa & (PAGE - 1)) >> 6, ((gpa & (PAGE - 1)) + len as u64 - 1) >> 6);
-        code.lines |= (u64::MAX << from) & (u64::MAX >> (63 - to));
-        code.traces.push(index);
-        if new_page {
+        if self.traces.enter_page(index) {
             // From now on stores to this page take the slow path, whatever address they use.
             self.tlb.protect(ptr.as_ptr().addr() as u64);
         }

@@ -340,3 +340,66 @@ fn code_that_another_cpu_writes_is_seen_behind_a_serialising_instruction() {
         assert_all_seen(&machine, name);
     }
 }
+
+/// A store by another guest-physical address of the same memory, as KVM_SET_MEMORY_ALIAS of 2007 makes them.
+#[test]
+fn a_store_through_an_alias_of_the_vm_is_seen_at_the_next_instruction() {
+    const AT: u64 = 0x4000_0000;
+    for (what, running, writing) in [("the code's alias", AT + CODE, 0), ("the store's alias", CODE, AT)] {
+        let mut machine = machine(|a| {
+            let mut target = a.create_label();
+            a.mov(dword_ptr(rbx), 0x7777_7777)?;
+            a.nop()?;
+            a.set_label(&mut target)?;
+            a.mov(r8d, 0x1111_1111)
+        });
+        let alias = mmu::Alias { gpa: GuestPhysAddr(AT), len: 0x20_0000, target: GuestPhysAddr(0) };
+        machine.memory.set_alias(0, alias).expect("there is none yet");
+        // Linear AT shows the alias: the second GiB's first 2 MBytes.
+        machine.write(PAGE_DIRECTORY - 0x1000 + 8, &0x8_4007u64.to_le_bytes());
+        machine.write(0x8_4000, &(AT | 0x87).to_le_bytes());
+        machine.cpu.flush_tlb();
+        machine.cpu.rip = running;
+        // MOV [RBX], imm32 has 6 bytes, the operand of MOV R8D lies 2 behind its start.
+        machine.cpu.set_reg(Gpr::Rbx, writing + CODE + 6 + 1 + 2);
+        assert_eq!(machine.cpu.run(), Exit::Hlt);
+        assert_eq!(machine.cpu.reg(Gpr::R8), 0x7777_7777, "{what}");
+    }
+}
+
+/// Another slot where a CPU runs: the loop that it runs is no longer there.
+#[test]
+fn a_slot_changed_under_a_running_cpu_is_other_code() {
+    let mut machine = machine(|a| {
+        let mut spin = a.create_label();
+        a.set_label(&mut spin)?;
+        a.inc(rax)?;
+        a.jmp(spin)
+    });
+    let memory = machine.memory.clone();
+    let kick = machine.cpu.kicker();
+    let replacement = mmu::Mapping::create("test", crate::testing::RAM).expect("a memfd");
+    let slot = move || mmu::SlotSpec {
+        id: 0,
+        gpa: GuestPhysAddr(0),
+        len: crate::testing::RAM,
+        flags: mmu::SlotFlags::default(),
+        userspace_addr: 0,
+        backing: mmu::Backing::new(replacement.clone(), 0),
+    };
+    // The same tables, and HLT where the loop is.
+    let mut bytes = vec![0; 0x8_4000];
+    View::new(&memory).read(GuestPhysAddr(0), &mut bytes).expect("inside RAM");
+    bytes[CODE as usize..][..64].fill(0xf4);
+    let other = std::sync::Arc::new(mmu::Memory::new());
+    other.set_slot(slot()).expect("there is room");
+    View::new(&other).write(GuestPhysAddr(0), &bytes).expect("inside RAM");
+    let changer = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        memory.delete_slot(0).expect("it is there");
+        memory.set_slot(slot()).expect("there is room");
+        kick.refresh();
+    });
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    changer.join().expect("no panic");
+}
