@@ -260,7 +260,7 @@ impl Daemon {
 
     /// The same, started by `launcher`.
     pub fn run_by(&self, launcher: &[&str], case: &str) {
-        let mut child = launched(launcher, &self.client(case)).spawn().unwrap();
+        let mut child = launched(launcher, self.client(case)).spawn().unwrap();
         let status = wait(&mut child, Duration::from_secs(30));
         assert!(matches!(status, WaitStatus::Exited(_, 0)), "client {case}: {status:?}");
         self.settles();
@@ -282,10 +282,13 @@ impl Drop for Daemon {
     }
 }
 
-/// `command`, started by `launcher`.
-pub fn launched(launcher: &[&str], command: &Command) -> Command {
-    let line: Vec<_> =
-        launcher.iter().map(OsStr::new).chain([command.get_program()]).chain(command.get_args()).collect();
+/// `command`, which is this program, started by `launcher`, whose own /proc/self/exe would be another.
+pub fn launched(launcher: &[&str], command: Command) -> Command {
+    if launcher.is_empty() {
+        return command;
+    }
+    let own = std::env::current_exe().unwrap();
+    let line: Vec<_> = launcher.iter().map(OsStr::new).chain([own.as_os_str()]).chain(command.get_args()).collect();
     let mut launched = Command::new(line[0]);
     launched.args(&line[1..]).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     launched.stdin(Stdio::null()).stdout(Stdio::null());

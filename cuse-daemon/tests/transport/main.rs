@@ -167,7 +167,7 @@ fn clients_of_a_killed_daemon_go_on() {
         let enter = format!("--mount={namespace}");
         let mut churn = daemon.client("churn-alone");
         churn.env(client::DEVICE, device);
-        let mut churn = fake::launched(&["nsenter", &enter], &churn).spawn().unwrap();
+        let mut churn = fake::launched(&["nsenter", &enter], churn).spawn().unwrap();
         std::thread::sleep(Duration::from_micros(80_000 + round * 4_321));
         server.kill().unwrap();
         wait(&mut server, Duration::from_secs(5));
