@@ -33,20 +33,8 @@ pub const REQUESTS: [(&str, &[u32]); 3] = [
     ),
 ];
 
-/// The exit reasons of 2.6.22, numbered from 0.
-pub const EXIT_REASONS: [&str; 11] = [
-    "UNKNOWN",
-    "EXCEPTION",
-    "IO",
-    "HYPERCALL",
-    "DEBUG",
-    "HLT",
-    "MMIO",
-    "IRQ_WINDOW_OPEN",
-    "SHUTDOWN",
-    "FAIL_ENTRY",
-    "INTR",
-];
+/// The exit reasons of 2.6.22, numbered from 0: the first ones of today's.
+pub const EXIT_REASONS: [&str; 11] = *crate::EXIT_NAMES.first_chunk().unwrap();
 
 /// `KVM_SET_MEMORY_REGION`: RAM that the kernel allocates, reached through mmap of the VM file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -25,3 +25,25 @@ pub const KVM_API_VERSION: i32 = kvm_bindings::KVM_API_VERSION as i32;
 
 /// Vectors that `KVM_INTERRUPT` accepts are below this.
 pub const KVM_NR_INTERRUPTS: u32 = 256;
+
+/// Names of `kvm_run.exit_reason`, numbered from 0, without `KVM_EXIT_`.
+pub const EXIT_NAMES: [&str; 18] = [
+    "UNKNOWN",
+    "EXCEPTION",
+    "IO",
+    "HYPERCALL",
+    "DEBUG",
+    "HLT",
+    "MMIO",
+    "IRQ_WINDOW_OPEN",
+    "SHUTDOWN",
+    "FAIL_ENTRY",
+    "INTR",
+    "SET_TPR",
+    "TPR_ACCESS",
+    "S390_SIEIC",
+    "S390_RESET",
+    "DCR",
+    "NMI",
+    "INTERNAL_ERROR",
+];

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
+use kvm_abi::EXIT_NAMES;
 use serde::{Deserialize, Serialize};
 
 use crate::exit::Reason;
@@ -52,33 +53,11 @@ pub struct VcpuStatus {
     pub kvm_exits: BTreeMap<String, u64>,
 }
 
-/// Names of `kvm_run.exit_reason`, without `KVM_EXIT_`.
-const KVM_EXITS: [&str; 18] = [
-    "UNKNOWN",
-    "EXCEPTION",
-    "IO",
-    "HYPERCALL",
-    "DEBUG",
-    "HLT",
-    "MMIO",
-    "IRQ_WINDOW_OPEN",
-    "SHUTDOWN",
-    "FAIL_ENTRY",
-    "INTR",
-    "SET_TPR",
-    "TPR_ACCESS",
-    "S390_SIEIC",
-    "S390_RESET",
-    "DCR",
-    "NMI",
-    "INTERNAL_ERROR",
-];
-
 /// Counters of one vCPU; read by others while it runs.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     vmx: [AtomicU64; Reason::COUNT],
-    kvm: [AtomicU64; KVM_EXITS.len()],
+    kvm: [AtomicU64; EXIT_NAMES.len()],
     pub(crate) instructions: AtomicU64,
     pub(crate) run_ns: AtomicU64,
     pub(crate) running: AtomicBool,
@@ -109,7 +88,7 @@ impl Counters {
             instructions: self.instructions.load(Relaxed),
             run_ns: self.run_ns.load(Relaxed),
             vmx_exits: Reason::NAMES.into_iter().zip(&self.vmx).filter_map(named).collect(),
-            kvm_exits: KVM_EXITS.into_iter().zip(&self.kvm).filter_map(named).collect(),
+            kvm_exits: EXIT_NAMES.into_iter().zip(&self.kvm).filter_map(named).collect(),
         }
     }
 }
@@ -131,7 +110,7 @@ mod tests {
             (KVM_EXIT_INTR, "INTR"),
             (KVM_EXIT_INTERNAL_ERROR, "INTERNAL_ERROR"),
         ] {
-            assert_eq!(KVM_EXITS[number as usize], name);
+            assert_eq!(EXIT_NAMES[number as usize], name);
         }
     }
 

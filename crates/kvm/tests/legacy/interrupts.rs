@@ -6,6 +6,17 @@ use nix::errno::Errno;
 
 use crate::machine::{CODE, DEVICE, Machine};
 
+/// A guest that sets IF with its second instruction, at [`CODE`] + 1.
+fn unblocking() -> Machine {
+    Machine::real(|a| {
+        a.nop().unwrap();
+        a.sti().unwrap();
+        a.nop().unwrap();
+        a.nop().unwrap();
+        a.hlt().unwrap();
+    })
+}
+
 #[test]
 fn a_vector_waits_for_if_and_the_end_of_the_shadow() {
     let m = Machine::real(|a| {
@@ -47,13 +58,7 @@ fn one_vector_goes_in_at_a_time() {
 
 #[test]
 fn request_interrupt_window_exits_when_the_guest_unblocks() {
-    let m = Machine::real(|a| {
-        a.nop().unwrap();
-        a.sti().unwrap();
-        a.nop().unwrap();
-        a.nop().unwrap();
-        a.hlt().unwrap();
-    });
+    let m = unblocking();
     m.handler(0x21);
     m.request_window(true);
     assert_eq!(m.run(), Ok(KVM_EXIT_IRQ_WINDOW_OPEN));
@@ -67,13 +72,7 @@ fn request_interrupt_window_exits_when_the_guest_unblocks() {
 
 #[test]
 fn a_queued_vector_goes_before_the_window() {
-    let m = Machine::real(|a| {
-        a.nop().unwrap();
-        a.sti().unwrap();
-        a.nop().unwrap();
-        a.nop().unwrap();
-        a.hlt().unwrap();
-    });
+    let m = unblocking();
     m.handler(0x21);
     m.request_window(true);
     m.interrupt(0x21).unwrap();
