@@ -29,6 +29,7 @@ mod word;
 pub use cpu::{Cpu, Kick};
 pub use isa::{FEATURES, families, is_implemented};
 pub use platform::{HostPlatform, Platform};
+pub use run::Poll;
 pub use state::{
     Breakpoints, CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment,
     Sregs, Variant, VectorRegister, XSAVE_LEGACY_BYTES,

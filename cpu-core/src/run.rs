@@ -1,5 +1,7 @@
 //! The loop around the traces: events before an instruction, traces, what a trace stopped for.
 
+use std::time::{Duration, Instant};
+
 use mmu::{Lookup, PageFault};
 use x86_defs::{Dr6, GuestPhysAddr, Rflags};
 
@@ -13,6 +15,34 @@ use crate::vmx::{Exit, Io, Mmio};
 
 const PAGE: u64 = 0x1000;
 
+/// Instructions between two looks at the clock while somebody has to be asked: a fraction of any sensible [`Poll::every`].
+const POLLED_QUANTUM: i64 = if QUANTUM < 1 << 15 { QUANTUM } else { 1 << 15 };
+
+/// Who has to be asked whether the guest may go on, because no [`Kick`](crate::Kick) tells.
+pub struct Poll<'a> {
+    /// How often; a guest that executes slowly is asked for up to some ten thousand instructions later.
+    pub every: Duration,
+    /// True: [`Cpu::run_polled`] returns with [`Exit::ExternalInterrupt`].
+    pub stop: &'a mut dyn FnMut() -> bool,
+}
+
+/// A [`Poll`], and when its time comes.
+struct Polling<'a> {
+    poll: Poll<'a>,
+    due: Instant,
+}
+
+impl Polling<'_> {
+    fn wants_stop(&mut self) -> bool {
+        let now = Instant::now();
+        if now < self.due {
+            return false;
+        }
+        self.due = now + self.poll.every;
+        (self.poll.stop)()
+    }
+}
+
 /// What a look at the events before an instruction found.
 enum Due {
     /// Nothing that may be delivered now.
@@ -24,12 +54,22 @@ enum Due {
 impl Cpu {
     /// Runs the guest until something needs the KVM layer.
     pub fn run(&mut self) -> Exit {
+        self.run_polling(None)
+    }
+
+    /// As [`run`](Self::run), also until `poll` has enough. Its thread is this one: it waits for no other to be scheduled.
+    pub fn run_polled(&mut self, poll: Poll<'_>) -> Exit {
+        let due = Instant::now() + poll.every;
+        self.run_polling(Some(Polling { poll, due }))
+    }
+
+    fn run_polling(&mut self, polling: Option<Polling<'_>>) -> Exit {
         if self.unchecked && self.entry_check().is_some() {
             return Exit::EntryFailure;
         }
         self.unchecked = false;
         self.enter();
-        let exit = self.run_entered();
+        let exit = self.run_entered(polling);
         self.view.leave();
         exit
     }
@@ -55,10 +95,14 @@ impl Cpu {
         self.fpu.settle();
     }
 
-    fn run_entered(&mut self) -> Exit {
+    fn run_entered(&mut self, mut polling: Option<Polling<'_>>) -> Exit {
+        let quantum = if polling.is_some() { POLLED_QUANTUM } else { QUANTUM };
         loop {
             if let Some(exit) = self.look_around() {
                 return exit;
+            }
+            if polling.as_mut().is_some_and(Polling::wants_stop) {
+                return Exit::ExternalInterrupt;
             }
             if let Some(exit) = self.take_events() {
                 return exit;
@@ -69,7 +113,7 @@ impl Cpu {
                 || self.has_breakpoints()
                 || !self.mmio.answered.is_empty()
                 || !self.io_elements.is_empty();
-            let exit = if alone { self.run_one() } else { self.run_traces() };
+            let exit = if alone { self.run_one() } else { self.run_traces(quantum) };
             if let Some(exit) = exit {
                 return exit;
             }
@@ -152,13 +196,13 @@ impl Cpu {
     }
 
     /// Runs traces until the quantum ends, an instruction stops, or somebody asks for attention.
-    fn run_traces(&mut self) -> Option<Exit> {
+    fn run_traces(&mut self, quantum: i64) -> Option<Exit> {
         self.make_room_for_traces();
         let head = self.find_trace(self.rip);
         if head.is_null() {
             return if self.kick.asked() { None } else { self.run_one() };
         }
-        self.begin(QUANTUM);
+        self.begin(quantum);
         self.execute(head);
         self.end()
     }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mmu::Mapping;
 use nix::errno::Errno;
@@ -34,11 +35,16 @@ pub trait Client {
     /// True when a signal that ends the ioctl is pending: any that the thread does not block, and while an action with a
     /// [`SignalMask`] is registered, any that this mask does not hold.
     fn interrupted(&self) -> bool;
+
+    /// How often [`interrupted`](Self::interrupted) must be asked by whoever runs or waits under the registered action,
+    /// because nothing runs it for signals that the thread blocks and the mask does not. `None`: the action tells of all.
+    fn poll_interval(&self) -> Option<Duration>;
 }
 
 impl dyn Client + '_ {
     /// `run` is called, from any thread, when a signal comes for the client's thread while the guard lives, and at once
-    /// if one is pending already. `mask`: blocked signals, in place of the thread's own (`KVM_SET_SIGNAL_MASK`).
+    /// if one is pending already. `mask`: blocked signals, in place of the thread's own (`KVM_SET_SIGNAL_MASK`); of some
+    /// that it lets through only [`interrupted`](Client::interrupted) may tell, see [`poll_interval`](Client::poll_interval).
     pub fn on_interrupt(&self, run: Arc<dyn Fn() + Send + Sync>, mask: Option<SignalMask>) -> InterruptGuard<'_> {
         self.set_interrupt_action(Some(InterruptAction { run, mask }));
         InterruptGuard { client: self }

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use cpu_core::{Exit, Gpr};
+use cpu_core::{Exit, Gpr, Poll};
 use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN};
 use nix::errno::Errno;
 use x86_defs::Rflags;
@@ -101,7 +101,7 @@ impl Vcpu {
                 return self.interrupted();
             }
             self.cpu.set_interrupt_window_exiting(self.wants_interrupt_window());
-            let exit = self.enter_guest();
+            let exit = self.enter_guest(client);
             if exit::handle(self, &exit) == Outcome::User {
                 return Ok(());
             }
@@ -139,7 +139,7 @@ impl Vcpu {
                 steps -= 1;
                 self.step_guest()
             } else {
-                Some(self.enter_guest())
+                Some(self.enter_guest(client))
             };
             if let Some(exit) = exit
                 && exit::handle(self, &exit) == Outcome::User
@@ -156,9 +156,12 @@ impl Vcpu {
         }
     }
 
-    fn enter_guest(&mut self) -> Exit {
+    fn enter_guest(&mut self, client: &dyn Client) -> Exit {
         let start = Instant::now();
-        let exit = self.cpu.run();
+        let exit = match client.poll_interval() {
+            None => self.cpu.run(),
+            Some(every) => self.cpu.run_polled(Poll { every, stop: &mut || client.interrupted() }),
+        };
         self.count(start);
         exit
     }

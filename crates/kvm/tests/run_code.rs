@@ -192,6 +192,28 @@ fn a_signal_ends_a_loop_with_eintr() {
     assert_eq!(m.run(), Ok(KVM_EXIT_HLT));
 }
 
+/// Nobody calls, as under `KVM_SET_SIGNAL_MASK`: the run itself asks, whatever the guest does.
+#[test]
+fn a_signal_that_only_asking_shows_ends_every_kind_of_loop() {
+    let loops: [(&str, &[u8]); 3] = [
+        ("jmp $", &[0xeb, 0xfe]),
+        ("mov cx, 800h; mov di, 1800h; rep stosb; jmp $-8", &[0xb9, 0, 8, 0xbf, 0, 0x18, 0xf3, 0xaa, 0xeb, 0xf6]),
+        ("sti; cli; jmp $-2", &[0xfb, 0xfa, 0xeb, 0xfc]),
+    ];
+    for (name, code) in loops {
+        let m = Machine::new(code);
+        m.client.silent.store(true, std::sync::atomic::Ordering::SeqCst);
+        let client = m.client.clone();
+        let raiser = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            client.raise();
+        });
+        assert_eq!(m.run(), Err(Errno::EINTR), "{name}");
+        assert_eq!(m.reason(), KVM_EXIT_INTR, "{name}");
+        raiser.join().unwrap();
+    }
+}
+
 #[test]
 fn every_return_shows_interrupt_state() {
     let m = Machine::new(&[0xfb, 0x90, 0xe4, 0x10, 0xfa, 0xf4]); // sti, nop, in al 10h, cli, hlt

@@ -14,6 +14,7 @@ pub mod window;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cuse_rs::{Answer, Bytes, Call, Ioctl};
 use kvm::client::{AddressSpace, Client, File, FileKind, InterruptAction, Reply, SharedPiece, SignalMask};
@@ -41,16 +42,23 @@ pub struct Caller<'a> {
     space: OnceCell<Arc<Space>>,
     /// `None` inside: it was answered, but the thread is gone or cannot be held.
     held: OnceCell<Option<Held>>,
-    watch: Cell<Option<u64>>,
     /// While it runs under a mask of its own.
-    masked: RefCell<Option<(SignalMask, Arc<Pending>)>>,
+    masked: RefCell<Option<Masked>>,
+}
+
+/// A run under `KVM_SET_SIGNAL_MASK`.
+struct Masked {
+    mask: SignalMask,
+    pending: Arc<Pending>,
+    /// What was found at entry, until it is asked for: one look serves both.
+    at_entry: Cell<Option<bool>>,
 }
 
 impl<'a> Caller<'a> {
     /// The caller of `ioctl` on `open`.
     pub fn new(front: &'a Arc<Front>, call: &'a Call<'a>, open: &'a Arc<Open>, ioctl: Ioctl<'a>) -> Self {
         let (space, held) = (OnceCell::new(), OnceCell::new());
-        Self { front, call, open, ioctl, space, held, watch: Cell::new(None), masked: RefCell::new(None) }
+        Self { front, call, open, ioctl, space, held, masked: RefCell::new(None) }
     }
 
     /// Runs the ioctl and answers it.
@@ -289,32 +297,35 @@ impl Client for Caller<'_> {
     }
 
     fn set_interrupt_action(&self, action: Option<InterruptAction>) {
-        if let Some(id) = self.watch.take() {
-            self.front.watcher.remove(id);
-        }
         self.masked.replace(None);
         let Some(InterruptAction { run, mask }) = action else { return self.call.on_interrupt(None) };
         let Some(mask) = mask else { return self.call.on_interrupt(Some(run)) };
         // A thread that is gone has been killed, and waits for nothing.
-        let Some(pending) = self.open.shared.pending.of(self.call.header.pid) else {
+        let Some((pending, ends)) = self.open.shared.pending.enter(self.call.header.pid, mask) else {
             return self.call.on_interrupt(Some(run));
         };
-        self.masked.replace(Some((mask, Arc::clone(&pending))));
+        if ends {
+            run();
+        }
         // The kernel tells of signals that the thread does not block, also of those that the mask does block, and of the
         // first only.
-        let (act, of_interrupt) = (Arc::clone(&run), Arc::clone(&pending));
+        let of_interrupt = Arc::clone(&pending);
         self.call.on_interrupt(Some(Arc::new(move || {
-            if of_interrupt.outside(mask) != 0 {
-                act();
+            if of_interrupt.ends_run(mask) {
+                run();
             }
         })));
-        self.watch.set(Some(self.front.watcher.add(pending, mask, run)));
+        self.masked.replace(Some(Masked { mask, pending, at_entry: Cell::new(Some(ends)) }));
     }
 
     fn interrupted(&self) -> bool {
         match &*self.masked.borrow() {
             None => self.call.interrupted(),
-            Some((mask, pending)) => pending.outside(*mask) != 0,
+            Some(masked) => masked.at_entry.take().unwrap_or_else(|| masked.pending.ends_run(masked.mask)),
         }
+    }
+
+    fn poll_interval(&self) -> Option<Duration> {
+        self.masked.borrow().is_some().then_some(signal::PERIOD)
     }
 }

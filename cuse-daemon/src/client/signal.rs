@@ -2,136 +2,118 @@
 //!
 //! An unblocked signal makes the kernel send `FUSE_INTERRUPT`. One that the thread blocks, but `KVM_SET_SIGNAL_MASK`
 //! unblocks during `KVM_RUN`, does not: nothing tells about it but the thread's pending set, so while such a mask is in
-//! force somebody has to look. That is one thread for all, which exists only while there is something to watch.
+//! force somebody has to look. Whoever runs the guest looks himself: one read of `/proc` takes 10 µs, and no other thread
+//! has to be scheduled first, which takes milliseconds when the CPUs are busy.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use kvm::client::SignalMask;
-use parking_lot::{Condvar, Mutex};
+use nix::sys::signal::Signal;
+use parking_lot::Mutex;
 
-/// How late a watched signal may be seen: VMMs of 2007 kick their vCPUs this way.
-const PERIOD: Duration = Duration::from_micros(500);
-/// How long the watcher stays with nothing to watch: `KVM_RUN` is called again and again.
-const LINGER: Duration = Duration::from_secs(2);
+/// How often the pending set is read: VMMs of 2007 kick their vCPUs this way, and reading takes a fiftieth of it.
+pub const PERIOD: Duration = Duration::from_micros(500);
 
-/// The signals pending for a thread, its own and those of its process; bit n−1 is signal n.
-#[derive(Debug)]
-pub struct Pending(File);
+/// Ignored where nothing else is said: signal(7), "Ign".
+const IGNORED_BY_DEFAULT: u64 =
+    bit(Signal::SIGCHLD) | bit(Signal::SIGCONT) | bit(Signal::SIGURG) | bit(Signal::SIGWINCH);
 
-impl Pending {
-    /// Of thread `tid`; `None` if it is gone.
-    pub fn of(tid: u32) -> Option<Self> {
-        File::open(format!("/proc/{tid}/status")).ok().map(Self)
-    }
+const fn bit(signal: Signal) -> u64 {
+    1 << (signal as i32 - 1)
+}
 
-    /// Pending signals that `mask` does not block; none for a thread that is gone.
-    pub fn outside(&self, mask: SignalMask) -> u64 {
-        self.read().unwrap_or(0) & !mask.0
-    }
+/// What `/proc/TID/status` tells of signals; bit n−1 is signal n.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sets {
+    /// Of the thread and of its process: `SigPnd`, `ShdPnd`.
+    pending: u64,
+    /// Those that nobody hears of: `SigIgn`, and by default what is not in `SigCgt`.
+    ignored: u64,
+}
 
-    fn read(&self) -> Option<u64> {
-        let mut text = [0; 4096];
-        let len = self.0.read_at(&mut text, 0).ok().filter(|&len| len > 0)?;
-        Some(pending(&text[..len]))
+impl Sets {
+    fn parse(status: &[u8]) -> Self {
+        let (mut pending, mut ignored, mut caught) = (0, 0, 0);
+        for line in status.split(|&byte| byte == b'\n') {
+            let Some((name, digits)) = line.split_at_checked(8) else { continue };
+            let sets: &mut u64 = match name {
+                b"SigPnd:\t" | b"ShdPnd:\t" => &mut pending,
+                b"SigIgn:\t" => &mut ignored,
+                b"SigCgt:\t" => &mut caught,
+                _ => continue,
+            };
+            *sets |= std::str::from_utf8(digits).ok().and_then(|text| u64::from_str_radix(text, 16).ok()).unwrap_or(0);
+        }
+        Self { pending, ignored: ignored | IGNORED_BY_DEFAULT & !caught }
     }
 }
 
-/// The set that was asked for last. A thread asks again and again, and opening takes longer than reading.
+/// A thread's pending signals, as its runs under a mask see them.
+#[derive(Debug)]
+pub struct Pending {
+    status: File,
+    /// At the last look.
+    seen: AtomicU64,
+    /// Came during a run that would have taken them, and are ignored: the kernel drops such a signal as it is sent.
+    /// Here the thread blocks them all the while, so they stay in its set.
+    dropped: AtomicU64,
+}
+
+impl Pending {
+    /// Of thread `tid`; `None` if it is gone.
+    fn of(tid: u32) -> Option<Self> {
+        let status = File::open(format!("/proc/{tid}/status")).ok()?;
+        Some(Self { status, seen: AtomicU64::new(0), dropped: AtomicU64::new(0) })
+    }
+
+    /// A run begins: true if a signal is pending that `mask` does not block. `None`: the thread is gone, though its number
+    /// may mean another by now.
+    fn at_entry(&self, mask: SignalMask) -> Option<bool> {
+        self.read().map(|sets| self.ends(sets, sets.pending, mask))
+    }
+
+    /// During a run: as above. Nothing is pending for a thread that is gone.
+    pub fn ends_run(&self, mask: SignalMask) -> bool {
+        self.read().is_some_and(|sets| self.ends(sets, self.seen.load(Relaxed), mask))
+    }
+
+    fn ends(&self, Sets { pending, ignored }: Sets, seen: u64, mask: SignalMask) -> bool {
+        let taken = pending & !mask.0;
+        let dropped = pending & self.dropped.load(Relaxed) | taken & !seen & ignored;
+        self.dropped.store(dropped, Relaxed);
+        self.seen.store(pending, Relaxed);
+        taken & !dropped != 0
+    }
+
+    fn read(&self) -> Option<Sets> {
+        let mut text = [0; 4096];
+        let len = self.status.read_at(&mut text, 0).ok().filter(|&len| len > 0)?;
+        Some(Sets::parse(&text[..len]))
+    }
+}
+
+/// The thread that ran a vCPU last. It runs it again and again, and opening takes longer than reading.
 #[derive(Debug, Default)]
 pub struct LastPending(Mutex<Option<(u32, Arc<Pending>)>>);
 
 impl LastPending {
-    /// Of thread `tid`; `None` if it is gone.
-    pub fn of(&self, tid: u32) -> Option<Arc<Pending>> {
+    /// Thread `tid` begins a run under `mask`: its signals, and whether one ends the run at once. `None` if it is gone.
+    pub fn enter(&self, tid: u32, mask: SignalMask) -> Option<(Arc<Pending>, bool)> {
         let mut last = self.0.lock();
-        // The file means the thread it was opened for, also when its number means another.
-        let known = last.as_ref().filter(|(of, pending)| *of == tid && pending.read().is_some());
-        if let Some((_, pending)) = known {
-            return Some(Arc::clone(pending));
+        if let Some((of, pending)) = &*last
+            && *of == tid
+            && let Some(ends) = pending.at_entry(mask)
+        {
+            return Some((Arc::clone(pending), ends));
         }
-        *last = Pending::of(tid).map(|pending| (tid, Arc::new(pending)));
-        last.as_ref().map(|(_, pending)| Arc::clone(pending))
-    }
-}
-
-/// `SigPnd` and `ShdPnd` of `/proc/PID/status`, together.
-fn pending(status: &[u8]) -> u64 {
-    let field = |line: &[u8], name: &[u8]| {
-        let digits = std::str::from_utf8(line.strip_prefix(name)?).ok()?;
-        u64::from_str_radix(digits.trim(), 16).ok()
-    };
-    status
-        .split(|&byte| byte == b'\n')
-        .filter_map(|line| field(line, b"SigPnd:").or_else(|| field(line, b"ShdPnd:")))
-        .fold(0, |all, set| all | set)
-}
-
-type Run = Arc<dyn Fn() + Send + Sync>;
-
-struct Watch {
-    id: u64,
-    pending: Arc<Pending>,
-    mask: SignalMask,
-    run: Run,
-}
-
-/// Who is watched, for the whole daemon.
-#[derive(Default)]
-pub struct Watcher {
-    watches: Mutex<Watches>,
-    added: Condvar,
-    ids: AtomicU64,
-}
-
-#[derive(Default)]
-struct Watches {
-    list: Vec<Watch>,
-    thread: bool,
-}
-
-impl Watcher {
-    /// Calls `run`, perhaps repeatedly, once a signal outside `mask` is in `pending`.
-    /// Returns what [`remove`](Self::remove) wants.
-    pub fn add(self: &Arc<Self>, pending: Arc<Pending>, mask: SignalMask, run: Run) -> u64 {
-        let id = self.ids.fetch_add(1, Ordering::Relaxed);
-        let mut watches = self.watches.lock();
-        watches.list.push(Watch { id, pending, mask, run });
-        if !watches.thread {
-            let watcher = Arc::clone(self);
-            let spawned = thread::Builder::new().name("signals".into()).spawn(move || watcher.watch());
-            watches.thread = spawned.inspect_err(|err| tracing::error!(%err, "nobody watches for signals")).is_ok();
-        }
-        self.added.notify_one();
-        id
-    }
-
-    /// Once this returns, the watch's `run` is not called any more.
-    pub fn remove(&self, id: u64) {
-        self.watches.lock().list.retain(|watch| watch.id != id);
-    }
-
-    fn watch(&self) {
-        let mut watches = self.watches.lock();
-        loop {
-            if watches.list.is_empty()
-                && self.added.wait_for(&mut watches, LINGER).timed_out()
-                && watches.list.is_empty()
-            {
-                watches.thread = false;
-                return;
-            }
-            for watch in &watches.list {
-                if watch.pending.outside(watch.mask) != 0 {
-                    (watch.run)();
-                }
-            }
-            parking_lot::MutexGuard::unlocked(&mut watches, || thread::sleep(PERIOD));
-        }
+        let pending = Arc::new(Pending::of(tid)?);
+        let ends = pending.at_entry(mask)?;
+        *last = Some((tid, Arc::clone(&pending)));
+        Some((pending, ends))
     }
 }
 
@@ -139,25 +121,57 @@ impl Watcher {
 mod tests {
     use super::*;
 
-    #[test]
-    fn both_pending_sets_count() {
-        let status = b"Name:\tcat\nSigQ:\t1/95\nSigPnd:\t0000000000000200\nShdPnd:\t8000000000000000\nSigBlk:\tffff\n";
-        assert_eq!(pending(status), 0x8000_0000_0000_0200);
-        assert_eq!(pending(b"SigPnd:\tjunk\n"), 0);
-        assert_eq!(pending(b""), 0);
+    const ALL: SignalMask = SignalMask(0);
+
+    fn fresh() -> Pending {
+        Pending::of(std::process::id()).unwrap()
     }
 
     #[test]
-    fn watcher_ends_with_nothing_to_watch() {
-        let watcher = Arc::new(Watcher::default());
-        let pending = LastPending::default().of(std::process::id()).unwrap();
-        let id = watcher.add(pending, SignalMask(!0), Arc::new(|| panic!("everything is masked")));
-        assert!(watcher.watches.lock().thread);
-        watcher.remove(id);
-        let start = std::time::Instant::now();
-        while watcher.watches.lock().thread {
-            assert!(start.elapsed() < LINGER * 5);
-            thread::sleep(PERIOD * 50);
+    fn both_pending_sets_count() {
+        let status = b"Name:\tcat\nSigQ:\t1/95\nSigPnd:\t0000000000000200\nShdPnd:\t8000000000000000\nSigBlk:\tffff\n";
+        assert_eq!(Sets::parse(status).pending, 0x8000_0000_0000_0200);
+        assert_eq!(Sets::parse(b"SigPnd:\tjunk\n"), Sets::parse(b""));
+    }
+
+    /// SIGCHLD is 17, SIGWINCH 28, SIGUSR1 10.
+    #[test]
+    fn ignored_are_the_set_and_the_defaults_that_nobody_catches() {
+        let default = Sets::parse(b"SigIgn:\t0000000000000000\nSigCgt:\t0000000000000000\n").ignored;
+        assert_eq!(default, 1 << 16 | 1 << 17 | 1 << 22 | 1 << 27);
+        let sets = Sets::parse(b"SigIgn:\t0000000000000200\nSigCgt:\t0000000008010000\n");
+        assert_eq!(sets.ignored, 1 << 9 | 1 << 17 | 1 << 22);
+    }
+
+    #[test]
+    fn an_ignored_signal_counts_only_if_it_was_there_before() {
+        let thread = fresh();
+        let sets = |pending| Sets { pending, ignored: 0b01 };
+        assert!(!thread.ends(sets(0b00), 0, ALL));
+        assert!(!thread.ends(sets(0b01), thread.seen.load(Relaxed), ALL), "dropped as it comes");
+        assert!(!thread.ends(sets(0b01), 0b01, ALL), "nor does the next run know of it");
+        assert!(thread.ends(sets(0b11), thread.seen.load(Relaxed), ALL), "another one counts");
+        assert!(!thread.ends(sets(0b00), thread.seen.load(Relaxed), ALL));
+        assert!(thread.ends(sets(0b01), 0b01, ALL), "pending before the run");
+    }
+
+    #[test]
+    fn what_the_mask_blocks_is_not_dropped() {
+        let thread = fresh();
+        let sets = Sets { pending: 0b01, ignored: 0b01 };
+        assert!(!thread.ends(sets, 0, SignalMask(0b01)));
+        assert!(thread.ends(sets, thread.seen.load(Relaxed), ALL), "it was pending when the other run began");
+    }
+
+    #[test]
+    fn a_thread_that_is_gone_is_not_taken_for_the_next() {
+        let last = LastPending::default();
+        let (mine, _) = last.enter(std::process::id(), ALL).unwrap();
+        assert!(Arc::ptr_eq(&mine, &last.enter(std::process::id(), ALL).unwrap().0));
+        let other = std::thread::spawn(|| nix::unistd::gettid().as_raw().cast_unsigned()).join().unwrap();
+        // Its entry may outlive the join by a moment.
+        while last.enter(other, ALL).is_some() {
+            std::thread::yield_now();
         }
     }
 }

@@ -23,7 +23,6 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, fstat, major, minor};
 use parking_lot::{Mutex, RwLock};
 
-use crate::client::signal::Watcher;
 use crate::client::space::{Space, Spaces};
 use crate::client::{Caller, window};
 use crate::file::{Open, Shared};
@@ -42,8 +41,6 @@ pub struct Front {
     system: Box<OpenSystem>,
     /// Address spaces of clients.
     pub spaces: Spaces,
-    /// Signals that only polling finds.
-    pub watcher: Arc<Watcher>,
     files: Files,
     access: OnceLock<Access>,
     mounted: OnceLock<Mounted>,
@@ -106,7 +103,6 @@ impl Front {
         Arc::new(Self {
             system,
             spaces: Spaces::default(),
-            watcher: Arc::default(),
             files,
             access: OnceLock::new(),
             mounted: OnceLock::new(),

@@ -100,7 +100,13 @@ impl Node {
         self.stats.running.fetch_add(1, Ordering::SeqCst);
         let mut done = pair.0.lock();
         while !*done {
-            pair.1.wait(&mut done);
+            match client.poll_interval() {
+                None => pair.1.wait(&mut done),
+                Some(every) => {
+                    pair.1.wait_for(&mut done, every);
+                    *done |= client.interrupted();
+                }
+            }
         }
         self.stats.running.fetch_sub(1, Ordering::SeqCst);
         Err(Errno::EINTR)

@@ -1,6 +1,7 @@
 //! Signals and `KVM_RUN` in 2.6.22: the guest is entered even with one pending, `KVM_SET_SIGNAL_MASK` governs the call, and
 //! nobody but sigwait takes what only the mask lets through.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -36,7 +37,8 @@ fn counting() -> Image {
 }
 
 pub(crate) fn all(_time: Duration) -> Result<()> {
-    let machine = Machine::new(&Kvm::open()?, &counting())?;
+    let kvm = Kvm::open()?;
+    let (machine, plain) = (Machine::new(&kvm, &counting())?, Machine::new(&kvm, &counting())?);
     signal::handle(signal::ipi());
     signal::handle(signal::other());
     // A thread of its own, whose signal mask ends with it.
@@ -44,7 +46,8 @@ pub(crate) fn all(_time: Duration) -> Result<()> {
         scope.spawn(|| unmasked(&machine).context("no mask")).join().expect("no panic")?;
         scope.spawn(|| pending(&machine).context("a pending signal")).join().expect("no panic")?;
         held(&machine).context("a signal that the mask holds")?;
-        latency(&machine).context("kicks")
+        latency(&machine).context("kicks")?;
+        price(&plain, &machine).context("a guest that computes")
     })?;
     same!(signal::BOO.load(Relaxed), 0, "boo: runs of the IPI signal's handler");
     Ok(())
@@ -118,19 +121,65 @@ fn held(machine: &Machine) -> Result<()> {
     })
 }
 
-/// From tgkill to the return of `KVM_RUN`.
+/// From tgkill to the return of `KVM_RUN`, and beside it to the return of sigwait while something else keeps a CPU busy,
+/// as the guest does: what the host itself takes to wake a thread.
 fn latency(machine: &Machine) -> Result<()> {
+    let vcpu = machine.vcpu0();
+    let run = kicks(
+        |before| let_through(machine, before),
+        || {
+            same!(vcpu.run(), Err(Errno::EINTR), "KVM_RUN");
+            let end = Instant::now();
+            signal::wait(signal::ipi());
+            Ok(end)
+        },
+    )?;
+    let stop = AtomicBool::new(false);
+    let host = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let host = kicks(
+            |_| Ok(()),
+            || {
+                signal::wait(signal::ipi());
+                Ok(Instant::now())
+            },
+        );
+        stop.store(true, Relaxed);
+        host
+    })?;
+    for (what, took) in [("KVM_RUN", run), ("sigwait", host)] {
+        let late = took.iter().filter(|took| **took > Duration::from_millis(2)).count();
+        println!(
+            "signals: tgkill to the end of {what}, {KICKS} times: median {:?}, 95 % {:?}, most {:?}, over 2 ms: {late}",
+            took[KICKS / 2],
+            took[KICKS * 95 / 100],
+            took[KICKS - 1]
+        );
+    }
+    Ok(())
+}
+
+fn let_through(machine: &Machine, before: u64) -> Result<()> {
+    machine.vcpu0().set_signal_mask(before & !signal::bit(signal::ipi())).context("KVM_SET_SIGNAL_MASK")
+}
+
+/// How long [`KICKS`] signals take to end `wait`, in a thread of its own that blocks them; ascending.
+/// `prepare` gets the mask that was in force there.
+fn kicks(
+    prepare: impl FnOnce(u64) -> Result<()> + Send,
+    wait: impl Fn() -> Result<Instant> + Send,
+) -> Result<Vec<Duration>> {
     let (to_main, from_runner) = channel();
-    let mut took = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let runner = scope.spawn(move || -> Result<()> {
-            let before = signal::block(signal::ipi());
-            machine.vcpu0().set_signal_mask(before & !signal::bit(signal::ipi())).context("KVM_SET_SIGNAL_MASK")?;
+            prepare(signal::block(signal::ipi()))?;
             to_main.send((signal::thread(), Instant::now()))?;
             for _ in 0..KICKS {
-                same!(machine.vcpu0().run(), Err(Errno::EINTR), "KVM_RUN");
-                let end = Instant::now();
-                signal::wait(signal::ipi());
-                to_main.send((0, end))?;
+                to_main.send((0, wait()?))?;
             }
             Ok(())
         });
@@ -145,14 +194,42 @@ fn latency(machine: &Machine) -> Result<()> {
             })
             .collect();
         runner.join().expect("no panic")?;
-        took
-    })?;
-    took.sort_unstable();
-    println!(
-        "signals: tgkill to return, {KICKS} times: median {:?}, 95 % {:?}, most {:?}",
-        took[KICKS / 2],
-        took[KICKS * 95 / 100],
-        took[KICKS - 1]
-    );
+        let mut took = took?;
+        took.sort_unstable();
+        Ok(took)
+    })
+}
+
+/// What the mask costs a guest that computes: somebody has to look for signals all the while. Beside it one without.
+fn price(plain: &Machine, masked: &Machine) -> Result<()> {
+    let mut rates = [0.0, 0.0];
+    for _ in 0..3 {
+        rates[0] += rate(plain, signal::other(), |_| Ok(()))?;
+        rates[1] += rate(masked, signal::ipi(), |before| let_through(masked, before))?;
+    }
+    println!("signals: a guest under a mask runs at {:.3} of the speed without", rates[1] / rates[0]);
     Ok(())
+}
+
+/// What the guest counts in a second. `kick` ends it.
+fn rate(machine: &Machine, kick: i32, prepare: impl FnOnce(u64) -> Result<()> + Send) -> Result<f64> {
+    let (vcpu, count, (sender, receiver)) = (machine.vcpu0(), machine.ram.u32(at::SCRATCH), channel());
+    std::thread::scope(|scope| {
+        let runner = scope.spawn(move || -> Result<()> {
+            prepare(signal::block(signal::ipi()))?;
+            sender.send(signal::thread())?;
+            same!(vcpu.run(), Err(Errno::EINTR), "KVM_RUN");
+            if signal::is_pending(signal::ipi()) {
+                signal::wait(signal::ipi());
+            }
+            Ok(())
+        });
+        let thread = receiver.recv()?;
+        std::thread::sleep(Duration::from_millis(50));
+        let (start, first) = (Instant::now(), count.load(Acquire));
+        std::thread::sleep(Duration::from_millis(200));
+        let rate = f64::from(count.load(Acquire).wrapping_sub(first)) / start.elapsed().as_secs_f64();
+        signal::send(thread, kick);
+        runner.join().expect("no panic").map(|()| rate)
+    })
 }

@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use kvm::client::{AddressSpace, Client, File, InterruptAction, SharedPiece, SignalMask, WindowPiece};
 use kvm::{Kvm, system_file};
@@ -54,6 +55,8 @@ pub struct FakeClient {
     pub signal: AtomicBool,
     /// Close-on-exec of the descriptors, from 1.
     pub cloexec: Mutex<Vec<bool>>,
+    /// Nothing runs the action: who runs a guest must ask.
+    pub silent: AtomicBool,
     /// The mask of every action that was registered.
     pub masks: Mutex<Vec<Option<SignalMask>>>,
     action: Mutex<Option<InterruptAction>>,
@@ -71,6 +74,7 @@ impl FakeClient {
             files: Mutex::new(vec![system_file(kvm)]),
             pid: 1000,
             signal: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
             cloexec: Mutex::default(),
             masks: Mutex::default(),
             action: Mutex::default(),
@@ -93,6 +97,7 @@ impl FakeClient {
             files: Mutex::new(self.files.lock().clone()),
             pid: self.pid + 1,
             signal: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
             cloexec: Mutex::default(),
             masks: Mutex::default(),
             action: Mutex::default(),
@@ -106,7 +111,9 @@ impl FakeClient {
     /// A signal comes for the thread, and stays pending.
     pub fn raise(&self) {
         self.signal.store(true, Ordering::SeqCst);
-        if let Some(action) = &*self.action.lock() {
+        if let Some(action) = &*self.action.lock()
+            && !self.silent.load(Ordering::SeqCst)
+        {
             (action.run)();
         }
     }
@@ -264,5 +271,9 @@ impl Client for FakeClient {
 
     fn interrupted(&self) -> bool {
         self.signal.load(Ordering::SeqCst)
+    }
+
+    fn poll_interval(&self) -> Option<Duration> {
+        self.silent.load(Ordering::SeqCst).then_some(Duration::from_micros(100))
     }
 }
