@@ -69,6 +69,7 @@ macro_rules! ioctls {
     (@file $kind:ident $file:ident $call:ident) => { &Caller { file: $file, client: $call.client } };
 }
 
+// fs/fuse/ioctl.c, fuse_do_ioctl: a file that is not CUSE's own has no unrestricted ioctls, and CUSE's own has no mmap.
 const NO_NULL_MASK: Support = Partial(
     "a null pointer, which ends the mask, is EFAULT: the kernel reads 4 bytes there for a file of FUSE before it asks anybody",
 );
