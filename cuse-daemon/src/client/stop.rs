@@ -6,13 +6,14 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 
 use super::inject::is_dead;
 use crate::sys;
@@ -25,7 +26,7 @@ const POLL: Duration = Duration::from_micros(50);
 pub struct Stopping {
     release: Option<mpsc::Sender<()>>,
     stand: mpsc::Receiver<()>,
-    thread: Option<thread::JoinHandle<()>>,
+    stopper: Option<Pid>,
 }
 
 impl Stopping {
@@ -39,8 +40,13 @@ impl Stopping {
 impl Drop for Stopping {
     fn drop(&mut self) {
         drop(self.release.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        // A thread counts as joined before the kernel has detached what it traced, and who tries to trace that meanwhile is
+        // refused. Its entry here goes last.
+        if let Some(stopper) = self.stopper {
+            let entry = format!("/proc/self/task/{stopper}");
+            while Path::new(&entry).exists() {
+                thread::yield_now();
+            }
         }
     }
 }
@@ -53,22 +59,26 @@ pub fn others(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool + Send + 's
     let (release, wait_release) = mpsc::channel::<()>();
     // The held thread can make no other.
     if tasks(tgid).iter().all(|&tid| tid == keep) {
-        return Stopping { release: None, stand: wait_stand, thread: None };
+        return Stopping { release: None, stand: wait_stand, stopper: None };
     }
     let body = move || {
+        let _ = told.send(gettid());
         stop_all(tgid, keep, is_waiting, told);
         drop(stand);
         // Ends with an error when the other side lets go.
         let _ = wait_release.recv();
     };
     let thread = thread::Builder::new().name("stopper".into()).spawn(body);
-    let thread = thread.inspect_err(|err| tracing::error!(%err, "cannot stop the client's threads")).ok();
-    let _: Result<(), _> = wait_told.recv();
-    Stopping { release: Some(release), stand: wait_stand, thread }
+    if let Err(err) = thread {
+        tracing::error!(%err, "cannot stop the client's threads");
+    }
+    let stopper = wait_told.recv().ok();
+    let _ = wait_told.recv();
+    Stopping { release: Some(release), stand: wait_stand, stopper }
 }
 
 /// Drops `told` when all threads that there are have been told.
-fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::Sender<()>) {
+fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::Sender<Pid>) {
     let mut told = Some(told);
     let deadline = Instant::now() + PATIENCE;
     // True: stands, is dead, or is somebody else's.
