@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 use parking_lot::Mutex;
 
@@ -223,6 +223,39 @@ impl Watchdog {
 /// A new worker is not bound to the CPU of the one that made it.
 pub fn worker_started() {
     let _ = sched_setaffinity(gettid(), everywhere());
+}
+
+/// While it lives, a client's thread that takes turns with this one does so on this one's CPU, if it may run there.
+///
+/// Each step of an injection is a switch to the thread and back. Woken on another CPU it may find that busy, with a guest
+/// that computes, and wait for a time slice each time.
+#[derive(Debug)]
+pub struct Beside {
+    tid: Pid,
+    here: CpuSet,
+    before: CpuSet,
+}
+
+impl Beside {
+    /// Thread `tid`, which waits or stands. `None`: it stays where it is.
+    pub fn new(tid: Pid) -> Option<Self> {
+        if IS_OFF.load(Ordering::Relaxed) {
+            return None;
+        }
+        let here = sched_getcpu().ok()?;
+        let before = sched_getaffinity(tid).ok()?;
+        let may = before.is_set(here).unwrap_or(false);
+        let here = only(i32::try_from(here).ok()?);
+        (may && before != here && sched_setaffinity(tid, &here).is_ok()).then_some(Self { tid, here, before })
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        if sched_getaffinity(self.tid) == Ok(self.here) {
+            let _ = sched_setaffinity(self.tid, &self.before);
+        }
+    }
 }
 
 fn start() -> Instant {

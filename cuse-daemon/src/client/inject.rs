@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 
 use super::guard::Note;
 use super::{maps, vm};
+use crate::place::Beside;
 use crate::sys;
 
 /// Lifts the client's seccomp filter while it is traced; needs `CAP_SYS_ADMIN` and a tracer without a filter.
@@ -69,6 +70,7 @@ struct Traced {
     tid: Pid,
     /// Its end has been seen.
     ended: Cell<bool>,
+    beside: Option<Beside>,
     not_send: PhantomData<*const ()>,
 }
 
@@ -101,6 +103,7 @@ impl Traced {
 
 impl Drop for Traced {
     fn drop(&mut self) {
+        drop(self.beside.take());
         // Only a standing thread can be let go. One that does not stand was killed.
         if !self.ended.get() && ptrace::detach(self.tid, None).is_err() {
             DYING.with_borrow_mut(|dying| dying.push(self.tid));
@@ -136,7 +139,8 @@ impl Seized {
         let options = Options::PTRACE_O_TRACESYSGOOD;
         ptrace::seize(tid, options | Options::from_bits_retain(SUSPEND_SECCOMP))
             .or_else(|_| ptrace::seize(tid, options))?;
-        let seized = Self(Traced { tid, ended: Cell::new(false), not_send: PhantomData });
+        let beside = Beside::new(tid);
+        let seized = Self(Traced { tid, ended: Cell::new(false), beside, not_send: PhantomData });
         ptrace::interrupt(tid)?;
         Ok(seized)
     }
