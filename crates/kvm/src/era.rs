@@ -175,6 +175,11 @@ impl Era {
         self == Self::Legacy
     }
 
+    /// `KVM_EXIT_DEBUG` tells what happened and where; 2007's structure is empty, and clients look at registers.
+    pub(crate) fn describes_debug_exits(self) -> bool {
+        self == Self::Modern
+    }
+
     /// 2007 hands hypercalls to user space; `exit_reason` still 3 at the next `KVM_RUN` means RAX ← `hypercall.ret`.
     pub(crate) fn exits_on_hypercalls(self) -> bool {
         self == Self::Legacy

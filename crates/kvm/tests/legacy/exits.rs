@@ -108,8 +108,12 @@ fn exit_debug_comes_of_a_step() {
     });
     let debug = kvm_abi::legacy::kvm_debug_guest { enabled: 1, singlestep: 1, ..Default::default() };
     m.set(kvm_abi::request::KVM_DEBUG_GUEST, &debug).unwrap();
+    m.run.write(32, &[0xa5; 64]).unwrap();
     assert_eq!(m.run(), Ok(KVM_EXIT_DEBUG));
     assert_eq!(m.regs().rip, CODE + 1);
+    let mut fields = [0; 64];
+    m.run.read(32, &mut fields).unwrap();
+    assert_eq!(fields, [0xa5; 64], "the structure is empty");
 }
 
 #[test]
