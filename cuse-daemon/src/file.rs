@@ -8,7 +8,7 @@ use nix::errno::Errno;
 
 use crate::client::signal::LastPending;
 use crate::client::space::{Space, Spaces};
-use crate::client::window::Shows;
+use crate::client::view::Views;
 use crate::place::Place;
 
 /// One KVM object, however many files of ours lead to it.
@@ -26,7 +26,7 @@ pub struct Shared {
     /// Signals of the thread that runs a vCPU under a mask.
     pub pending: LastPending,
     /// What clients see of a 2007 VM's RAM.
-    pub window: Shows,
+    pub views: Views,
 }
 
 impl Shared {
@@ -39,7 +39,7 @@ impl Shared {
             mapped: AtomicBool::new(false),
             place: Place::default(),
             pending: LastPending::default(),
-            window: Shows::default(),
+            views: Views::default(),
         })
     }
 

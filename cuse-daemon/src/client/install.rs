@@ -43,12 +43,10 @@ pub fn give(held: &Held, tgid: Pid, file: BorrowedFd<'_>, cloexec: bool) -> Resu
     received
 }
 
-/// Puts `file` in the place of the client's descriptor `fd`, close-on-exec as that one was.
+/// Puts `file` in the place of the client's descriptor `fd`, open over exec.
 pub fn replace(held: &Held, tgid: Pid, file: BorrowedFd<'_>, fd: i32) -> Result<(), Errno> {
-    let flags = held.syscall(libc::SYS_fcntl, [fd as u64, libc::F_GETFD as u64, 0, 0, 0, 0])?;
-    let cloexec = if flags & libc::FD_CLOEXEC as u64 != 0 { libc::O_CLOEXEC } else { 0 };
     let new = give(held, tgid, file, true)?;
-    let placed = held.syscall(libc::SYS_dup3, [new as u64, fd as u64, cloexec as u64, 0, 0, 0]);
+    let placed = held.syscall(libc::SYS_dup2, [new as u64, fd as u64, 0, 0, 0, 0]);
     close(held, new)?;
     placed.map(drop)
 }

@@ -8,6 +8,7 @@ pub mod memory;
 pub mod signal;
 pub mod space;
 pub mod stop;
+pub mod view;
 pub mod vm;
 pub mod window;
 
@@ -236,7 +237,7 @@ impl<'a> Caller<'a> {
             let stopping = self.stop_others(space);
             let held = self.hold()?;
             stopping.wait();
-            window::reshape(&self.open.shared, space, held, held.ioctl_fd())
+            window::reshape(self.front, self.open, space, held)
         });
         if let Err(errno) = reshaped {
             tracing::warn!(tid = self.call.header.pid, %errno, "the VMM goes on to see RAM that it deleted");
@@ -244,7 +245,8 @@ impl<'a> Caller<'a> {
     }
 
     /// A VM of 2007 shows itself after its file was opened: only now mmap of it has something to show. Puts a new
-    /// descriptor of the same VM in the place of the one that was used.
+    /// descriptor of the same VM in the place of the one that was used, and leaves it open over exec, as 2007's were. A client
+    /// that had asked for close-on-exec in between, if there ever was one, has to ask again.
     fn replace_descriptor(&self) {
         let replaced = self.front.expose(&self.open.shared).and_then(|file| {
             let space = self.space()?;

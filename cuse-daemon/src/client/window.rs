@@ -3,85 +3,50 @@
 //! Linux 2.6.22 looked a page up when it was touched (`kvm_main.c`, `kvm_vm_nopage`). So do we: the file has no backing
 //! file, a first touch anywhere in the mapping becomes a `FUSE_READ` of that page, and what cannot be read is a SIGBUS. A
 //! page of RAM is answered with a copy, which only serves to let the thread out of the fault: it is stopped before it
-//! runs on, and puts the RAM itself in the place of all parts of its mapping that have some. Holes stay as they are, and are asked
-//! for again at the next touch. From then on a touch of RAM costs nothing, and both sides see the same pages.
+//! runs on, and puts RAM itself in the place of the slot or alias around the page. Holes stay as they are, and are asked for
+//! again at the next touch. From then on a touch of that RAM costs nothing, and both sides see the same pages.
 //!
 //! A system call that runs into the fault (read(2) into the mapping) writes to copies before its thread can be stopped.
 //! So each copy is remembered, and what the kernel writes back when the copies are dropped is compared with it: bytes
 //! that differ go to RAM. The same serves clients that cannot be stopped (strace has them).
+//!
+//! When a slot goes, the pages of it that were touched stay what they are, and no others. The whole part that showed it
+//! becomes one mapping again, of a lot (`view.rs`): a range of the file beyond all guest-physical addresses, which stands for
+//! this part alone and knows what had been touched. That costs the same however the pages lie, and is all for a client that
+//! unmaps the part next.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use cuse_rs::{Answer, Call};
-use kvm::client::{AddressSpace, WindowPiece};
+use kvm::client::AddressSpace;
+use mmu::Mapping;
 use nix::errno::Errno;
 use nix::unistd::Pid;
-use parking_lot::Mutex;
 
 use super::inject::{self, Held, Seized};
 use super::maps::{self, Area, Pagemap};
-use super::memory::{Part, file_id, map_in_place, mapped_from};
-use super::space::{FileId, Space, errno_of};
+use super::memory::{Part, file_id, map_in_place};
+use super::space::{Space, errno_of};
+use super::view::{self, Seen, Shown};
 use super::{install, stop};
 use crate::file::{Open, Shared};
 use crate::front::Front;
 
-/// Size of the file: all addresses that a processor can have.
-pub const BYTES: u64 = 1 << 52;
-
-const PAGE: u64 = 4096;
 /// A fault waits so long for others in its process. Not for ever: a thread may hold the lock of its address space while it waits
 /// for the answer, and who has exclusive use of the space may want that lock.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// More pieces than this are not cut out of a deleted slot: the kernel allows a process some 65 000 mappings.
-const MAX_RUNS: usize = 4096;
-
-/// What clients have of one VM's window.
-#[derive(Debug, Default)]
-pub struct Shows {
-    /// Copies in the kernel's page cache, by offset, as they were handed out.
-    lent: Mutex<HashMap<u64, Vec<u8>>>,
-    shown: Mutex<Vec<Shown>>,
-}
-
-/// A part of a client's mapping that is RAM itself.
-#[derive(Clone, Debug)]
-struct Shown {
-    space: AddressSpace,
-    /// Client addresses.
-    at: Range<u64>,
-    gpa: u64,
-    /// What was put there, and from where in it.
-    file: FileId,
-    offset: u64,
-}
-
-/// The bytes from `offset` on. `None`: some of them are not RAM.
-fn copy(window: &[WindowPiece], offset: u64, len: u64) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(len as usize);
-    for page in (offset..offset + len).step_by(PAGE as usize) {
-        let piece = window.iter().find(|piece| page.wrapping_sub(piece.gpa) < piece.ram.len)?;
-        let mut buffer = [0; PAGE as usize];
-        piece.ram.mapping.read(piece.ram.offset + (page - piece.gpa), &mut buffer)?;
-        bytes.extend_from_slice(&buffer);
-    }
-    Some(bytes)
-}
 
 /// A page fault: answers the read of `len` bytes at `offset`.
 pub fn fault(front: &Arc<Front>, call: &Call<'_>, open: &Arc<Open>, offset: u64, len: u64) -> Answer {
     let shared = &open.shared;
-    let bytes = shared.file.ram_window().and_then(|window| copy(&window, offset, len));
+    let bytes = shared.file.ram_window().and_then(|window| shared.views.copy(&window, offset, len));
     let Some(bytes) = bytes else { return Answer::Error(Errno::EIO) };
-    {
-        let mut lent = shared.window.lent.lock();
-        lent.extend((offset..).step_by(PAGE as usize).zip(bytes.chunks(PAGE as usize).map(<[u8]>::to_vec)));
-    }
+    shared.views.lend(offset, &bytes);
     // If nothing better comes of it, the next ioctl tries again.
     open.page_fault();
     let answer = place(front, call, open, bytes);
@@ -96,7 +61,7 @@ fn place(front: &Arc<Front>, call: &Call<'_>, open: &Arc<Open>, bytes: Vec<u8>) 
     let tid = Pid::from_raw(call.header.pid.cast_signed());
     let plain = Answer::Data(bytes);
     // 0: of a pid namespace that is not ours. One of our own: it reads client memory for an ioctl.
-    if tid.as_raw() == 0 || std::path::Path::new(&format!("/proc/self/task/{tid}")).exists() {
+    if tid.as_raw() == 0 || Path::new(&format!("/proc/self/task/{tid}")).exists() {
         return plain;
     }
     let Ok(space) = open.shared.space_of(call.header.pid, &front.spaces) else { return plain };
@@ -112,7 +77,7 @@ fn place(front: &Arc<Front>, call: &Call<'_>, open: &Arc<Open>, bytes: Vec<u8>) 
     answer
 }
 
-fn place_exclusively(front: &Arc<Front>, call: &Call<'_>, open: &Open, space: &Space, plain: Answer) -> Answer {
+fn place_exclusively(front: &Arc<Front>, call: &Call<'_>, open: &Open, space: &Arc<Space>, plain: Answer) -> Answer {
     let tid = Pid::from_raw(call.header.pid.cast_signed());
     let waiting = Arc::clone(front);
     let stopping = stop::others(space.tgid, tid, move |tid| waiting.is_waiting(tid));
@@ -138,31 +103,34 @@ fn place_exclusively(front: &Arc<Front>, call: &Call<'_>, open: &Open, space: &S
     Answer::Done
 }
 
-/// Maps RAM over all parts of the client's mappings of `open` that have some. Nobody of the process runs meanwhile.
-pub fn show(front: &Front, open: &Open, space: &Space, held: &Held) -> Result<(), Errno> {
-    let shared = &open.shared;
-    let window = shared.file.ram_window().unwrap_or_default();
-    let areas = mapped_from(held.tid(), front.device_number(), open.node)?;
+/// Maps RAM over the parts of the client's mappings of `open` of which copies were handed out. Nobody of the process runs
+/// meanwhile.
+pub fn show(front: &Front, open: &Open, space: &Arc<Space>, held: &Held) -> Result<(), Errno> {
+    let views = &open.shared.views;
+    let window = open.shared.file.ram_window().unwrap_or_default();
+    let areas = own_areas(front, open, held)?;
     let areas: Vec<&Area> = areas.iter().filter(|area| area.shared).collect();
     let advice = maps::advice(held.tid(), &areas).map_err(|err| errno_of(&err))?;
-    let mut fds: Vec<(FileId, i32)> = Vec::new();
+    let mut fds: Vec<(Arc<Mapping>, i32)> = Vec::new();
     let mut map = || {
-        for (area, advice) in areas.iter().zip(&advice) {
-            for (part, gpa, piece) in overlaps(area, &window) {
-                let (mapping, file) = (&piece.ram.mapping, piece.ram.mapping.file());
-                let id = file_id(file).map_err(|err| errno_of(&err))?;
-                let fd = match fds.iter().find(|(known, _)| *known == id) {
+        for seen in views.around_lent(&window) {
+            for (area, advice) in areas.iter().zip(&advice) {
+                let Some((part, skipped)) = overlap(area, &seen) else { continue };
+                let fd = match fds.iter().find(|(known, _)| Arc::ptr_eq(known, &seen.ram)) {
                     Some((_, fd)) => *fd,
                     None => {
-                        let fd = install::give(held, space.tgid, file.as_fd(), true)?;
-                        fds.push((id, fd));
+                        let fd = install::give(held, space.tgid, seen.ram.file().as_fd(), true)?;
+                        fds.push((Arc::clone(&seen.ram), fd));
                         fd
                     }
                 };
-                let offset = mapping.file_offset() + piece.ram.offset + (gpa - piece.gpa);
-                map_in_place(held, &part, fd, offset, *advice)?;
-                let shown = Shown { space: space.id, at: part.range, gpa, file: id, offset };
-                shared.window.shown.lock().push(shown);
+                let offset = seen.offset + skipped;
+                map_in_place(held, &part, fd, seen.ram.file_offset() + offset, *advice)?;
+                // What is nowhere in the VM any more stays as it is.
+                views.shown.lock().extend(seen.gpa.map(|gpa| {
+                    let (space, ram) = (Arc::clone(space), Arc::clone(&seen.ram));
+                    Shown { space, at: part.range, gpa: gpa + skipped, ram, offset }
+                }));
             }
         }
         Ok(())
@@ -174,128 +142,84 @@ pub fn show(front: &Front, open: &Open, space: &Space, held: &Held) -> Result<()
     mapped?;
     // What was written to copies comes by way of `written_back` before this returns.
     front.forget_pages(open);
-    shared.window.lent.lock().clear();
+    views.lent.lock().clear();
     Ok(())
 }
 
-/// The parts of `area` that show RAM: each with its guest-physical address.
-fn overlaps<'a>(area: &'a Area, window: &'a [WindowPiece]) -> impl Iterator<Item = (Part<'a>, u64, &'a WindowPiece)> {
-    window.iter().filter_map(move |piece| {
-        let start = area.offset.max(piece.gpa);
-        let end = (area.offset + (area.range.end - area.range.start)).min(piece.gpa + piece.ram.len);
-        let address = |gpa: u64| area.range.start + (gpa - area.offset);
-        (start < end).then(|| (Part { range: address(start)..address(end), area }, start, piece))
-    })
+/// Where the client maps the window that `open` is.
+fn own_areas(front: &Front, open: &Open, held: &Held) -> Result<Vec<Area>, Errno> {
+    super::memory::mapped_from(held.tid(), front.device_number(), open.node)
 }
 
-/// The kernel writes copies back: what the client changed in them goes to RAM.
+/// The part of `area` where `seen` shows, and how much of `seen` lies before it.
+fn overlap<'a>(area: &'a Area, seen: &Seen) -> Option<(Part<'a>, u64)> {
+    let (start, end) = (area.offset.max(seen.at.start), view::end(area).min(seen.at.end));
+    let address = |offset: u64| area.range.start + (offset - area.offset);
+    (start < end).then(|| (Part { range: address(start)..address(end), area }, start - seen.at.start))
+}
+
+/// The kernel writes copies back.
 pub fn written_back(shared: &Shared, offset: u64, data: &[u8]) {
-    let Some(window) = shared.file.ram_window() else { return };
-    let lent = shared.window.lent.lock();
-    for (page, now) in (offset..).step_by(PAGE as usize).zip(data.chunks(PAGE as usize)) {
-        let piece = window.iter().find(|piece| page.wrapping_sub(piece.gpa) < piece.ram.len);
-        let (Some(before), Some(piece)) = (lent.get(&page), piece) else { continue };
-        let base = piece.ram.offset + (page - piece.gpa);
-        for (at, (_, byte)) in (0..).zip(before.iter().zip(now)).filter(|(_, (before, now))| before != now) {
-            // Inside the piece, of memory that we made writable.
-            let _ = piece.ram.mapping.store_u8(base + at, *byte);
-        }
+    if let Some(window) = shared.file.ram_window() {
+        shared.views.take_back(&window, offset, data);
     }
 }
 
 /// Slots or aliases have changed: does a client of space `id` have something in view that is no longer so?
 pub fn is_stale(shared: &Shared, id: AddressSpace) -> bool {
-    let mut shown = shared.window.shown.lock();
-    if shown.is_empty() {
-        return false;
-    }
-    shown.retain(|shown| shown.space == id || shown.space.pid != id.pid);
-    let window = shared.file.ram_window().unwrap_or_default();
-    shown.iter().filter(|shown| shown.space == id).any(|shown| !gone(shown, &window).is_empty())
-}
-
-/// The guest-physical ranges of `shown` that show something else by now.
-fn gone(shown: &Shown, window: &[WindowPiece]) -> Vec<Range<u64>> {
-    let end = shown.gpa + (shown.at.end - shown.at.start);
-    let mut at = shown.gpa;
-    let mut gone = Vec::new();
-    let same = |piece: &&WindowPiece| {
-        let offset = |gpa: u64| piece.ram.mapping.file_offset() + piece.ram.offset + (gpa - piece.gpa);
-        let first = piece.gpa.max(shown.gpa);
-        first < end
-            && first < piece.gpa + piece.ram.len
-            && file_id(piece.ram.mapping.file()).is_ok_and(|id| id == shown.file)
-            && offset(first) == shown.offset + (first - shown.gpa)
-    };
-    for piece in window.iter().filter(same) {
-        let first = piece.gpa.max(shown.gpa);
-        if at < first {
-            gone.push(at..first);
-        }
-        at = end.min(piece.gpa + piece.ram.len);
-    }
-    if at < end {
-        gone.push(at..end);
-    }
-    gone
+    shared.views.is_stale(id, || shared.file.ram_window().unwrap_or_default())
 }
 
 /// Takes out of the client's view what is no longer so and was not touched: the next touch asks again. Pages that were touched stay
-/// what they are, as with Linux. `fd`: the client's descriptor of the window.
-pub fn reshape(shared: &Shared, space: &Space, held: &Held, fd: i32) -> Result<(), Errno> {
-    let window = shared.file.ram_window().unwrap_or_default();
-    let pagemap = Pagemap::of(held.tid()).map_err(|err| errno_of(&err))?;
-    let mut shown = shared.window.shown.lock();
-    let (own, others): (Vec<_>, Vec<_>) = shown.drain(..).partition(|shown| shown.space == space.id);
-    *shown = others;
+/// what they are, as with Linux. The client's descriptor of the window is that of its ioctl.
+pub fn reshape(front: &Front, open: &Open, space: &Arc<Space>, held: &Held) -> Result<(), Errno> {
+    let views = &open.shared.views;
+    let window = open.shared.file.ram_window().unwrap_or_default();
+    let areas = maps::areas(held.tid(), &(0..u64::MAX)).map_err(|err| errno_of(&err))?;
+    let of_window = |area: &&Area| (area.device, area.inode) == (front.device_number(), open.node);
+    views.lots.lock().forget(space, areas.iter().filter(of_window));
+    let mut shown = views.shown.lock();
+    let (own, others): (Vec<_>, Vec<_>) = shown.drain(..).partition(|shown| shown.space.id == space.id);
+    shown.extend(others.into_iter().filter(|shown| shown.space.is_alive()));
     for part in own {
-        let gone = gone(&part, &window);
         let mut at = part.gpa;
-        let address = |gpa: u64| part.at.start + (gpa - part.gpa);
-        let mut keep = |from: u64, to: u64| {
-            if from < to {
-                let offset = part.offset + (from - part.gpa);
-                shown.push(Shown { at: address(from)..address(to), gpa: from, offset, ..part.clone() });
-            }
-        };
-        for range in &gone {
-            keep(at, range.start);
+        for range in part.gone(&window) {
+            shown.extend((at < range.start).then(|| part.part(&(at..range.start))));
             at = range.end;
-            let addresses = address(range.start)..address(range.end);
-            let offset = part.offset + (range.start - part.gpa);
-            hide(held, fd, &pagemap, (&addresses, part.file, offset), range.start)?;
+            hide(open, held, &areas, &part.part(&range))?;
         }
-        keep(at, part.gpa + (part.at.end - part.at.start));
+        let end = part.gpa + (part.at.end - part.at.start);
+        shown.extend((at < end).then(|| part.part(&(at..end))));
     }
     Ok(())
 }
 
-/// The untouched pages of `addresses`, as far as the client still maps `file` there, show the window again.
-fn hide(
-    held: &Held,
-    fd: i32,
-    pagemap: &Pagemap,
-    (addresses, file, offset): (&Range<u64>, FileId, u64),
-    gpa: u64,
-) -> Result<(), Errno> {
-    for area in maps::areas(held.tid(), addresses).map_err(|err| errno_of(&err))? {
-        let range = area.range.start.max(addresses.start)..area.range.end.min(addresses.end);
-        let there = area.offset + (range.start - area.range.start) == offset + (range.start - addresses.start);
+/// The untouched pages of `part`, as far as the client still has it there, show the window again.
+fn hide(open: &Open, held: &Held, areas: &[Area], part: &Shown) -> Result<(), Errno> {
+    let file = file_id(part.ram.file()).map_err(|err| errno_of(&err))?;
+    let first = part.ram.file_offset() + part.offset;
+    let overlaps = |area: &&Area| area.range.start < part.at.end && part.at.start < area.range.end;
+    for area in areas.iter().filter(overlaps) {
+        let range = area.range.start.max(part.at.start)..area.range.end.min(part.at.end);
+        let there = area.offset + (range.start - area.range.start) == first + (range.start - part.at.start);
         if (area.device, area.inode) != file || !there {
             continue;
         }
-        let touched = pagemap.resident(&range).map_err(|err| errno_of(&err))?;
-        if touched.len() > MAX_RUNS {
-            tracing::debug!(runs = touched.len(), "a deleted slot stays in view: it would take too many mappings");
+        let Some(offset) = offset_of(open, held, part, &range)? else {
+            tracing::debug!(?range, "a deleted slot stays in view: the file is not large enough");
             continue;
-        }
-        let advice = maps::advice(held.tid(), &[&area]).map_err(|err| errno_of(&err))?[0];
-        let starts = std::iter::once(range.start).chain(touched.iter().map(|run| run.end));
-        let ends = touched.iter().map(|run| run.start).chain(std::iter::once(range.end));
-        for (start, end) in starts.zip(ends).filter(|(start, end)| start < end) {
-            let part = Part { range: start..end, area: &area };
-            map_in_place(held, &part, fd, gpa + (start - addresses.start), advice)?;
-        }
+        };
+        let advice = maps::advice(held.tid(), &[area]).map_err(|err| errno_of(&err))?[0];
+        map_in_place(held, &Part { range, area }, held.ioctl_fd(), offset, advice)?;
     }
     Ok(())
+}
+
+/// What to map at addresses `range` of `part`: its place in the window, or a lot if something of it was touched.
+fn offset_of(open: &Open, held: &Held, part: &Shown, range: &Range<u64>) -> Result<Option<u64>, Errno> {
+    let touched = Pagemap::of(held.tid()).and_then(|pagemap| pagemap.resident(range)).map_err(|err| errno_of(&err))?;
+    if touched.is_empty() {
+        return Ok(Some(part.gpa + (range.start - part.at.start)));
+    }
+    Ok(open.shared.views.lots.lock().add(part, range, &touched))
 }

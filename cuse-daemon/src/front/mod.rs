@@ -24,7 +24,7 @@ use nix::sys::stat::{Mode, fstat, major, minor};
 use parking_lot::{Mutex, RwLock};
 
 use crate::client::space::{Space, Spaces};
-use crate::client::{Caller, window};
+use crate::client::{Caller, view, window};
 use crate::file::{Open, Shared};
 use crate::place;
 
@@ -330,7 +330,7 @@ impl Front {
 
 /// Bytes of the file that mmap shows; 0: mmap fails.
 fn mappable(shared: &Shared) -> u64 {
-    let window = shared.file.ram_window().map(|_| window::BYTES);
+    let window = shared.file.ram_window().map(|_| view::BYTES);
     window.unwrap_or_else(|| shared.file.mapping().map_or(0, |mapping| mapping.len()))
 }
 

@@ -150,9 +150,37 @@ pub fn ram_window() {
     assert_eq!((touch(second, 0x1c_2000), touch(first, 0x1c_2000)), (Some(11), Some(11)));
     assert_eq!((touch(second, 0x18_2000), touch(second, 0x18_3000)), (Some(11), None));
 
+    kept_pages(&vm);
+
     // Other ways to look at the file leave it as it is.
     assert!(nix::sys::stat::fstat(&vm).is_ok());
     assert_eq!((touch(first, 0x1000), touch(first, 0x1e_0000), touch(window(&vm), 0x1000)), (Some(7), None, Some(7)));
+}
+
+/// Slots come and go in one place, and of each the client touches other pages: a page is of the slot that it was touched of.
+fn kept_pages(vm: &OwnedFd) {
+    const PAGES: usize = 64;
+    const AT: usize = 0x14_0000;
+    let window = window(vm);
+    let mut kept = [None; PAGES];
+    for round in 1..=3 {
+        region(vm, 2, AT as u64, (PAGES * PAGE) as u64);
+        for page in (0..PAGES).step_by(2 * round) {
+            let byte = (16 * round + page % 16) as u8;
+            put(window, AT + page * PAGE, byte).expect("RAM");
+            kept[page] = Some(byte);
+        }
+        // One page to read, which the guest's RAM does have.
+        assert_eq!(touch(window, AT + PAGE * (2 * round - 1)), Some(0), "a new page");
+        kept[2 * round - 1] = Some(0);
+        region(vm, 2, 0, 0);
+        // From the last to the first, so that no touch comes by the way of another.
+        for page in (0..PAGES).rev() {
+            assert_eq!(touch(window, AT + page * PAGE), kept[page], "page {page} after round {round}");
+        }
+    }
+    let again = self::window(vm);
+    assert_eq!(touch(again, AT), None, "who has not touched it has nothing");
 }
 
 /// read(2), into memory that may not be there.
