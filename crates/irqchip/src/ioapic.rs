@@ -104,6 +104,11 @@ impl IoApic {
         (self.state.entries[index as usize / 2] >> (32 * (index & 1))) as u32
     }
 
+    /// Where it decodes memory.
+    pub fn base(&self) -> u64 {
+        self.state.base
+    }
+
     /// The entry of `pin`.
     pub fn entry(&self, pin: u8) -> u64 {
         self.state.entries[usize::from(pin)]

@@ -78,6 +78,8 @@ pub struct Controller {
     pub wants_icw4: bool,
     /// Edge/level control: set bits are level-triggered.
     pub elcr: u8,
+    /// Inputs that may be. Travels with the rest, as KVM's does.
+    pub elcr_mask: u8,
 }
 
 impl Controller {
@@ -142,6 +144,7 @@ impl Controller {
             // i8259.c keeps what ICW1 does not reach until ICW2 to ICW4 come.
             base: self.base,
             elcr: self.elcr,
+            elcr_mask: self.elcr_mask,
             expects: Expects::Icw2,
             wants_icw4: icw1 & word::ICW1_IC4 != 0,
             ..Self::default()
@@ -207,7 +210,7 @@ impl Controller {
 }
 
 /// Both controllers.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Pic {
     chips: [Controller; 2],
     /// Level of the first one's INT.
@@ -218,10 +221,17 @@ pub struct Pic {
     ended: u16,
 }
 
+impl Default for Pic {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Pic {
     /// After power-on.
     pub fn new() -> Self {
-        Self::default()
+        let chips = ELCR_MASKS.map(|elcr_mask| Controller { elcr_mask, ..Controller::default() });
+        Self { chips, output: false, sources: [0; PINS as usize], ended: 0 }
     }
 
     /// INTR towards the processor.
@@ -302,7 +312,7 @@ impl Pic {
     /// OUT to `port` of [`PORTS`], the one behind it, or [`ELCR_PORTS`].
     pub fn write(&mut self, port: u16, value: u8) {
         if let Some(chip) = ELCR_PORTS.iter().position(|&p| p == port) {
-            self.chips[chip].elcr = value & ELCR_MASKS[chip];
+            self.chips[chip].elcr = value & self.chips[chip].elcr_mask;
             return;
         }
         let chip = usize::from(port & !1 == PORTS[1]);

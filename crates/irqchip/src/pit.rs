@@ -443,13 +443,25 @@ impl Pit {
         self.counters[index]
     }
 
-    /// Loads all counters; those with a count start now.
+    /// Loads all counters. One whose mode and count are what they were goes on, with its gate moved if that changed;
+    /// another starts now, if it does not wait. `loaded_ns` and `stopped` are not looked at.
     pub fn set_counters(&mut self, counters: [Counter; 3], now: u64) {
-        self.counters = counters;
-        for counter in &mut self.counters {
-            counter.loaded_ns = now as i64;
+        for (index, new) in counters.into_iter().enumerate() {
+            let old = &mut self.counters[index];
+            let count = if new.waits { old.count } else { new.count };
+            let mode = if new.mode > 5 { new.mode & 3 } else { new.mode };
+            let goes_on = (count, mode, new.bcd, new.waits) == (old.count, old.mode, old.bcd, old.waits);
+            let gate = if goes_on { old.gate } else { new.gate };
+            let (loaded_ns, stopped) = match goes_on {
+                true => (old.loaded_ns, old.stopped),
+                false => (now as i64, (!gate && !new.waits).then_some(0)),
+            };
+            *old = Counter { count: count.clamp(1, 0x1_0000), mode, gate, loaded_ns, stopped, ..new };
+            old.set_gate(new.gate, now);
+            if index == 0 && !goes_on {
+                self.restart(now);
+            }
         }
-        self.restart(now);
     }
 }
 

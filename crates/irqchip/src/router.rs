@@ -1,6 +1,6 @@
 //! The wires: global system interrupts to inputs and messages, messages to local APICs, EOIs back.
 //!
-//! Locks, outer first: `routes`, then one of `pic`, `ioapic`, `pit`, never two at once; under any of them messages go to
+//! Locks: one of `routes`, `pic`, `ioapic`, `pit` at a time, never two; under any of them messages may go to
 //! local APICs, which takes no lock (see [`crate::lapic`]), and [`Wake::wake`] is called, which takes nothing that is ever
 //! held around a call into here. The owner of a vCPU comes here without any lock of its own but the vCPU's.
 
@@ -43,6 +43,9 @@ pub enum Route {
     },
 }
 
+/// Where one global system interrupt can go at once: both PICs and the I/O APIC.
+pub const MAX_TARGETS: usize = 3;
+
 /// Routes of each global system interrupt.
 pub type Routes = Vec<(u32, Route)>;
 
@@ -62,6 +65,8 @@ pub struct Irqchip {
     /// Ids in the order in which they came.
     present: RwLock<Vec<u32>>,
     routes: RwLock<Routes>,
+    /// Global system interrupts below this are inputs of user space's I/O APICs.
+    outside_pins: u32,
     /// `None`: user space has them.
     chips: Option<Chips>,
     pit: OnceLock<Mutex<Pit>>,
@@ -74,13 +79,15 @@ struct Chips {
 }
 
 impl Irqchip {
-    /// PIC, I/O APIC and default routes, or with `split` only local APICs. APIC ids are below `max_ids`.
-    pub fn new(split: bool, max_ids: usize, listener: Box<dyn Listener>) -> Self {
+    /// PIC, I/O APIC and default routes, or with `split` only local APICs, and how many of the first global system interrupts
+    /// are inputs of I/O APICs elsewhere. APIC ids are below `max_ids`.
+    pub fn new(split: Option<u32>, max_ids: usize, listener: Box<dyn Listener>) -> Self {
         Self {
             lapics: (0..max_ids).map(|_| OnceLock::new()).collect(),
             present: RwLock::default(),
-            routes: RwLock::new(if split { Vec::new() } else { default_routes() }),
-            chips: (!split).then(|| Chips { pic: Mutex::new(Pic::new()), ioapic: Mutex::new(IoApic::new()) }),
+            routes: RwLock::new(if split.is_some() { Vec::new() } else { default_routes() }),
+            outside_pins: split.unwrap_or(0),
+            chips: split.is_none().then(|| Chips { pic: Mutex::new(Pic::new()), ioapic: Mutex::new(IoApic::new()) }),
             pit: OnceLock::new(),
             listener,
         }
@@ -113,9 +120,8 @@ impl Irqchip {
 
     // Messages
 
-    /// Delivers to those for whom `addressed` is true. True: somebody accepted it.
-    fn deliver(&self, message: &Message, mut addressed: impl FnMut(&Lapic) -> bool) -> bool {
-        let mut accepted = false;
+    /// Delivers to those for whom `addressed` is true. How many accepted it; `None`: it is for nobody.
+    fn deliver(&self, message: &Message, mut addressed: impl FnMut(&Lapic) -> bool) -> Option<u32> {
         if message.mode == DeliveryMode::LowestPriority {
             let mut best: Option<(u32, u32)> = None;
             self.any(|lapic| {
@@ -127,23 +133,22 @@ impl Irqchip {
                 }
                 false
             });
-            if let Some(lapic) = best.and_then(|(_, id)| self.lapic(id)) {
-                lapic.chosen();
-                accepted = lapic.accept(message);
-            }
-            return accepted;
+            let lapic = best.and_then(|(_, id)| self.lapic(id))?;
+            lapic.chosen();
+            return Some(lapic.accept(message).into());
         }
+        let mut accepted = None;
         self.any(|lapic| {
             if addressed(lapic) {
-                accepted |= lapic.accept(message);
+                *accepted.get_or_insert(0) += u32::from(lapic.accept(message));
             }
             false
         });
         accepted
     }
 
-    /// A message from a device.
-    pub fn send_message(&self, message: &Message) -> bool {
+    /// A message from a device. As [`Irqchip::deliver`].
+    fn send_message(&self, message: &Message) -> Option<u32> {
         // Most messages name one APIC, and its initial id is its id.
         if !message.logical
             && message.mode != DeliveryMode::LowestPriority
@@ -151,15 +156,15 @@ impl Irqchip {
             && let Some(lapic) = self.lapic(message.dest)
             && lapic.is_addressed(message.dest, false, false)
         {
-            return lapic.accept(message);
+            return Some(lapic.accept(message).into());
         }
         self.deliver(message, |lapic| lapic.is_addressed(message.dest, message.logical, false))
     }
 
     /// A message-signalled interrupt. As [`Irqchip::set_gsi`].
     pub fn signal_msi(&self, address: u32, data: u32) -> i32 {
-        let accepted = Message::of_msi(address, data).is_some_and(|message| self.send_message(&message));
-        if accepted { 1 } else { -1 }
+        let accepted = Message::of_msi(address, data).and_then(|message| self.send_message(&message));
+        accepted.map_or(-1, |accepted| accepted as i32)
     }
 
     // Lines
@@ -167,9 +172,17 @@ impl Irqchip {
     /// `source` holds a global system interrupt high, or lets go. What `KVM_IRQ_LINE_STATUS` tells: −1, nobody took it
     /// (masked, no route); 0, it was there already; above, how many took it. A message goes out when it is high.
     pub fn set_gsi(&self, gsi: u32, source: u8, level: bool) -> i32 {
-        let routes = self.routes.read();
+        let mut targets = [None; MAX_TARGETS];
+        {
+            let routes = self.routes.read();
+            let first = routes.partition_point(|&(number, _)| number < gsi);
+            let same = routes[first..].iter().take_while(|&&(number, _)| number == gsi);
+            for (target, &(_, route)) in targets.iter_mut().zip(same) {
+                *target = Some(route);
+            }
+        }
         let mut status = -1;
-        for &(_, route) in routes.iter().filter(|(number, _)| *number == gsi) {
+        for route in targets.into_iter().flatten() {
             let taken = match route {
                 Route::Pic(pin) => self.set_pic(pin, source, level),
                 Route::IoApic(pin) => self.set_ioapic(pin, source, level),
@@ -225,8 +238,9 @@ impl Irqchip {
 
     // Routes
 
-    /// Replaces all routes.
-    pub fn set_routes(&self, routes: Routes) {
+    /// Replaces all routes. Of one number the first [`MAX_TARGETS`] count.
+    pub fn set_routes(&self, mut routes: Routes) {
+        routes.sort_by_key(|&(gsi, _)| gsi);
         *self.routes.write() = routes;
     }
 
@@ -235,11 +249,11 @@ impl Irqchip {
         self.routes.read().iter().filter(|(_, route)| *route == chip).map(|(gsi, _)| *gsi).collect()
     }
 
-    /// True: some route below `pins` is a level-triggered message with this vector for this APIC. Split only: its EOI is
+    /// True: some route of those inputs is a level-triggered message with this vector for this APIC. Split only: its EOI is
     /// user space's to hear of.
     fn is_level_route(&self, lapic: &Lapic, vector: u8) -> bool {
         self.routes.read().iter().any(|&(gsi, route)| match route {
-            Route::Msi { address, data } if gsi < ioapic::PINS.into() => {
+            Route::Msi { address, data } if gsi < self.outside_pins => {
                 Message::of_msi(address, data).is_some_and(|message| {
                     message.level
                         && message.vector == vector
@@ -292,12 +306,14 @@ impl Irqchip {
 /// Global system interrupt n is input n of the I/O APIC, and of the PICs if there is one.
 fn default_routes() -> Routes {
     let pics = (0..pic::PINS).map(|pin| (pin.into(), Route::Pic(pin)));
-    pics.chain((0..ioapic::PINS).map(|pin| (pin.into(), Route::IoApic(pin)))).collect()
+    let mut routes: Routes = pics.chain((0..ioapic::PINS).map(|pin| (pin.into(), Route::IoApic(pin)))).collect();
+    routes.sort_by_key(|&(gsi, _)| gsi);
+    routes
 }
 
 impl Target for Irqchip {
     fn send(&self, message: &Message) -> bool {
-        self.send_message(message)
+        self.send_message(message).is_some_and(|accepted| accepted > 0)
     }
 }
 

@@ -66,7 +66,17 @@ requests! {
     KVM_SET_IDENTITY_MAP_ADDR = iow 0x48 u64;
     KVM_CREATE_IRQCHIP = io 0x60;
     KVM_IRQ_LINE = iow 0x61 kvm_irq_level;
+    KVM_GET_IRQCHIP = iowr 0x62 kvm_irqchip;
+    // It is read; the number says otherwise.
+    KVM_SET_IRQCHIP = ior 0x63 kvm_irqchip;
+    KVM_IRQ_LINE_STATUS = iowr 0x67 kvm_irq_level;
     KVM_SET_GSI_ROUTING = iow 0x6a kvm_irq_routing;
+    KVM_REINJECT_CONTROL = io 0x71;
+    KVM_IRQFD = iow 0x76 kvm_irqfd;
+    KVM_CREATE_PIT2 = iow 0x77 kvm_pit_config;
+    KVM_IOEVENTFD = iow 0x79 kvm_ioeventfd;
+    KVM_GET_PIT2 = ior 0x9f kvm_pit_state2;
+    KVM_SET_PIT2 = iow 0xa0 kvm_pit_state2;
     KVM_ENABLE_CAP = iow 0xa3 kvm_enable_cap;
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
     // vCPU
@@ -84,8 +94,11 @@ requests! {
     KVM_SET_SIGNAL_MASK = iow 0x8b kvm_signal_mask;
     KVM_GET_FPU = ior 0x8c kvm_fpu;
     KVM_SET_FPU = iow 0x8d kvm_fpu;
+    KVM_GET_LAPIC = ior 0x8e kvm_lapic_state;
+    KVM_SET_LAPIC = iow 0x8f kvm_lapic_state;
     KVM_SET_CPUID2 = iow 0x90 kvm_cpuid2;
     KVM_GET_CPUID2 = iowr 0x91 kvm_cpuid2;
+    KVM_SET_VAPIC_ADDR = iow 0x93 kvm_vapic_addr;
     KVM_GET_MP_STATE = ior 0x98 kvm_mp_state;
     KVM_SET_MP_STATE = iow 0x99 kvm_mp_state;
     KVM_NMI = io 0x9a;

@@ -14,7 +14,7 @@ pub(crate) const MAX_VCPU_ID: u32 = 4 * MAX_VCPUS;
 /// `KVM_CAP_NR_MEMSLOTS`: what Linux offered before 5.12. Later 32764; a client that fills them all needs its memory for that.
 pub(crate) const NR_MEMSLOTS: u32 = 509;
 /// Entries of a GSI routing table.
-const MAX_IRQ_ROUTES: u32 = 4096;
+pub(crate) const MAX_IRQ_ROUTES: u32 = 4096;
 
 macro_rules! capabilities {
     ($($name:ident = $number:ident => $value:expr;)*) => {
@@ -45,6 +45,7 @@ macro_rules! capabilities {
 
 capabilities! {
     // capability                = number                              => value
+    Irqchip                      = KVM_CAP_IRQCHIP                     => 1;
     Hlt                          = KVM_CAP_HLT                         => 1;
     UserMemory                   = KVM_CAP_USER_MEMORY                 => 1;
     SetTssAddr                   = KVM_CAP_SET_TSS_ADDR                => 1;
@@ -53,13 +54,19 @@ capabilities! {
     NrMemslots                   = KVM_CAP_NR_MEMSLOTS                 => NR_MEMSLOTS;
     NopIoDelay                   = KVM_CAP_NOP_IO_DELAY                => 1;
     MpState                      = KVM_CAP_MP_STATE                    => 1;
+    ReinjectControl              = KVM_CAP_REINJECT_CONTROL            => 1;
     DestroyMemoryRegionWorks     = KVM_CAP_DESTROY_MEMORY_REGION_WORKS => 1;
     UserNmi                      = KVM_CAP_USER_NMI                    => 1;
     SetGuestDebug                = KVM_CAP_SET_GUEST_DEBUG             => 1;
     // QEMU refuses to start without it, also where it never routes anything.
     IrqRouting                   = KVM_CAP_IRQ_ROUTING                 => MAX_IRQ_ROUTES;
+    IrqInjectStatus              = KVM_CAP_IRQ_INJECT_STATUS           => 1;
     JoinMemoryRegionsWorks       = KVM_CAP_JOIN_MEMORY_REGIONS_WORKS   => 1;
     Mce                          = KVM_CAP_MCE                         => mce::MAX_BANKS;
+    Irqfd                        = KVM_CAP_IRQFD                       => 1;
+    Pit2                         = KVM_CAP_PIT2                        => 1;
+    PitState2                    = KVM_CAP_PIT_STATE2                  => 1;
+    Ioeventfd                    = KVM_CAP_IOEVENTFD                   => 1;
     SetIdentityMapAddr           = KVM_CAP_SET_IDENTITY_MAP_ADDR       => 1;
     VcpuEvents                   = KVM_CAP_VCPU_EVENTS                 => 1;
     Debugregs                    = KVM_CAP_DEBUGREGS                   => 1;
@@ -70,8 +77,15 @@ capabilities! {
     InternalErrorData            = KVM_CAP_INTERNAL_ERROR_DATA         => 1;
     GetTscKhz                    = KVM_CAP_GET_TSC_KHZ                 => 1;
     MaxVcpus                     = KVM_CAP_MAX_VCPUS                   => MAX_VCPUS;
+    TscDeadlineTimer             = KVM_CAP_TSC_DEADLINE_TIMER          => 1;
+    SignalMsi                    = KVM_CAP_SIGNAL_MSI                  => 1;
     ReadonlyMem                  = KVM_CAP_READONLY_MEM                => 1;
+    IrqfdResample                = KVM_CAP_IRQFD_RESAMPLE              => 1;
+    EnableCapVm                  = KVM_CAP_ENABLE_CAP_VM               => 1;
+    IoeventfdNoLength            = KVM_CAP_IOEVENTFD_NO_LENGTH         => 1;
     CheckExtensionVm             = KVM_CAP_CHECK_EXTENSION_VM          => 1;
+    SplitIrqchip                 = KVM_CAP_SPLIT_IRQCHIP               => 1;
+    IoeventfdAnyLength           = KVM_CAP_IOEVENTFD_ANY_LENGTH        => 1;
     ExtEmulCpuid                 = KVM_CAP_EXT_EMUL_CPUID              => 1;
     MaxVcpuId                    = KVM_CAP_MAX_VCPU_ID                 => MAX_VCPU_ID;
     ImmediateExit                = KVM_CAP_IMMEDIATE_EXIT              => 1;
@@ -89,7 +103,7 @@ mod tests {
 
     #[test]
     fn what_is_unknown_is_zero_and_no_error() {
-        for number in [0, 15, 69_6969, u64::MAX, 1 << 32 | u64::from(KVM_CAP_USER_MEMORY)] {
+        for number in [6, 15, 69_6969, u64::MAX, 1 << 32 | u64::from(KVM_CAP_USER_MEMORY)] {
             assert_eq!(check_extension(number), 0, "{number}");
         }
     }

@@ -1,6 +1,7 @@
 //! The seam to the front ends: what the KVM objects see of a client, and what a front end sees of an open file.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ pub trait Client {
 
     /// Makes `file` a new file descriptor of the client, open for reading and writing, and returns its number there.
     fn install(&self, file: Arc<dyn File>, cloexec: bool) -> Result<i32, Errno>;
+
+    /// Another descriptor of what the client has open as `fd`. `EBADF`: nothing.
+    fn descriptor(&self, fd: i32) -> Result<OwnedFd, Errno>;
 
     /// Makes client memory [`addr`, `addr` + `len`) shared with this process, contents kept.
     /// Both are multiples of 4 KiB. The pieces come in ascending order and cover the range.

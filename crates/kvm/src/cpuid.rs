@@ -61,6 +61,7 @@ pub const OFFERED: &[Feature] = &[
     bit::PCID,
     bit::SSE4_1,
     bit::SSE4_2,
+    bit::X2APIC,
     bit::MOVBE,
     bit::POPCNT,
     bit::AESNI,

@@ -4,14 +4,17 @@
 //! the client as a [`client::Client`]. Everything else is inside.
 
 mod caps;
+mod chip;
 pub mod client;
 mod cpuid;
 mod debug;
 mod era;
+mod eventfd;
 pub mod exit;
 pub mod header;
 mod interrupt;
 pub mod ioctl;
+mod ioeventfd;
 mod machine;
 mod mce;
 mod memory;

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use cpu_core::{HostPlatform, Platform};
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
 
+use crate::chip::VcpuApic;
 use crate::era::Era;
 use crate::mce::Mce;
 use crate::msr::{self as msrs, Bank, is_apic_base};
@@ -66,17 +67,21 @@ impl Clock {
 /// State that the core's platform and the API's handlers share. Only the thread that holds the vCPU writes it.
 pub(crate) struct Machine {
     clock: Clock,
-    era: Era,
+    pub(crate) era: Era,
     /// Guest's TSC = host's × ratio + offset.
     tsc_ratio: AtomicU64,
     tsc_offset: AtomicU64,
     tsc_khz: AtomicU64,
-    /// IA32_APIC_BASE. Nothing is decoded at that address here: the APIC is user space's.
+    /// IA32_APIC_BASE. Written by [`Machine::set_apic_base`].
     pub(crate) apic_base: AtomicU64,
     /// MAXPHYADDR.
     pub(crate) phys_bits: AtomicU8,
     /// Machine-check banks.
     pub(crate) mce: Mutex<Mce>,
+    /// The guest's CPUID has x2APIC.
+    pub(crate) x2apic: AtomicBool,
+    /// The local APIC, if it is not user space's.
+    apic: OnceLock<VcpuApic>,
     /// MSRs without a meaning of their own here.
     pub(crate) msrs: Bank,
 }
@@ -93,6 +98,8 @@ impl Machine {
             apic_base: AtomicU64::new(apic_base::DEFAULT | apic_base::EN | if bsp { apic_base::BSP } else { 0 }),
             phys_bits: AtomicU8::new(crate::cpuid::phys_bits(&[])),
             mce: Mutex::new(Mce::new()),
+            x2apic: AtomicBool::new(false),
+            apic: OnceLock::new(),
             msrs: Bank::new(),
         };
         if era.resets_misc_enable() {
@@ -100,6 +107,16 @@ impl Machine {
         }
         machine.set_tsc(0);
         machine
+    }
+
+    /// Gives the vCPU its local APIC, once.
+    pub(crate) fn set_apic(&self, apic: VcpuApic) {
+        assert!(self.apic.set(apic).is_ok(), "a vCPU is made with its APIC");
+    }
+
+    /// The local APIC, if it is not user space's.
+    pub(crate) fn apic(&self) -> Option<&VcpuApic> {
+        self.apic.get()
     }
 
     /// What the core asks.
@@ -163,9 +180,14 @@ impl Platform for VcpuPlatform {
         HostPlatform::default().random()
     }
 
+    fn cr8_written(&mut self, value: u64) {
+        self.0.cr8_written(value);
+    }
+
     fn read_msr(&mut self, index: u32) -> Option<u64> {
         match index {
             msr::IA32_APIC_BASE => Some(self.0.apic_base.load(Relaxed)),
+            msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => self.0.read_apic_msr(index),
             _ if Mce::has(index) => self.0.mce.lock().read(index, true),
             _ => self.0.msrs.read(index).or_else(|| msrs::constant_of(self.0.era, index)),
         }
@@ -174,8 +196,11 @@ impl Platform for VcpuPlatform {
     /// The guest may move and disable its APIC; x2APIC mode needs one in the kernel.
     fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
         match index {
-            msr::IA32_APIC_BASE if !is_apic_base(self.0.era, value, self.0.phys_bits.load(Relaxed)) => return None,
-            msr::IA32_APIC_BASE => self.0.apic_base.store(value, Relaxed),
+            msr::IA32_APIC_BASE if !is_apic_base(&self.0, value) => return None,
+            msr::IA32_APIC_BASE => return self.0.guest_sets_apic_base(value),
+            msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => {
+                return self.0.write_apic_msr(index, value);
+            }
             // Moves the counter by as much as it changes.
             msr::IA32_TSC_ADJUST => {
                 let change = value.wrapping_sub(self.0.msrs.read(index)?);

@@ -9,8 +9,8 @@ use cpu_core::Cpu;
 use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
 use x86_defs::{Cr0, Efer, vector};
 
-use crate::cpuid;
 use crate::era::Era;
+use crate::machine::Machine;
 use crate::mce::Mce;
 use crate::vcpu::Vcpu;
 
@@ -159,7 +159,7 @@ const IN_SREGS: [u32; 3] = [msr::IA32_EFER, msr::IA32_FS_BASE, msr::IA32_GS_BASE
 pub(crate) fn index_list() -> Vec<u32> {
     let core = Cpu::msr_indices().filter(|index| !IN_SREGS.contains(index));
     let rows = ROWS.iter().filter(|row| row.listed).map(|row| row.index);
-    core.chain([msr::IA32_MCG_STATUS]).chain(rows).collect()
+    core.chain([msr::IA32_MCG_STATUS, msr::IA32_TSC_DEADLINE]).chain(rows).collect()
 }
 
 fn has_type(types: u8, byte: u8) -> bool {
@@ -213,9 +213,9 @@ pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
 pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
     match index {
         msr::IA32_TIME_STAMP_COUNTER => vcpu.machine.set_tsc(value),
-        msr::IA32_APIC_BASE if !is_apic_base(vcpu.era, value, cpuid::phys_bits(&vcpu.cpuid)) => return None,
+        msr::IA32_APIC_BASE if !is_apic_base(&vcpu.machine, value) => return None,
         msr::IA32_APIC_BASE => {
-            vcpu.machine.apic_base.store(value, Relaxed);
+            vcpu.machine.set_apic_base(value);
             vcpu.load_cpuid();
         }
         msr::IA32_EFER if vcpu.era.bad_efer_faults_in_guest() && is_bad_efer(vcpu, value) => {
@@ -236,9 +236,12 @@ fn is_bad_efer(vcpu: &Vcpu, value: u64) -> bool {
     value & !KNOWN.bits() != 0 || switches
 }
 
-/// `kvm_set_apic_base` without a local APIC in the kernel: no reserved bit, no x2APIC mode.
-pub(crate) fn is_apic_base(era: Era, value: u64, phys_bits: u8) -> bool {
-    !era.decodes_apic_base() || value & (0x2ff | apic_base::EXTD | u64::MAX << phys_bits) == 0
+/// `kvm_set_apic_base`: no reserved bit; x2APIC mode of an enabled APIC that is here, if the guest's CPUID has it.
+pub(crate) fn is_apic_base(machine: &Machine, value: u64) -> bool {
+    let has_x2apic = machine.apic().is_some() && machine.x2apic.load(Relaxed);
+    let reserved = 0x2ff | u64::MAX << machine.phys_bits.load(Relaxed) | if has_x2apic { 0 } else { apic_base::EXTD };
+    let mode = value & (apic_base::EN | apic_base::EXTD);
+    !machine.era.decodes_apic_base() || value & reserved == 0 && mode != apic_base::EXTD
 }
 
 #[cfg(test)]

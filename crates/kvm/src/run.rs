@@ -70,7 +70,13 @@ impl Vcpu {
         }
         let _guard = client.on_interrupt(self.on_signal.clone(), self.signal_mask);
         self.counters.running.store(true, Relaxed);
-        let result = if self.era.enters_despite_signal() { self.run_legacy(client) } else { self.run_modern(client) };
+        let result = if self.era.enters_despite_signal() {
+            self.run_legacy(client)
+        } else if self.machine.apic().is_some() {
+            self.run_with_apic(client)
+        } else {
+            self.run_modern(client)
+        };
         self.counters.running.store(false, Relaxed);
         result.map(|()| Shown::Now)
     }
@@ -156,7 +162,7 @@ impl Vcpu {
         }
     }
 
-    fn enter_guest(&mut self, client: &dyn Client) -> Exit {
+    pub(crate) fn enter_guest(&mut self, client: &dyn Client) -> Exit {
         let start = Instant::now();
         let exit = match client.poll_interval() {
             None => self.cpu.run(),
@@ -179,13 +185,16 @@ impl Vcpu {
         self.counters.instructions.store(self.cpu.instructions(), Relaxed);
     }
 
-    fn interrupted(&mut self) -> Result<(), Errno> {
+    pub(crate) fn interrupted(&mut self) -> Result<(), Errno> {
         self.page.set_exit_reason(KVM_EXIT_INTR);
         Err(Errno::EINTR)
     }
 
     /// CR8 is user space's while the APIC is: every entry loads it.
     fn take_cr8(&mut self) -> Result<(), Errno> {
+        if self.machine.apic().is_some() {
+            return Ok(());
+        }
         let cr8 = self.page.cr8();
         if cr8 > CR8_MAX && self.era.checks_cr8() {
             return Err(Errno::EINVAL);
@@ -194,9 +203,21 @@ impl Vcpu {
         Ok(())
     }
 
+    /// CR8 is the local APIC's if that is here.
+    pub(crate) fn load_cr8(&mut self) {
+        if let Some(apic) = self.machine.apic() {
+            self.cpu.set_cr8(apic.lapic.cr8());
+        }
+    }
+
+    /// The PIC is here: user space has no interrupts to bring.
+    fn has_pic(&self) -> bool {
+        self.machine.apic().is_some_and(|apic| !apic.chip.wires.is_split())
+    }
+
     /// User space wants to hear when the guest can take an interrupt. Read anew each time: it may ask at any moment.
     pub(crate) fn wants_interrupt_window(&self) -> bool {
-        self.page.request_interrupt_window()
+        self.page.request_interrupt_window() && !self.has_pic()
     }
 
     pub(crate) fn show_interrupt_window(&self) {
@@ -204,10 +225,11 @@ impl Vcpu {
     }
 
     /// `post_kvm_run_save`: what user space reads after every return.
-    fn show_state(&self) {
+    fn show_state(&mut self) {
+        self.load_cr8();
         let if_flag = self.cpu.rflags() & Rflags::IF.bits() != 0;
         let ready = if self.era.ready_includes_if() {
-            self.ready_for_interrupt()
+            self.has_pic() || self.ready_for_interrupt()
         } else {
             let events = self.cpu.events();
             let shadow = (events.shadow_sti || events.shadow_mov_ss) && self.rip_behind_io().is_none();

@@ -179,6 +179,11 @@ impl RunPage {
         self.u8(EXIT + 20).store(data.is_some().into(), Relaxed);
     }
 
+    /// `eoi`: `KVM_EXIT_IOAPIC_EOI`.
+    pub(crate) fn set_ioapic_eoi(&self, vector: u8) {
+        self.u8(EXIT).store(vector, Relaxed);
+    }
+
     /// `internal`: `KVM_EXIT_INTERNAL_ERROR`. At most 16 words of data.
     pub(crate) fn set_internal(&self, suberror: u32, data: &[u64]) {
         self.u32(EXIT).store(suberror, Relaxed);

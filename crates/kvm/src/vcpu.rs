@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use cpu_core::{Cpu, Kick};
-use kvm_abi::consts::KVM_MP_STATE_RUNNABLE;
+use cpu_core::{Cpu, Kick, Sregs};
+use irqchip::Wake;
+use kvm_abi::consts::{KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED};
 use kvm_abi::{Plain, kvm_cpuid_entry2, kvm_guest_debug};
 use mmu::Mapping;
 use nix::errno::Errno;
@@ -12,6 +13,7 @@ use parking_lot::Mutex;
 use x86_defs::cpuid as bit;
 use x86_defs::msr::apic_base;
 
+use crate::chip::{VcpuApic, Waker};
 use crate::client::{Client, File, FileKind, Reply, SignalMask};
 use crate::cpuid;
 use crate::era::Era;
@@ -45,6 +47,10 @@ pub(crate) struct Vcpu {
     pub(crate) pending: Option<Pending>,
     /// Vectors that `KVM_INTERRUPT` of 2007 collected.
     pub(crate) interrupts: InterruptQueue,
+    /// The one that `KVM_INTERRUPT` brought while only the local APIC is here.
+    pub(crate) external_vector: Option<u8>,
+    /// What INIT brings back.
+    pub(crate) reset_sregs: Box<Sregs>,
     /// Signals blocked during `KVM_RUN`.
     pub(crate) signal_mask: Option<SignalMask>,
     /// The next entry ends in a shutdown.
@@ -71,14 +77,20 @@ impl VcpuFile {
         sregs.segments[cpu_core::Seg::Cs as usize].base = era.reset_cs_base();
         cpu.set_sregs(&sregs);
         let kick: Arc<Kick> = cpu.kicker();
+        let waker = Waker::new(kick.clone());
         let counters = Arc::<Counters>::default();
 
         let mut vcpus = vm.vcpus.lock();
         if vcpus.contains_key(&id) {
             return Err(Errno::EEXIST);
         }
-        vcpus.insert(id, VcpuEntry { kick: kick.clone(), counters: counters.clone() });
+        vcpus.insert(id, VcpuEntry { kick, counters: counters.clone() });
+        if let Some(chip) = vm.chip() {
+            let base = machine.apic_base.load(Relaxed);
+            machine.set_apic(VcpuApic::new(chip, id, base, waker.clone()).ok_or(Errno::EEXIST)?);
+        }
         drop(vcpus);
+        let waits_for_init = machine.apic().is_some() && id != 0;
 
         let pages = page.mapping().clone();
         let vcpu = Vcpu {
@@ -91,13 +103,15 @@ impl VcpuFile {
             machine,
             pending: None,
             interrupts: InterruptQueue::default(),
+            external_vector: None,
+            reset_sregs: Box::new(sregs),
             signal_mask: None,
             triple_fault: false,
-            mp_state: KVM_MP_STATE_RUNNABLE,
+            mp_state: if waits_for_init { KVM_MP_STATE_UNINITIALIZED } else { KVM_MP_STATE_RUNNABLE },
             cpuid: Vec::new(),
             has_run: false,
             guest_debug: Plain::zeroed(),
-            on_signal: Arc::new(move || kick.kick()),
+            on_signal: Arc::new(move || waker.wake()),
         };
         Ok(Arc::new(Self { vm, id, pages, vcpu: Mutex::new(vcpu) }))
     }
@@ -130,6 +144,7 @@ impl Vcpu {
         }
         let table: Vec<_> = self.cpuid.iter().map(crate::state::to_core_cpuid).collect();
         self.cpu.set_cpuid(&table);
+        self.machine.x2apic.store(cpuid::has(&self.cpuid, bit::X2APIC), Relaxed);
         let phys_bits = cpuid::phys_bits(&self.cpuid);
         self.machine.phys_bits.store(phys_bits, Relaxed);
         self.cpu.set_phys_bits(phys_bits);
@@ -137,6 +152,11 @@ impl Vcpu {
 
     /// `kvm_vcpu_ready_for_interrupt_injection`: user space may call `KVM_INTERRUPT` and the vector goes in at once.
     pub(crate) fn ready_for_interrupt(&self) -> bool {
-        self.cpu.interrupt_window_open() && self.cpu.events().exception.is_none()
+        self.cpu.interrupt_window_open() && self.cpu.events().exception.is_none() && self.has_room_for_interrupt()
+    }
+
+    /// `kvm_cpu_accept_dm_intr`: no vector of user space's waits, and with a local APIC here LINT0 lets one through.
+    pub(crate) fn has_room_for_interrupt(&self) -> bool {
+        self.external_vector.is_none() && self.machine.apic().is_none_or(|apic| apic.lapic.accepts_pic())
     }
 }

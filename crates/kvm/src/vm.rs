@@ -13,9 +13,11 @@ use mmu::{Mapping, Memory};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
+use crate::chip::Chip;
 use crate::client::{AddressSpace, Client, File, FileKind, Reply, WindowPiece};
 use crate::era::Era;
 use crate::ioctl::{self, Call, Target};
+use crate::ioeventfd::Ioeventfds;
 use crate::machine::Clock;
 use crate::status::{Counters, VmStatus};
 use crate::system::Kvm;
@@ -45,6 +47,10 @@ pub(crate) struct Vm {
     pub(crate) identity_map_addr: AtomicU64,
     /// The guest's time-stamp counter.
     pub(crate) clock: Clock,
+    /// Interrupt controllers, if they are not user space's.
+    chip: OnceLock<Arc<Chip>>,
+    /// Writes that signal eventfds.
+    pub(crate) ioeventfds: Ioeventfds,
 }
 
 impl Vm {
@@ -61,7 +67,26 @@ impl Vm {
             vcpus: Mutex::default(),
             identity_map_addr: AtomicU64::new(0xfffb_c000),
             clock: Clock::default(),
+            chip: OnceLock::new(),
+            ioeventfds: Ioeventfds::default(),
         })
+    }
+
+    /// Interrupt controllers, if they are not user space's.
+    pub(crate) fn chip(&self) -> Option<&Arc<Chip>> {
+        self.chip.get()
+    }
+
+    /// Makes them. `split` as [`Chip::new`] has it. EEXIST: there are some. EINVAL: there are vCPUs, which have none.
+    pub(crate) fn create_chip(&self, split: Option<u32>) -> Result<(), Errno> {
+        let vcpus = self.vcpus.lock();
+        if self.chip.get().is_some() {
+            return Err(Errno::EEXIST);
+        }
+        if !vcpus.is_empty() {
+            return Err(Errno::EINVAL);
+        }
+        self.chip.set(Chip::new(split)?).map_err(|_| Errno::EEXIST)
     }
 
     /// The VM's era, as far as it shows.
@@ -139,5 +164,10 @@ impl File for Vm {
         FileKind::Vm
     }
 
-    fn released(&self) {}
+    /// As `kvm_vm_release`: eventfds interrupt no more, though vCPUs may live on.
+    fn released(&self) {
+        if let Some(chip) = self.chip() {
+            chip.drop_irqfds();
+        }
+    }
 }

@@ -1,5 +1,5 @@
 //! What `KVM_CHECK_EXTENSION` answers, beside what clients make of it: QEMU 7.2's source (accel/kvm/kvm-all.c,
-//! target/i386/kvm/kvm.c), run with `kernel-irqchip=off`, and api.rst.
+//! target/i386/kvm/kvm.c), and api.rst.
 
 mod common;
 
@@ -35,15 +35,6 @@ const REQUIRED: &[(u32, i32)] = &[
 
 /// What it then uses and we lack: any answer but 0 would make it fail later.
 const ABSENT: &[u32] = &[
-    KVM_CAP_IRQCHIP,
-    KVM_CAP_PIT2,
-    KVM_CAP_PIT_STATE2,
-    KVM_CAP_IRQFD,
-    KVM_CAP_IRQFD_RESAMPLE,
-    KVM_CAP_IOEVENTFD,
-    KVM_CAP_SIGNAL_MSI,
-    KVM_CAP_SPLIT_IRQCHIP,
-    KVM_CAP_TSC_DEADLINE_TIMER,
     KVM_CAP_COALESCED_MMIO,
     KVM_CAP_COALESCED_PIO,
     KVM_CAP_ADJUST_CLOCK,
@@ -64,7 +55,6 @@ const ABSENT: &[u32] = &[
     KVM_CAP_HYPERV,
     KVM_CAP_SYNC_REGS,
     KVM_CAP_ENABLE_CAP,
-    KVM_CAP_ENABLE_CAP_VM,
 ];
 
 /// The ioctls that api.rst puts under a capability.
@@ -75,7 +65,20 @@ const IOCTLS: &[(u32, &[u32])] = &[
     (KVM_CAP_MP_STATE, &[KVM_GET_MP_STATE, KVM_SET_MP_STATE]),
     (KVM_CAP_USER_NMI, &[KVM_NMI]),
     (KVM_CAP_SET_GUEST_DEBUG, &[KVM_SET_GUEST_DEBUG]),
+    (
+        KVM_CAP_IRQCHIP,
+        &[KVM_CREATE_IRQCHIP, KVM_IRQ_LINE, KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, KVM_GET_LAPIC, KVM_SET_LAPIC],
+    ),
+    (KVM_CAP_IRQ_INJECT_STATUS, &[KVM_IRQ_LINE_STATUS]),
     (KVM_CAP_IRQ_ROUTING, &[KVM_SET_GSI_ROUTING]),
+    (KVM_CAP_IRQFD, &[KVM_IRQFD]),
+    (KVM_CAP_IOEVENTFD, &[KVM_IOEVENTFD]),
+    (KVM_CAP_PIT2, &[KVM_CREATE_PIT2]),
+    (KVM_CAP_PIT_STATE2, &[KVM_GET_PIT2, KVM_SET_PIT2]),
+    (KVM_CAP_REINJECT_CONTROL, &[KVM_REINJECT_CONTROL]),
+    (KVM_CAP_SIGNAL_MSI, &[KVM_SIGNAL_MSI]),
+    (KVM_CAP_ENABLE_CAP_VM, &[KVM_ENABLE_CAP]),
+    (KVM_CAP_SPLIT_IRQCHIP, &[KVM_ENABLE_CAP, KVM_SET_GSI_ROUTING]),
     (KVM_CAP_MCE, &[KVM_X86_GET_MCE_CAP_SUPPORTED, KVM_X86_SETUP_MCE, KVM_X86_SET_MCE]),
     (KVM_CAP_SET_IDENTITY_MAP_ADDR, &[KVM_SET_IDENTITY_MAP_ADDR]),
     (KVM_CAP_VCPU_EVENTS, &[KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS]),

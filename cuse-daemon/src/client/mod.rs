@@ -13,7 +13,7 @@ pub mod vm;
 pub mod window;
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +28,7 @@ use self::space::Space;
 use self::stop::Stopping;
 use crate::file::Open;
 use crate::front::Front;
+use crate::sys;
 
 const KVM_RUN: u32 = 0xae80;
 
@@ -284,6 +285,11 @@ impl Client for Caller<'_> {
         drop(shared);
         let _exclusive = space.exclusive();
         install::give(self.hold()?, space.tgid, file.as_fd(), cloexec)
+    }
+
+    fn descriptor(&self, fd: i32) -> Result<OwnedFd, Errno> {
+        let pidfd = sys::pidfd_of_thread(self.living()?, self.space()?.tgid)?;
+        sys::pidfd_getfd(pidfd.as_fd(), fd)
     }
 
     fn share(&self, addr: u64, len: u64) -> Result<Vec<SharedPiece>, Errno> {

@@ -76,9 +76,13 @@ impl Lapic {
         Some(())
     }
 
-    /// Reserved bits that may be written: the delivery status of the ICR, which was a status bit before.
+    /// Status bits, which may be written and do not change: delivery status, and remote IRR of the two inputs.
     fn tolerated(&self, offset: u32) -> u32 {
-        if offset == at::ICR { 1 << 12 } else { 0 }
+        match offset {
+            at::LVT_LINT0 | at::LVT_LINT1 => 1 << 12 | 1 << 14,
+            at::ICR | at::LVT_TIMER..=at::LVT_ERROR => 1 << 12,
+            _ => 0,
+        }
     }
 
     fn version_bit_12(&self) -> u32 {

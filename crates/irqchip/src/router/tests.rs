@@ -34,7 +34,7 @@ const NOW: Now = Now { ns: 0, tsc: 0 };
 
 fn machine(split: bool, count: u32) -> (Irqchip, Arc<Told>) {
     let told = Arc::<Told>::default();
-    let chip = Irqchip::new(split, 64, Box::new(told.clone()));
+    let chip = Irqchip::new(split.then_some(24), 64, Box::new(told.clone()));
     for id in 0..count {
         let base = DEFAULT | EN | if id == 0 { BSP } else { 0 };
         assert!(chip.add_lapic(Arc::new(Lapic::new(id, base, Arc::new(Silent)))));

@@ -1,4 +1,5 @@
-//! IN and OUT (SDM Vol. 3 App. C, reason 30), string forms too: no port is answered here, all are `KVM_EXIT_IO`.
+//! IN and OUT (SDM Vol. 3 App. C, reason 30), string forms too: ports of interrupt controllers and those that signal
+//! eventfds are answered here, all others are `KVM_EXIT_IO`.
 //!
 //! size: bytes, 1|2|4. count: elements; more than 1 for INS, which Linux's emulator reads ahead, and for OUTS of a VM of 2007.
 //! data_offset: bytes from the start of `kvm_run`. api.rst §5, `io`.
@@ -11,6 +12,7 @@ use kvm_abi::consts::{KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT};
 use smallvec::{SmallVec, smallvec};
 
 use super::{Outcome, Pending, Reason, Row};
+use crate::ioeventfd::Bus;
 use crate::run_page::IoExit;
 use crate::vcpu::Vcpu;
 
@@ -20,6 +22,9 @@ pub(super) const ROW: Row = Row { reason: Reason::IoInstruction, vmx: Some(30), 
 const QUIRK_PORT: u16 = 0x7e;
 
 pub(super) fn handle(vcpu: &mut Vcpu, io: &Io) -> Outcome {
+    if is_answered_here(vcpu, io) {
+        return Outcome::Resume;
+    }
     let direction = if io.input { KVM_EXIT_IO_IN } else { KVM_EXIT_IO_OUT } as u8;
     let data = match io.string {
         false if vcpu.era.io_shows_eax() => vcpu.cpu.reg(Gpr::Rax) as u32,
@@ -38,6 +43,29 @@ pub(super) fn handle(vcpu: &mut Vcpu, io: &Io) -> Outcome {
         vcpu.pending = Some(Pending::Io { input: io.input.then_some(bytes), rip: vcpu.linear_rip() });
     }
     Outcome::User
+}
+
+/// Interrupt controllers and eventfds. Several elements of OUTS at once are a VM's of 2007, which has neither.
+fn is_answered_here(vcpu: &mut Vcpu, io: &Io) -> bool {
+    let (port, size) = (io.port, io.size);
+    let vm = &vcpu.vm;
+    if io.input {
+        let Some(chip) = vm.chip() else { return false };
+        let mut data: SmallVec<[u8; 4]> = SmallVec::new();
+        for _ in 0..io.count {
+            let Some(value) = chip.read_port(port, size) else { return false };
+            data.extend_from_slice(&value.to_le_bytes()[..size.into()]);
+        }
+        vcpu.cpu.complete_io_in(&data);
+        return true;
+    }
+    let is_ours = io.count == 1
+        && (vm.chip().is_some_and(|chip| chip.write_port(port, size, io.data))
+            || vm.ioeventfds.write(Bus::Pio, port.into(), size.into(), io.data.into()));
+    if is_ours {
+        vcpu.cpu.complete_io_out();
+    }
+    is_ours
 }
 
 /// `input`: bytes that the device gave, `None` for OUT.

@@ -8,11 +8,16 @@ use cpu_core::Mmio;
 use kvm_abi::consts::KVM_EXIT_MMIO;
 
 use super::{Outcome, Pending, Reason, Row};
+use crate::chip;
+use crate::ioeventfd::Bus;
 use crate::vcpu::Vcpu;
 
 pub(super) const ROW: Row = Row { reason: Reason::EptViolation, vmx: Some(48), shows: &["MMIO"] };
 
 pub(super) fn handle(vcpu: &mut Vcpu, mmio: &Mmio) -> Outcome {
+    if is_answered_here(vcpu, mmio) {
+        return if mmio.write.is_some() { complete_write(vcpu) } else { Outcome::Resume };
+    }
     vcpu.page.set_mmio(mmio.gpa, mmio.len.into(), mmio.write);
     vcpu.page.set_exit_reason(KVM_EXIT_MMIO);
     vcpu.pending = Some(match mmio.write {
@@ -20,6 +25,23 @@ pub(super) fn handle(vcpu: &mut Vcpu, mmio: &Mmio) -> Outcome {
         None => Pending::MmioRead { rip: vcpu.linear_rip() },
     });
     Outcome::User
+}
+
+/// Interrupt controllers and eventfds.
+fn is_answered_here(vcpu: &mut Vcpu, mmio: &Mmio) -> bool {
+    match mmio.write {
+        Some(value) => {
+            chip::write_memory(vcpu, mmio.gpa, mmio.len, value)
+                || vcpu.vm.ioeventfds.write(Bus::Mmio, mmio.gpa, mmio.len.into(), value)
+        }
+        None => match chip::read_memory(vcpu, mmio.gpa, mmio.len) {
+            Some(value) => {
+                vcpu.cpu.complete_mmio_read(value);
+                true
+            }
+            None => false,
+        },
+    }
 }
 
 pub(super) fn complete_read(vcpu: &mut Vcpu) -> Outcome {

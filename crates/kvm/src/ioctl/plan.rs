@@ -98,6 +98,27 @@ impl<T: Plain> Out<T> {
     }
 }
 
+/// A structure in, whose number says `_IOR`: fetched by hand, and handed back as it was.
+pub(crate) struct InNumberedOut<T>(PhantomData<T>);
+
+impl<T: Plain> InNumberedOut<T> {
+    pub(crate) const fn request(nr: u8) -> u32 {
+        ioc(READ, nr, size_of::<T>())
+    }
+
+    pub(crate) fn run<F, R: Ret>(
+        file: F,
+        call: &Call<'_>,
+        handler: impl FnOnce(F, &T) -> Result<R, Errno>,
+    ) -> Result<Reply, Errno> {
+        let mut bytes = vec![0; size_of::<T>()];
+        call.client.read(call.arg, &mut bytes)?;
+        let value = T::from_bytes(&bytes).ok_or(Errno::EFAULT)?;
+        let ret = handler(file, &value)?.ret();
+        Ok(Reply { ret, output: Output::from_slice(&bytes) })
+    }
+}
+
 /// `_IOWR`: a structure in and out.
 pub(crate) struct InOut<T>(PhantomData<T>);
 
@@ -202,6 +223,13 @@ impl<'a, E: Plain> Fam<'a, E> {
     /// The count as the client gave it, or as [`Self::set_count`] left it.
     pub(crate) fn count(&self) -> u32 {
         self.count.get()
+    }
+
+    /// A word of the header behind the count.
+    pub(crate) fn header_word(&self, index: u64) -> Result<u32, Errno> {
+        let mut word = [0; 4];
+        self.client.read(self.header.wrapping_add(4 * index), &mut word)?;
+        Ok(u32::from_le_bytes(word))
     }
 
     /// Stores another count, at once: the client sees it even if the ioctl then fails.

@@ -2,15 +2,15 @@
 
 use kvm_abi::request;
 use kvm_abi::{
-    DirtyLog, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_fpu, kvm_guest_debug,
-    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs,
-    kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
+    DirtyLog, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_enable_cap, kvm_fpu,
+    kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs,
+    kvm_signal_mask, kvm_sregs, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
     legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
 };
 use nix::errno::Errno;
 
-use super::plan::{Call, In, InFam, InOut, InOutFam, OptionalFam, Out, Value};
-use super::{Caller, Target, system, vcpu, vm};
+use super::plan::{Call, In, InFam, InNumberedOut, InOut, InOutFam, OptionalFam, Out, Value};
+use super::{Caller, Target, chip, system, vcpu, vm};
 use crate::caps::Capability;
 use crate::client::Reply;
 
@@ -73,7 +73,7 @@ macro_rules! ioctls {
 const NO_NULL_MASK: Support = Partial(
     "a null pointer, which ends the mask, is EFAULT: the kernel reads 4 bytes there for a file of FUSE before it asks anybody",
 );
-const NO_ROUTES: Support = Partial("there is no interrupt controller to route to: EINVAL, as Linux without one");
+const NO_VAPIC: Support = Partial("the page is not kept up, so only 0 is taken: KVM_CAP_VAPIC is not offered");
 
 ioctls! {
     // request                  nr   file   argument                               capability      support => handler
@@ -94,7 +94,20 @@ ioctls! {
     KVM_SET_USER_MEMORY_REGION 0x46 Vm     In<kvm_userspace_memory_region>,        UserMemory,     Full => vm::set_user_memory_region;
     KVM_SET_TSS_ADDR           0x47 Vm     Value,                                  SetTssAddr,     Full => vm::set_tss_addr;
     KVM_SET_IDENTITY_MAP_ADDR  0x48 Vm     In<u64>,                                SetIdentityMapAddr, Full => vm::set_identity_map_addr;
-    KVM_SET_GSI_ROUTING        0x6a Vm     In<[u32; 2]>,                           IrqRouting,     NO_ROUTES => vm::set_gsi_routing;
+    KVM_CREATE_IRQCHIP         0x60 Vm     Value,                                  Irqchip,        Full => chip::create_irqchip;
+    KVM_IRQ_LINE               0x61 Vm     In<[u32; 2]>,                           Irqchip,        Full => chip::irq_line;
+    KVM_GET_IRQCHIP            0x62 Vm     InOut<[u32; 130]>,                      Irqchip,        Full => chip::get_irqchip;
+    KVM_SET_IRQCHIP            0x63 Vm     InNumberedOut<[u32; 130]>,              Irqchip,        Full => chip::set_irqchip;
+    KVM_IRQ_LINE_STATUS        0x67 Vm     InOut<[u32; 2]>,                        IrqInjectStatus, Full => chip::irq_line_status;
+    KVM_SET_GSI_ROUTING        0x6a Vm     InFam<[u32; 2], [u32; 12]>,             IrqRouting,     Full => chip::set_gsi_routing;
+    KVM_REINJECT_CONTROL       0x71 Vm     Value,                                  ReinjectControl, Full => chip::reinject_control;
+    KVM_IRQFD                  0x76 Vm     In<[u32; 8]>,                           Irqfd,          Full => chip::set_irqfd;
+    KVM_CREATE_PIT2            0x77 Vm     In<[u32; 16]>,                          Pit2,           Full => chip::create_pit2;
+    KVM_IOEVENTFD              0x79 Vm     In<[u32; 16]>,                          Ioeventfd,      Full => chip::set_ioeventfd;
+    KVM_GET_PIT2               0x9f Vm     Out<[u32; 28]>,                         PitState2,      Full => chip::get_pit2;
+    KVM_SET_PIT2               0xa0 Vm     In<[u32; 28]>,                          PitState2,      Full => chip::set_pit2;
+    KVM_ENABLE_CAP             0xa3 Vm     In<kvm_enable_cap>,                     EnableCapVm,    Full => chip::enable_cap;
+    KVM_SIGNAL_MSI             0xa5 Vm     In<kvm_msi>,                            SignalMsi,      Full => chip::signal_msi;
 
     KVM_RUN                    0x80 Vcpu   Value,                                  Basic,          Full => vcpu::run;
     KVM_GET_REGS               0x81 Vcpu   Out<kvm_regs>,                          Basic,          Full => vcpu::get_regs;
@@ -110,8 +123,11 @@ ioctls! {
     KVM_SET_SIGNAL_MASK        0x8b Vcpu   OptionalFam<kvm_signal_mask, u8>,       Basic,          NO_NULL_MASK => vcpu::set_signal_mask;
     KVM_GET_FPU                0x8c Vcpu   Out<kvm_fpu>,                           Basic,          Full => vcpu::get_fpu;
     KVM_SET_FPU                0x8d Vcpu   In<kvm_fpu>,                            Basic,          Full => vcpu::set_fpu;
+    KVM_GET_LAPIC              0x8e Vcpu   Out<[u32; 256]>,                        Irqchip,        Full => chip::get_lapic;
+    KVM_SET_LAPIC              0x8f Vcpu   In<[u32; 256]>,                         Irqchip,        Full => chip::set_lapic;
     KVM_SET_CPUID2             0x90 Vcpu   InFam<kvm_cpuid2, kvm_cpuid_entry2>,    ExtCpuid,       Full => vcpu::set_cpuid2;
     KVM_GET_CPUID2             0x91 Vcpu   InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtCpuid,       Full => vcpu::get_cpuid2;
+    KVM_SET_VAPIC_ADDR         0x93 Vcpu   In<u64>,                                Irqchip,        NO_VAPIC => chip::set_vapic_addr;
     KVM_GET_MP_STATE           0x98 Vcpu   Out<kvm_mp_state>,                      MpState,        Full => vcpu::get_mp_state;
     KVM_SET_MP_STATE           0x99 Vcpu   In<kvm_mp_state>,                       MpState,        Full => vcpu::set_mp_state;
     KVM_NMI                    0x9a Vcpu   Value,                                  UserNmi,        Full => vcpu::nmi;

@@ -71,6 +71,7 @@ pub(super) fn set_regs(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<(), Errno> {
 /// Reads segments, tables, control registers, APIC base and queued vectors. api.rst `KVM_GET_SREGS`.
 pub(super) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
     let events = vcpu.cpu.events();
+    vcpu.load_cr8();
     let mut queued = vcpu.interrupts;
     if let (Some(vector), false) = (events.interrupt, events.soft) {
         queued.insert(vector);
@@ -83,15 +84,15 @@ pub(super) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
 pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno> {
     let mut loaded = state::to_core_sregs(sregs);
     if vcpu.era.validates_sregs() {
-        if !is_valid_sregs(vcpu, sregs) || !msr::is_apic_base(vcpu.era, sregs.apic_base, cpuid::phys_bits(&vcpu.cpuid))
-        {
+        if !is_valid_sregs(vcpu, sregs) || !msr::is_apic_base(&vcpu.machine, sregs.apic_base) {
             return Err(Errno::EINVAL);
         }
     } else {
         legacy_segments(&mut loaded, vcpu.era);
     }
-    vcpu.machine.apic_base.store(sregs.apic_base, Relaxed);
+    vcpu.machine.set_apic_base(sregs.apic_base);
     vcpu.cpu.set_sregs(&loaded);
+    vcpu.machine.cr8_written(vcpu.cpu.cr8());
     vcpu.load_cpuid();
     let mut queue = InterruptQueue::of_bitmap(sregs.interrupt_bitmap);
     if vcpu.era.collects_interrupts() {
@@ -176,13 +177,23 @@ pub(super) fn translate(vcpu: &mut Vcpu, translation: &mut kvm_translation) -> R
     Ok(())
 }
 
-/// Queues an external interrupt. api.rst `KVM_INTERRUPT`. EINVAL: not a vector. Without an interrupt controller there is no
-/// ENXIO or EEXIST: today the last vector wins, in 2007 all wait.
+/// Queues an external interrupt. api.rst `KVM_INTERRUPT`. EINVAL: not a vector. ENXIO: the PIC is here. EEXIST:
+/// only the local APIC is, and a vector waits. Without either today the last vector wins, in 2007 all wait.
 pub(super) fn interrupt(vcpu: &mut Vcpu, interrupt: &kvm_interrupt) -> Result<(), Errno> {
     if interrupt.irq >= KVM_NR_INTERRUPTS {
         return Err(Errno::EINVAL);
     }
     let vector = interrupt.irq as u8;
+    if let Some(apic) = vcpu.machine.apic() {
+        if !apic.chip.wires.is_split() {
+            return Err(Errno::ENXIO);
+        }
+        if vcpu.external_vector.is_some() {
+            return Err(Errno::EEXIST);
+        }
+        vcpu.external_vector = Some(vector);
+        return Ok(());
+    }
     if vcpu.era.collects_interrupts() {
         vcpu.interrupts.insert(vector)
     } else {
@@ -400,20 +411,41 @@ pub(super) fn set_vcpu_events(vcpu: &mut Vcpu, events: &kvm_vcpu_events) -> Resu
     }
     let old = vcpu.cpu.events();
     vcpu.cpu.set_events(state::to_core_events(events, &old));
+    if let Some(apic) = vcpu.machine.apic()
+        && events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0
+    {
+        apic.lapic.set_start_up_vector(events.sipi_vector as u8);
+    }
     Ok(())
 }
 
-/// Without a local APIC in the kernel a vCPU always runs. api.rst `KVM_GET_MP_STATE`.
+/// What the vCPU waits for. api.rst `KVM_GET_MP_STATE`. INIT and start-up IPIs that came count. Without a local APIC here it
+/// always runs.
 pub(super) fn get_mp_state(vcpu: &mut Vcpu) -> Result<kvm_mp_state, Errno> {
+    let machine = vcpu.machine.clone();
+    if let Some(apic) = machine.apic() {
+        vcpu.accept_events(apic);
+    }
     Ok(kvm_mp_state { mp_state: vcpu.mp_state })
 }
 
-/// api.rst `KVM_SET_MP_STATE`. EINVAL: anything but runnable, for want of a local APIC in the kernel.
+/// api.rst `KVM_SET_MP_STATE`. EINVAL: no such state, or without a local APIC here anything but runnable.
 pub(super) fn set_mp_state(vcpu: &mut Vcpu, state: &kvm_mp_state) -> Result<(), Errno> {
-    if state.mp_state != KVM_MP_STATE_RUNNABLE {
-        return Err(Errno::EINVAL);
-    }
-    vcpu.mp_state = state.mp_state;
+    vcpu.mp_state = match (state.mp_state, vcpu.machine.apic()) {
+        (KVM_MP_STATE_RUNNABLE, _) => KVM_MP_STATE_RUNNABLE,
+        (KVM_MP_STATE_SIPI_RECEIVED, Some(apic)) => {
+            apic.lapic.put_event(irqchip::lapic::event::START_UP);
+            KVM_MP_STATE_INIT_RECEIVED
+        }
+        (
+            state @ (KVM_MP_STATE_UNINITIALIZED
+            | KVM_MP_STATE_INIT_RECEIVED
+            | KVM_MP_STATE_HALTED
+            | KVM_MP_STATE_AP_RESET_HOLD),
+            Some(_),
+        ) => state,
+        _ => return Err(Errno::EINVAL),
+    };
     Ok(())
 }
 

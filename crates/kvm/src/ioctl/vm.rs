@@ -71,8 +71,3 @@ pub(super) fn set_identity_map_addr(vm: &Caller<'_, Vm>, addr: &u64) -> Result<(
     vm.set_identity_map_addr(*addr);
     Ok(())
 }
-
-/// Routes need an interrupt controller. api.rst `KVM_SET_GSI_ROUTING`. EINVAL: the VM has none, as in Linux.
-pub(super) fn set_gsi_routing(_: &Caller<'_, Vm>, _: &[u32; 2]) -> Result<(), Errno> {
-    Err(Errno::EINVAL)
-}

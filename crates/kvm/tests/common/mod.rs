@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -60,7 +61,12 @@ pub struct FakeClient {
     /// The mask of every action that was registered.
     pub masks: Mutex<Vec<Option<SignalMask>>>,
     action: Mutex<Option<InterruptAction>>,
+    /// Descriptors that are no files of KVM, from [`FIRST_EVENT`].
+    events: Mutex<Vec<OwnedFd>>,
 }
+
+/// Where descriptors of eventfds begin.
+pub const FIRST_EVENT: i32 = 1000;
 
 impl FakeClient {
     /// A client with `/dev/kvm` open as descriptor 0.
@@ -78,6 +84,7 @@ impl FakeClient {
             cloexec: Mutex::default(),
             masks: Mutex::default(),
             action: Mutex::default(),
+            events: Mutex::default(),
         });
         // A guest that never ends is called back, and its test fails.
         let alive = Arc::downgrade(&client);
@@ -101,7 +108,20 @@ impl FakeClient {
             cloexec: Mutex::default(),
             masks: Mutex::default(),
             action: Mutex::default(),
+            events: Mutex::default(),
         })
+    }
+
+    /// Another thread of the process: signals are its own.
+    pub fn thread(&self) -> Arc<Self> {
+        Arc::new(Self { pid: self.pid, ..Arc::into_inner(self.fork()).unwrap() })
+    }
+
+    /// Gives it a descriptor of what `fd` is.
+    pub fn adopt(&self, fd: impl AsFd) -> i32 {
+        let mut events = self.events.lock();
+        events.push(fd.as_fd().try_clone_to_owned().unwrap());
+        FIRST_EVENT + events.len() as i32 - 1
     }
 
     pub fn file(&self, fd: i32) -> Arc<dyn File> {
@@ -244,6 +264,12 @@ impl Client for FakeClient {
         self.cloexec.lock().push(cloexec);
         files.push(file);
         Ok(files.len() as i32 - 1)
+    }
+
+    fn descriptor(&self, fd: i32) -> Result<OwnedFd, Errno> {
+        let events = self.events.lock();
+        let event = fd.checked_sub(FIRST_EVENT).and_then(|index| events.get(index as usize)).ok_or(Errno::EBADF)?;
+        event.try_clone().map_err(|_| Errno::EMFILE)
     }
 
     fn share(&self, addr: u64, len: u64) -> Result<Vec<SharedPiece>, Errno> {

@@ -1,0 +1,170 @@
+//! `KVM_RUN` of a vCPU that has a local APIC here: interrupts go in, HLT and the wait for INIT happen inside.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use cpu_core::{Events, Seg};
+use irqchip::lapic::event;
+use kvm_abi::consts::{
+    KVM_EXIT_IOAPIC_EOI, KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+};
+use nix::errno::Errno;
+use x86_defs::Cr0;
+
+use super::VcpuApic;
+use super::alarm::monotonic_ns;
+use crate::client::Client;
+use crate::exit::{self, Outcome};
+use crate::machine::Machine;
+use crate::vcpu::Vcpu;
+
+/// RDX after INIT where CPUID tells no signature (`kvm_vcpu_reset`).
+const DEFAULT_SIGNATURE: u64 = 0x600;
+
+impl Vcpu {
+    /// Ok: `kvm_run` tells what user space is to do. EINTR: a signal. EAGAIN: the vCPU waited for INIT and has it now.
+    pub(crate) fn run_with_apic(&mut self, client: &dyn Client) -> Result<(), Errno> {
+        let machine = self.machine.clone();
+        let apic = machine.apic().expect("the caller has looked");
+        let waits_for_init = self.mp_state == KVM_MP_STATE_UNINITIALIZED;
+        loop {
+            // Whoever calls from here on is seen below, or ends the run or the sleep.
+            apic.waker.clear();
+            if client.interrupted() {
+                if self.wants_interrupt_window() && self.ready_for_interrupt() {
+                    self.show_interrupt_window();
+                    return Ok(());
+                }
+                return self.interrupted();
+            }
+            if apic.cpuid_is_stale.swap(false, Relaxed) {
+                self.load_cpuid();
+            }
+            apic.lapic.advance(machine.now());
+            if let Some(vector) = apic.waker.take_eoi() {
+                self.page.set_ioapic_eoi(vector);
+                self.page.set_exit_reason(KVM_EXIT_IOAPIC_EOI);
+                return Ok(());
+            }
+            let came = self.accept_events(apic);
+            if waits_for_init && came {
+                return Err(Errno::EAGAIN);
+            }
+            let halted = matches!(self.mp_state, KVM_MP_STATE_HALTED | KVM_MP_STATE_AP_RESET_HOLD);
+            if halted && self.is_woken(apic) {
+                self.mp_state = KVM_MP_STATE_RUNNABLE;
+            }
+            if self.mp_state != KVM_MP_STATE_RUNNABLE {
+                sleep(apic, &machine, client.poll_interval());
+            } else {
+                let waits = self.inject(apic);
+                let wanted = self.wants_interrupt_window() && self.has_room_for_interrupt();
+                self.cpu.set_interrupt_window_exiting(waits || wanted);
+                self.cpu.set_cr8(apic.lapic.cr8());
+                apic.arm(&machine);
+                let exit = self.enter_guest(client);
+                if exit::handle(self, &exit) == Outcome::User {
+                    return Ok(());
+                }
+            }
+            // Also behind a HLT: who asked for the window has the interrupt that ends it.
+            if self.wants_interrupt_window() && self.ready_for_interrupt() {
+                self.show_interrupt_window();
+                return Ok(());
+            }
+        }
+    }
+
+    /// `kvm_apic_accept_events`: INIT and start-up IPIs that came, and NMIs. True: one of the first two. SMIs are dropped,
+    /// for want of a system management mode.
+    pub(crate) fn accept_events(&mut self, apic: &VcpuApic) -> bool {
+        if apic.lapic.events() == 0 {
+            return false;
+        }
+        let events = apic.lapic.take_events(event::INIT | event::START_UP | event::NMI | event::SMI);
+        if events & event::NMI != 0 {
+            self.cpu.queue_nmi();
+        }
+        if events & event::INIT != 0 {
+            self.init(apic);
+            self.mp_state = if self.id == 0 { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_INIT_RECEIVED };
+        }
+        if events & event::START_UP != 0 && self.mp_state == KVM_MP_STATE_INIT_RECEIVED {
+            self.start_up(apic.lapic.start_up_vector());
+            self.mp_state = KVM_MP_STATE_RUNNABLE;
+        }
+        events & (event::INIT | event::START_UP) != 0
+    }
+
+    /// SDM Vol. 3 "Processor State After Reset", the column of INIT: x87, vector state and MSRs stay, and CR0.CD and NW.
+    fn init(&mut self, apic: &VcpuApic) {
+        let kept = self.cpu.sregs().cr0 & (Cr0::CD | Cr0::NW);
+        let mut sregs = self.reset_sregs.clone();
+        sregs.cr0 = sregs.cr0.difference(Cr0::CD | Cr0::NW) | kept;
+        self.cpu.set_sregs(&sregs);
+        let signature = crate::cpuid::find(&self.cpuid, 1, 0).map_or(DEFAULT_SIGNATURE, |leaf| leaf.eax.into());
+        let mut regs = cpu_core::Regs { gpr: [0; 16], rip: 0xfff0, rflags: 2 };
+        regs.gpr[2] = signature;
+        self.cpu.set_regs(&regs);
+        self.cpu.set_events(Events::default());
+        self.pending = None;
+        self.external_vector = None;
+        apic.lapic.init();
+    }
+
+    /// SDM Vol. 3 "MP Initialization Protocol Algorithm": execution starts at the page that the vector names.
+    fn start_up(&mut self, vector: u8) {
+        let mut sregs = self.cpu.sregs();
+        let cs = &mut sregs.segments[Seg::Cs as usize];
+        cs.selector = u16::from(vector) << 8;
+        cs.base = u64::from(vector) << 12;
+        self.cpu.set_sregs(&sregs);
+        let regs = self.cpu.regs();
+        self.cpu.set_regs(&cpu_core::Regs { rip: 0, ..regs });
+    }
+
+    /// An interrupt waits that the APIC lets through: the PIC's, user space's, its own.
+    fn has_interrupt(&self, apic: &VcpuApic) -> bool {
+        apic.lapic.pending().is_some()
+            || apic.lapic.accepts_pic() && (self.external_vector.is_some() || apic.chip.wires.pic_output())
+    }
+
+    /// `kvm_vcpu_has_events`: what ends a HLT.
+    fn is_woken(&self, apic: &VcpuApic) -> bool {
+        let events = self.cpu.events();
+        events.exception.is_some()
+            || events.nmi_pending && !events.nmi_masked
+            || events.interrupt.is_some() && self.cpu.rflags() & x86_defs::Rflags::IF.bits() != 0
+            || self.cpu.interrupt_window_open() && self.has_interrupt(apic)
+    }
+
+    /// Takes an interrupt to the core if it can be delivered at once. True: one waits.
+    fn inject(&mut self, apic: &VcpuApic) -> bool {
+        if !self.has_interrupt(apic) {
+            return false;
+        }
+        if !self.cpu.interrupt_window_open() || self.cpu.events().exception.is_some() {
+            return true;
+        }
+        let external = if apic.lapic.accepts_pic() { self.take_external(apic) } else { None };
+        if let Some(vector) = external.or_else(|| apic.lapic.acknowledge()) {
+            self.cpu.queue_interrupt(vector);
+        }
+        self.has_interrupt(apic)
+    }
+
+    fn take_external(&mut self, apic: &VcpuApic) -> Option<u8> {
+        self.external_vector.take().or_else(|| {
+            let wires = &apic.chip.wires;
+            wires.pic_output().then(|| wires.with_pic(|pic| pic.acknowledge()))?
+        })
+    }
+}
+
+/// Until somebody calls, the timer is due, or it is time to ask for signals that nobody tells of.
+fn sleep(apic: &VcpuApic, machine: &Machine, ask_every: Option<Duration>) {
+    apic.disarm();
+    let timer = apic.deadline_ns(machine).map(|at| Duration::from_nanos(at.saturating_sub(monotonic_ns())));
+    apic.waker.sleep(timer.into_iter().chain(ask_every).min());
+}
