@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use assets::qemu::Machine;
+use assets::qemu::{Irqchip, Machine};
 use assets::{Quiet, initramfs, iso, kernel};
 use softkvm_tests::{long, qemu};
 
@@ -20,6 +20,30 @@ fn linux_reaches_user_space_and_powers_off() {
         qemu::start(|accel| Machine::new(accel, MEMORY_MIB).linux(&kernel.image(), &initrd, "")).expect("QEMU starts");
     console.expect("Linux version", FIRMWARE).expect("the kernel's first line");
     console.expect("Run /init as init process", KERNEL).expect("the kernel's last line before user space");
+    console.expect(initramfs::BOOTED, KERNEL).expect("user space");
+    console.expect("reboot: Power down", KERNEL).expect("the way out");
+    assert!(console.finish(FIRMWARE).expect("QEMU ends").success());
+}
+
+/// QEMU's default machine: all interrupt controllers in the kernel.
+#[test]
+fn linux_has_two_processors_with_interrupt_controllers_in_the_kernel() {
+    boots_two_processors(Irqchip::On);
+}
+
+/// Local APICs in the kernel, PIC, I/O APIC and PIT in QEMU, which hears of each EOI of a level-triggered line.
+#[test]
+fn linux_has_two_processors_with_split_interrupt_controllers() {
+    boots_two_processors(Irqchip::Split);
+}
+
+fn boots_two_processors(irqchip: Irqchip) {
+    let kernel = kernel::ensure(&Quiet).expect("the kernel");
+    let initrd = initramfs::ensure(&Quiet).expect("the initramfs");
+    let machine = |accel| Machine::new(accel, MEMORY_MIB).irqchip(irqchip).cpus(2).linux(&kernel.image(), &initrd, "");
+    let mut console = qemu::start(machine).expect("QEMU starts");
+    console.expect("Linux version", FIRMWARE).expect("the kernel's first line");
+    console.expect("Brought up 1 node, 2 CPUs", KERNEL).expect("the second processor");
     console.expect(initramfs::BOOTED, KERNEL).expect("user space");
     console.expect("reboot: Power down", KERNEL).expect("the way out");
     assert!(console.finish(FIRMWARE).expect("QEMU ends").success());

@@ -14,9 +14,21 @@ pub enum Accel {
     Tcg,
 }
 
+/// Where a machine on KVM has its interrupt controllers and timers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Irqchip {
+    /// In QEMU.
+    Off,
+    /// In the kernel, as QEMU's default has it.
+    On,
+    /// Local APICs in the kernel, the rest in QEMU.
+    Split,
+}
+
 /// QEMU's PC without display: the first serial port is on stdin and stdout (multiplexed with the monitor, Ctrl-A C).
 #[derive(Debug, Clone)]
 pub struct Machine {
+    accel: Accel,
     args: Vec<std::ffi::OsString>,
 }
 
@@ -27,7 +39,7 @@ pub const LINUX_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 impl Machine {
     /// A PC with `memory_mib` of RAM and nothing to boot from. All interrupt controllers and timers are QEMU's.
     pub fn new(accel: Accel, memory_mib: u32) -> Self {
-        let mut machine = Self { args: Vec::new() };
+        let mut machine = Self { accel, args: Vec::new() };
         match accel {
             Accel::Kvm => machine.push(["-accel", "kvm", "-machine", "pc,kernel-irqchip=off"]),
             Accel::Tcg => machine.push(["-accel", "tcg", "-machine", "pc"]),
@@ -39,6 +51,25 @@ impl Machine {
     /// Adds arguments.
     pub fn push<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(&mut self, args: I) {
         self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+    }
+
+    /// Interrupt controllers elsewhere than [`Machine::new`] has them. QEMU's own JIT knows no difference.
+    pub fn irqchip(mut self, irqchip: Irqchip) -> Self {
+        let place = match irqchip {
+            Irqchip::Off => "kernel-irqchip=off",
+            Irqchip::On => "kernel-irqchip=on",
+            Irqchip::Split => "kernel-irqchip=split",
+        };
+        if self.accel == Accel::Kvm {
+            self.push(["-machine", place]);
+        }
+        self
+    }
+
+    /// That many processors.
+    pub fn cpus(mut self, count: u32) -> Self {
+        self.push(["-smp", &count.to_string()]);
+        self
     }
 
     /// Boots `kernel` and `initrd` without a boot loader. `options` go behind [`LINUX_COMMAND_LINE`].
