@@ -1,7 +1,7 @@
 //! `/proc/PID/maps`, `smaps` and `pagemap` of a client: what lies where in its memory.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
@@ -107,22 +107,29 @@ impl Advice {
 
 /// The advice on each of `areas`, from `smaps`.
 pub fn advice(tid: Pid, areas: &[&Area]) -> io::Result<Vec<Advice>> {
-    Ok(parse_advice(&fs::read_to_string(format!("/proc/{tid}/smaps"))?, areas))
+    parse_advice(BufReader::new(File::open(format!("/proc/{tid}/smaps"))?), areas)
 }
 
-fn parse_advice(smaps: &str, areas: &[&Area]) -> Vec<Advice> {
+/// Reads no further than it must: the kernel makes the text as it is read, and looks at every page for it.
+fn parse_advice(smaps: impl BufRead, areas: &[&Area]) -> io::Result<Vec<Advice>> {
     let mut advice = vec![Advice::default(); areas.len()];
-    let mut current = None;
-    for line in smaps.lines() {
+    let (mut current, mut missing) = (None, areas.len());
+    let mut lines = smaps.lines();
+    while missing > 0
+        && let Some(line) = lines.next().transpose()?
+    {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if let Some(index) = current {
+            if let Some(index) = current.take() {
                 advice[index] = Advice::parse(flags);
+                missing -= 1;
             }
-        } else if let Some(area) = Area::parse(line) {
+        } else if line.starts_with(|first: char| first.is_ascii_digit() || first.is_ascii_lowercase())
+            && let Some(area) = Area::parse(&line)
+        {
             current = areas.iter().position(|wanted| wanted.range == area.range);
         }
     }
-    advice
+    Ok(advice)
 }
 
 /// `/proc/PID/pagemap`.
@@ -186,7 +193,7 @@ mod tests {
         let areas: Vec<_> = LINES.lines().map(|line| Area::parse(line).unwrap()).collect();
         let smaps = "7f0000000000-7f0008000000 rw-p 00000000 00:00 0 \nRss: 0 kB\nVmFlags: rd wr mr dc hg nr \n\
                      7f0008000000-7f0008003000 rw-s 00001000 00:01 1234 /x\nVmFlags: rd lo dd\n";
-        let advice = parse_advice(smaps, &[&areas[1], &areas[0]]);
+        let advice = parse_advice(smaps.as_bytes(), &[&areas[1], &areas[0]]).unwrap();
         assert_eq!(advice[0], Advice { locked: true, dont_dump: true, ..Advice::default() });
         assert_eq!(advice[1], Advice { dont_fork: true, huge_page: true, no_reserve: true, ..Advice::default() });
     }
