@@ -17,6 +17,7 @@ use nix::sys::ptrace::{self, Options};
 use nix::unistd::Pid;
 
 use super::guard::Note;
+use super::stop::attached;
 use super::{maps, vm};
 use crate::place::Beside;
 use crate::sys;
@@ -137,8 +138,10 @@ impl Seized {
     /// Makes thread `tid` stop when its system call returns. `EPERM`: another tracer has it.
     pub fn new(tid: Pid) -> Result<Self, Errno> {
         let options = Options::PTRACE_O_TRACESYSGOOD;
-        ptrace::seize(tid, options | Options::from_bits_retain(SUSPEND_SECCOMP))
-            .or_else(|_| ptrace::seize(tid, options))?;
+        attached(tid, || {
+            ptrace::seize(tid, options | Options::from_bits_retain(SUSPEND_SECCOMP))
+                .or_else(|_| ptrace::seize(tid, options))
+        })?;
         let beside = Beside::new(tid);
         let seized = Self(Traced { tid, ended: Cell::new(false), beside, not_send: PhantomData });
         ptrace::interrupt(tid)?;

@@ -136,7 +136,7 @@ impl<'a> Caller<'a> {
     fn explain(&self, errno: Errno) {
         let (tid, kind) = (self.call.header.pid, self.open.shared.file.kind());
         match errno {
-            Errno::EPERM if is_traced(tid) => tracing::error!(
+            Errno::EPERM if stop::tracer(self.tid()).is_some() => tracing::error!(
                 tid,
                 %kind,
                 "cannot reach into the VMM: a debugger or strace has it. Run the VMM without, or trace softkvm instead"
@@ -260,12 +260,6 @@ impl<'a> Caller<'a> {
             Err(errno) => tracing::error!(tid = self.call.header.pid, %errno, "the VMM cannot map its VM's memory"),
         }
     }
-}
-
-/// Has somebody else attached to this thread?
-fn is_traced(tid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
-    status.lines().find_map(|line| line.strip_prefix("TracerPid:")).is_some_and(|pid| pid.trim() != "0")
 }
 
 impl Client for Caller<'_> {

@@ -6,27 +6,28 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
-use nix::unistd::{Pid, gettid};
+use nix::unistd::Pid;
 
 use super::inject::is_dead;
 use crate::sys;
 
 /// A thread that does not stop within this time sleeps in a device driver. It writes to no memory of ours meanwhile.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// What threads that stop others are called.
+const NAME: &str = "stopper";
 const POLL: Duration = Duration::from_micros(50);
 
 /// While it lives no other thread goes on once it has stopped.
 pub struct Stopping {
     release: Option<mpsc::Sender<()>>,
     stand: mpsc::Receiver<()>,
-    stopper: Option<Pid>,
+    thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Stopping {
@@ -40,13 +41,8 @@ impl Stopping {
 impl Drop for Stopping {
     fn drop(&mut self) {
         drop(self.release.take());
-        // A thread counts as joined before the kernel has detached what it traced, and who tries to trace that meanwhile is
-        // refused. Its entry here goes last.
-        if let Some(stopper) = self.stopper {
-            let entry = format!("/proc/self/task/{stopper}");
-            while Path::new(&entry).exists() {
-                thread::yield_now();
-            }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
     }
 }
@@ -59,26 +55,22 @@ pub fn others(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool + Send + 's
     let (release, wait_release) = mpsc::channel::<()>();
     // The held thread can make no other.
     if tasks(tgid).iter().all(|&tid| tid == keep) {
-        return Stopping { release: None, stand: wait_stand, stopper: None };
+        return Stopping { release: None, stand: wait_stand, thread: None };
     }
     let body = move || {
-        let _ = told.send(gettid());
         stop_all(tgid, keep, is_waiting, told);
         drop(stand);
         // Ends with an error when the other side lets go.
         let _ = wait_release.recv();
     };
-    let thread = thread::Builder::new().name("stopper".into()).spawn(body);
-    if let Err(err) = thread {
-        tracing::error!(%err, "cannot stop the client's threads");
-    }
-    let stopper = wait_told.recv().ok();
-    let _ = wait_told.recv();
-    Stopping { release: Some(release), stand: wait_stand, stopper }
+    let thread = thread::Builder::new().name(NAME.into()).spawn(body);
+    let thread = thread.inspect_err(|err| tracing::error!(%err, "cannot stop the client's threads")).ok();
+    let _: Result<(), _> = wait_told.recv();
+    Stopping { release: Some(release), stand: wait_stand, thread }
 }
 
 /// Drops `told` when all threads that there are have been told.
-fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::Sender<Pid>) {
+fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::Sender<()>) {
     let mut told = Some(told);
     let deadline = Instant::now() + PATIENCE;
     // True: stands, is dead, or is somebody else's.
@@ -89,7 +81,7 @@ fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::
         for tid in tasks(tgid) {
             threads.entry(tid).or_insert_with(|| {
                 new = true;
-                seize(tid).is_err()
+                attached(tid, || ptrace::seize(tid, Options::empty())).and_then(|()| ptrace::interrupt(tid)).is_err()
             });
         }
         if !new {
@@ -112,9 +104,34 @@ fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::
     }
 }
 
-fn seize(tid: Pid) -> Result<(), Errno> {
-    ptrace::seize(tid, Options::empty())?;
-    ptrace::interrupt(tid)
+/// Has `seize` attach to thread `tid`. `EPERM`: another tracer has it.
+///
+/// A stopper counts as joined when it gives up its memory, and detaches what it traced after that (`do_exit`: `exit_mm`, then
+/// `exit_notify`). One that is on its way there is waited for.
+pub(super) fn attached(tid: Pid, seize: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
+    let ends = |tracer: i32| {
+        fs::read_to_string(format!("/proc/self/task/{tracer}/comm")).is_ok_and(|name| name.trim_end() == NAME)
+    };
+    let deadline = Instant::now() + PATIENCE;
+    let mut alone = false;
+    loop {
+        match (seize(), alone) {
+            (Err(Errno::EPERM), false) if Instant::now() < deadline => match tracer(tid) {
+                Some(tracer) if ends(tracer) => thread::sleep(POLL),
+                Some(_) => return Err(Errno::EPERM),
+                // It may have gone just now.
+                None => alone = true,
+            },
+            (result, _) => return result,
+        }
+    }
+}
+
+/// Who traces thread `tid`.
+pub(super) fn tracer(tid: Pid) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().parse().ok()?;
+    (tracer != 0).then_some(tracer)
 }
 
 fn tasks(tgid: Pid) -> Vec<Pid> {
