@@ -479,6 +479,18 @@ impl Cpu {
         Ok(host_simd::from_u128(u128::from_le_bytes(bytes)))
     }
 
+    /// Loads a vector from a linear address, wherever it leads.
+    #[inline(never)]
+    pub(crate) fn load_bytes(&mut self, la: u64, out: &mut [u8], seg: Seg) -> Result<(), Stop> {
+        self.read_bytes_slow(la, out, seg)
+    }
+
+    /// Stores a vector to a linear address, wherever it leads. `self.leave` as for [`Self::store`].
+    #[inline(never)]
+    pub(crate) fn store_bytes(&mut self, la: u64, bytes: &[u8], seg: Seg) -> Result<(), Stop> {
+        self.write_bytes_slow(la, bytes, seg)
+    }
+
     /// Stores 16 bytes to a linear address; alignment is the caller's. `self.leave` as for [`Self::store`].
     #[inline(always)]
     pub(crate) fn store_16(&mut self, la: u64, value: V, seg: Seg) -> Result<(), Stop> {
@@ -630,11 +642,11 @@ fn natural_parts(gpa: u64, size: u32) -> impl Iterator<Item = (u32, u32)> {
 }
 
 /// What #AC asks of a vector, or of an x87 environment or image (SDM Vol. 3 "Alignment Requirements by Data Type"). The SDM
-/// leaves vectors of unaligned loads to the processor; the host's checks them (AMD family 19h).
+/// leaves vectors of unaligned loads to the processor; the host's wants 16 bytes of them, also of 32 (AMD family 19h).
 fn wide_alignment(bytes: usize) -> u32 {
     match bytes {
         14 | 94 => 2,
-        16 => 16,
+        16 | 32 => 16,
         28 | 108 => 4,
         _ => 1,
     }

@@ -19,6 +19,7 @@ use crate::op::{Op, RasEntry};
 use crate::platform::Platform;
 use crate::state::{
     Breakpoints, CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, Regs, Seg, Segment, Sregs, Variant,
+    VectorRegister,
 };
 use crate::vmx::{Exit, Io, Mmio};
 use crate::word::Word;
@@ -40,6 +41,8 @@ pub(crate) mod fp_gate {
     pub(crate) const NO_OSFXSR: u8 = 4;
     /// CR0.MP: TS holds for WAIT too.
     pub(crate) const MP: u8 = 8;
+    /// CR4.OSXSAVE or XCR0 is not set up for AVX, or the mode has no VEX prefix: #UD.
+    pub(crate) const NO_AVX: u8 = 16;
 }
 
 const RAS_ENTRIES: usize = 32;
@@ -143,6 +146,8 @@ pub struct Cpu {
     pub(crate) debugger: Option<Breakpoints>,
     pub(crate) msrs: Msrs,
     pub(crate) fpu: Fpu,
+    /// The memory operand of the VEX-encoded instruction that runs.
+    pub(crate) memory_vector: VectorRegister,
     pub(crate) events: Events,
     pub(crate) cpuid: Vec<CpuidEntry>,
     pub(crate) offered: Offered,
@@ -328,6 +333,7 @@ impl Cpu {
             debugger: None,
             msrs: Msrs::default(),
             fpu: Fpu::default(),
+            memory_vector: VectorRegister::default(),
             events: Events::default(),
             cpuid: Vec::new(),
             offered: Offered { smap: true, rdtscp: true, rdpid: true, pkru_at: PKRU_AT },
@@ -538,7 +544,22 @@ impl Cpu {
         self.write_bound[i] = if long || real || writable { bound } else { 0 };
     }
 
-    /// Recomputes what hangs on segments, CR0, CR4, EFER, CPL and RFLAGS. Call it after changing any of them.
+    /// VEX-encoded vector instructions exist (SDM Vol. 1 "Detection of Intel AVX Instructions").
+    fn avx_enabled(&self) -> bool {
+        let state = x86_defs::XCr0::SSE | x86_defs::XCr0::AVX;
+        self.cr4.contains(Cr4::OSXSAVE)
+            && x86_defs::XCr0::from_bits_retain(self.fpu.xcr0).contains(state)
+            && !self.is_real()
+            && !self.is_v86()
+    }
+
+    /// Loads XCR0; the caller has checked it.
+    pub fn set_xcr0(&mut self, value: u64) {
+        self.fpu.xcr0 = value;
+        self.derive();
+    }
+
+    /// Recomputes what hangs on segments, CR0, CR4, XCR0, EFER, CPL and RFLAGS. Call it after changing any of them.
     pub fn derive(&mut self) {
         for seg in Seg::ALL {
             self.derive_segment(seg);
@@ -548,6 +569,7 @@ impl Cpu {
             (self.cr0.contains(Cr0::EM), fp_gate::EM),
             (!self.cr4.contains(Cr4::OSFXSR), fp_gate::NO_OSFXSR),
             (self.cr0.contains(Cr0::MP), fp_gate::MP),
+            (!self.avx_enabled(), fp_gate::NO_AVX),
         ]
         .iter()
         .fold(0, |gate, (holds, bit)| if *holds { gate | bit } else { gate });

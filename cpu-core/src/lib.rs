@@ -12,6 +12,7 @@ mod fault;
 mod flags;
 mod host;
 mod host_simd;
+mod host_vex;
 mod host_x87;
 mod isa;
 mod op;

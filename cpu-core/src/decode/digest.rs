@@ -277,6 +277,8 @@ impl Digest<'_> {
     fn address_bytes(&self) -> usize {
         match (self.ins.memory_base(), self.ins.memory_index()) {
             (Register::None, Register::None) => self.ins.memory_displ_size() as usize,
+            // A gather's index is a vector.
+            (Register::None, index) if !index.is_gpr() => self.ins.memory_displ_size() as usize,
             (Register::None, index) => index.size(),
             (base, _) => base.size(),
         }

@@ -300,7 +300,7 @@ fn smsw(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Next)
 }
 
-/// SDM Vol. 2 "XGETBV". Index 1 shows which components are in use: all that are enabled may be.
+/// SDM Vol. 2 "XGETBV". Index 1 shows which of the enabled components are in use.
 fn xgetbv(cpu: &mut Cpu, _: &Op) -> Done {
     if !cpu.cr4.contains(Cr4::OSXSAVE) {
         return Err(cpu.undefined());
@@ -309,7 +309,8 @@ fn xgetbv(cpu: &mut Cpu, _: &Op) -> Done {
     if index > 1 || index == 1 && !cpu.offers(&cpuid::XGETBV_ECX_1) {
         return Err(cpu.fault(Fault::gp(0)));
     }
-    cpu.put_pair(cpu.fpu.xcr0);
+    let shown = if index == 1 { cpu.fpu.xcr0 & cpu.in_use() } else { cpu.fpu.xcr0 };
+    cpu.put_pair(shown);
     Ok(Then::Next)
 }
 
@@ -323,7 +324,7 @@ fn xsetbv(cpu: &mut Cpu, _: &Op) -> Done {
     if cpu.reg(Gpr::Rcx) as u32 != 0 || !cpu.is_valid_xcr0(value) {
         return Err(cpu.fault(Fault::gp(0)));
     }
-    cpu.fpu.xcr0 = value;
+    cpu.set_xcr0(value);
     cpu.serialize();
     Ok(Then::Leave)
 }

@@ -30,7 +30,7 @@ pub(crate) use simd::state::MXCSR_MASK;
 
 use std::sync::LazyLock;
 
-use iced_x86::{Code, CpuidFeature, Mnemonic};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic};
 
 use crate::cpu::{Cpu, Done};
 use crate::decode::digest::{Digest, Lowered, Select};
@@ -44,6 +44,8 @@ use crate::vmx::Exit;
 pub(crate) enum Key {
     /// Every encoding of a mnemonic.
     Mnemonic(Mnemonic),
+    /// The VEX encodings of a mnemonic.
+    Vex(Mnemonic),
     /// Single encodings, where a mnemonic names more than one instruction.
     Codes(&'static [Code]),
 }
@@ -66,8 +68,8 @@ pub(crate) const fn codes(codes: &'static [Code], select: Select) -> Row {
 
 /// Pairs each family's name with its rows.
 macro_rules! families {
-    ($($first:ident $(:: $second:ident)?,)*) => {
-        &[$((concat!(stringify!($first) $(, "::", stringify!($second))?), $first $(::$second)? ::ROWS),)*]
+    ($($first:ident $(:: $more:ident)*,)*) => {
+        &[$((concat!(stringify!($first) $(, "::", stringify!($more))*), $first $(::$more)* ::ROWS),)*]
     };
 }
 
@@ -94,9 +96,17 @@ const FAMILIES: &[(&str, &[Row])] = families![
     simd::float,
     simd::integer,
     simd::moves,
+    simd::sha,
     simd::shuffle,
     simd::sse4,
     simd::state,
+    simd::vex::convert,
+    simd::vex::float,
+    simd::vex::fma,
+    simd::vex::gather,
+    simd::vex::integer,
+    simd::vex::moves,
+    simd::vex::shuffle,
     simd::xsave,
     x87::arith,
     x87::control,
@@ -115,10 +125,19 @@ static BY_CODE: LazyLock<Vec<Option<Select>>> = LazyLock::new(|| {
                     selectors[code as usize].get_or_insert(row.select);
                 }
             }
+            Key::Vex(mnemonic) => {
+                for code in vex_codes(mnemonic) {
+                    selectors[code as usize].get_or_insert(row.select);
+                }
+            }
         }
     }
     selectors
 });
+
+fn vex_codes(mnemonic: Mnemonic) -> impl Iterator<Item = Code> {
+    Code::values().filter(move |code| code.mnemonic() == mnemonic && code.op_code().encoding() == EncodingKind::VEX)
+}
 
 /// Whether the core executes instructions of this encoding.
 pub fn is_implemented(code: Code) -> bool {
@@ -131,6 +150,7 @@ pub fn families() -> impl Iterator<Item = (&'static str, Vec<Code>)> {
         let encodings = rows.iter().flat_map(|row| match row.key {
             Key::Codes(codes) => codes.to_vec(),
             Key::Mnemonic(mnemonic) => Code::values().filter(|code| code.mnemonic() == mnemonic).collect(),
+            Key::Vex(mnemonic) => vex_codes(mnemonic).collect(),
         });
         (*name, encodings.collect())
     })
@@ -174,7 +194,6 @@ const NEVER_OFFERED: &[CpuidFeature] = &[
     CpuidFeature::WAITPKG,
     CpuidFeature::WIDE_KL,
     CpuidFeature::XOP,
-    CpuidFeature::XSAVES,
 ];
 
 /// The op of an instruction. `no_more`: 15 bytes were not enough for iced.
@@ -187,7 +206,8 @@ pub(crate) fn lower(digest: &Digest<'_>, no_more: bool) -> Lowered {
     }
     let code = digest.ins.code();
     BY_CODE[code as usize].and_then(|select| select(digest)).unwrap_or_else(|| {
-        let foreign = code.cpuid_features().iter().any(|feature| NEVER_OFFERED.contains(feature));
+        let foreign = code.op_code().encoding() == EncodingKind::EVEX
+            || code.cpuid_features().iter().any(|feature| NEVER_OFFERED.contains(feature));
         digest.lower(if foreign { plain_handler(invalid) } else { plain_handler(missing) }).ends()
     })
 }

@@ -26,6 +26,8 @@ pub struct Msrs {
     pub kernel_gs_base: u64,
     /// IA32_TSC_AUX.
     pub tsc_aux: u64,
+    /// IA32_XSS.
+    pub xss: u64,
 }
 
 /// Where an MSR lives and what a write may hold.
@@ -65,6 +67,8 @@ const ROWS: &[Row] = &[
     row(msr::IA32_GS_BASE, Base(Seg::Gs)),
     row(msr::IA32_KERNEL_GS_BASE, Held(|msrs| &mut msrs.kernel_gs_base, canonical)),
     row(msr::IA32_TSC_AUX, Held(|msrs| &mut msrs.tsc_aux, |_, value| (value >> 32 == 0).then_some(value))),
+    // The core has no supervisor state component.
+    row(msr::IA32_XSS, Held(|msrs| &mut msrs.xss, |_, value| (value == 0).then_some(0))),
 ];
 
 fn canonical(cpu: &Cpu, value: u64) -> Option<u64> {
@@ -85,16 +89,18 @@ impl Cpu {
 
     /// Reads an MSR as RDMSR does. `None`: #GP(0).
     pub(crate) fn read_msr(&mut self, index: u32) -> Option<u64> {
-        if index == msr::IA32_TSC_AUX && !self.has_tsc_aux() {
-            return None;
+        match index {
+            msr::IA32_TSC_AUX if !self.has_tsc_aux() => None,
+            msr::IA32_XSS if !self.offers(&cpuid::XSAVES) => None,
+            _ => self.msr(index),
         }
-        self.msr(index)
     }
 
     /// Writes an MSR as WRMSR does. `None`: #GP(0).
     pub(crate) fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
         match index {
             msr::IA32_TSC_AUX if !self.has_tsc_aux() => None,
+            msr::IA32_XSS if !self.offers(&cpuid::XSAVES) => None,
             msr::IA32_EFER => self.write_efer(value),
             _ => self.set_msr(index, value),
         }

@@ -154,7 +154,7 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
 fn is_partial(instruction: &Instruction) -> bool {
     let features = instruction.cpuid_features();
     instruction.is_string_instruction()
-        || instruction.mnemonic() == Mnemonic::Maskmovdqu
+        || matches!(instruction.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu)
         || features.contains(&CpuidFeature::FPU)
 }
 

@@ -84,7 +84,9 @@ impl Interpreter {
         let mut view = View::new(&memory);
         let _ = view.refresh(); // nothing of an older picture is held
         write_kernel(&view);
-        let cpu = Cpu::new(memory, Box::new(HostPlatform::default()), 46);
+        let mut cpu = Cpu::new(memory, Box::new(HostPlatform::default()), 46);
+        // x87, SSE and AVX state.
+        cpu.set_xcr0(7);
         let kernel = kernel_sregs(cpu.sregs());
         Self { view, cpu, kernel, dirty_code: (0, 0) }
     }
@@ -259,7 +261,7 @@ fn kernel_sregs(reset: Sregs) -> Sregs {
         cr0: Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::AM | Cr0::PG,
         cr2: 0,
         cr3: gpa::PML4,
-        cr4: Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::FSGSBASE,
+        cr4: Cr4::PAE | Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::FSGSBASE | Cr4::OSXSAVE,
         efer: Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE,
         ..reset
     }

@@ -34,6 +34,8 @@ struct Note {
     note: &'static str,
 }
 
+const SHA: &[M] = &[M::Sha1msg1, M::Sha1msg2, M::Sha1nexte, M::Sha1rnds4, M::Sha256msg1, M::Sha256msg2, M::Sha256rnds2];
+
 const NOTES: &[Note] = &[
     Note {
         mnemonics: &[M::Cvtpd2pi, M::Cvttpd2pi, M::Cvtps2pi, M::Cvttps2pi, M::Cvtpi2ps],
@@ -66,6 +68,11 @@ const NOTES: &[Note] = &[
         note: "source 0: destination undefined in the SDM, unchanged on AMD and on Intel's CPUs; compared as unchanged",
     },
     Note {
+        mnemonics: SHA,
+        open: Open::Flags(0),
+        note: "a misaligned operand in memory is #GP(0) in the SDM (exceptions type 4); AMD's CPUs take it",
+    },
+    Note {
         mnemonics: &[M::Fnstenv, M::Fstenv, M::Fnsave, M::Fsave, M::Fxsave, M::Fxsave64],
         open: Open::Environment,
         note: "AMD keeps FOP, FIP and FDP of the last instruction that raised an exception, Intel of the last one",
@@ -74,11 +81,15 @@ const NOTES: &[Note] = &[
 
 /// Whether the last bits of the result are up to the CPU's approximation: comparable on the CPU that recorded it only.
 pub fn is_approximate(mnemonic: M) -> bool {
-    const APPROXIMATE: [M; 12] = [
+    const APPROXIMATE: [M; 16] = [
         M::Rcpps,
         M::Rcpss,
         M::Rsqrtps,
         M::Rsqrtss,
+        M::Vrcpps,
+        M::Vrcpss,
+        M::Vrsqrtps,
+        M::Vrsqrtss,
         M::F2xm1,
         M::Fcos,
         M::Fpatan,
@@ -93,7 +104,7 @@ pub fn is_approximate(mnemonic: M) -> bool {
 
 /// Whether something about `mnemonic` is open beyond the flags that the decoder knows of.
 pub(crate) fn has_notes(mnemonic: M) -> bool {
-    const OTHERS: [M; 6] = [M::Arpl, M::Enter, M::Fxrstor, M::Fxrstor64, M::Maskmovdqu, M::Maskmovq];
+    const OTHERS: [M; 7] = [M::Arpl, M::Enter, M::Fxrstor, M::Fxrstor64, M::Maskmovdqu, M::Vmaskmovdqu, M::Maskmovq];
     NOTES.iter().any(|note| note.mnemonics.contains(&mnemonic)) || OTHERS.contains(&mnemonic)
 }
 
@@ -128,8 +139,12 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
         M::Call if instruction.code().is_call_far_indirect() => {
             case.mode == Mode::Bits64 && case.state.gpr[4] >> 32 != 0
         }
-        // With RFLAGS.AC, #AC for 16 bytes and more is up to the CPU (SDM Vol. 3 "Alignment Check Exception").
-        _ if case.state.rflags & flag::AC != 0 && instruction.memory_size().size() >= 16 => true,
+        // Gathers check alignment in the SDM (exceptions type 12), not on AMD's CPUs.
+        _ if case.state.rflags & flag::AC != 0 && instruction.is_vsib() => true,
+        // VEX.W is ignored outside 64-bit mode (SDM Vol. 2 "PEXTRB/PEXTRD/PEXTRQ", "PINSRB/PINSRD/PINSRQ"); AMD's CPUs raise #UD.
+        M::Vpextrd | M::Vpinsrd if case.mode != Mode::Bits64 => {
+            bytes.iter().position(|byte| *byte == 0xc4).is_some_and(|at| bytes[at + 2] & 0x80 != 0)
+        }
         // Whether the final stack pointer is probed, and how wide, is up to the CPU.
         M::Enter => case.state.rflags & flag::AC != 0,
         _ => false,
@@ -160,8 +175,13 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
         | M::Fxrstor
         | M::Fxrstor64
         | M::Fxsave
-        | M::Fxsave64 => matches!(expected.vector, 12..=14) && matches!(actual.vector, 12..=14),
+        | M::Fxsave64 => matches!(expected.vector, 12..=14 | 17) && matches!(actual.vector, 12..=14 | 17),
         M::Call => matches!(expected.vector, 12 | 14 | 17) && actual.vector == 13,
+        // AMD's CPUs look at the address before they look at the mask (SDM Vol. 2 "VMASKMOV": nothing that it leaves out
+        // faults).
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {
+            matches!(expected.vector, 12 | 13) && actual.vector == 14
+        }
         // Misaligned and outside the stack segment at once.
         _ if instruction.memory_size().size() >= 16 => {
             matches!((expected.vector, actual.vector), (12, 13) | (13, 12))
@@ -174,7 +194,10 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
 pub(crate) fn is_open(instruction: &Instruction, expected: End, actual: End) -> bool {
     match instruction.mnemonic() {
         // Where a masked store faults, and on bytes that it does not store, is up to the CPU (SDM Vol. 2 "MASKMOVDQU").
-        M::Maskmovq | M::Maskmovdqu => expected != End::Done,
+        M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => expected != End::Done,
+        sha if SHA.contains(&sha) => {
+            matches!(actual, End::Exception(Exception { vector: 13, .. })) && expected != actual
+        }
         // Whether a destination that stays as it is must be writable.
         M::Arpl => expected == End::Done && actual != End::Done,
         // With a source in memory, Intel's CPUs raise a pending #MF and AMD's do not (SDM Vol. 2 "CVTPI2PS").
@@ -199,7 +222,7 @@ pub(crate) fn is_open(instruction: &Instruction, expected: End, actual: End) -> 
 pub(crate) fn open_mxcsr(instruction: &Instruction, expected: &Outcome) -> u32 {
     const FLAGS: u32 = 0x3f;
     let xm = matches!(expected.end, End::Exception(Exception { vector: 19, .. }));
-    if xm && matches!(instruction.mnemonic(), M::Dpps | M::Dppd) { FLAGS } else { 0 }
+    if xm && matches!(instruction.mnemonic(), M::Dpps | M::Dppd | M::Vdpps | M::Vdppd) { FLAGS } else { 0 }
 }
 
 /// MXCSR bits that AMD's CPUs have and Intel's reserve: MM.

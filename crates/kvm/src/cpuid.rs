@@ -91,6 +91,7 @@ pub const OFFERED: &[Feature] = &[
     bit::XSAVEOPT,
     bit::XSAVEC,
     bit::XGETBV_ECX_1,
+    bit::XSAVES,
     bit::LAHF_SAHF,
     bit::LZCNT,
     bit::PREFETCHW,
@@ -101,10 +102,25 @@ pub const OFFERED: &[Feature] = &[
     bit::LM,
     bit::WBNOINVD,
     bit::KVM_NOP_IO_DELAY,
+    bit::AVX,
+    bit::F16C,
+    bit::FMA,
+    bit::AVX2,
+    bit::SHA,
+    bit::VAES,
+    bit::VPCLMULQDQ,
 ];
+
+/// Of those, what runs on the host's own instructions beyond what every 64-bit processor of ten years has.
+const BY_HOST: &[Feature] =
+    &[bit::AVX, bit::F16C, bit::FMA, bit::AVX2, bit::AESNI, bit::PCLMULQDQ, bit::SHA, bit::VAES, bit::VPCLMULQDQ];
 
 /// Whether guests on this host are told of a feature of [`OFFERED`].
 fn is_offered_here(feature: &Feature) -> bool {
+    if BY_HOST.contains(feature) {
+        let vex = ![bit::AESNI, bit::PCLMULQDQ, bit::SHA].contains(feature);
+        return feature.is_in(host(feature.leaf, feature.subleaf)) && (!vex || xsave::has_avx());
+    }
     *feature != bit::PKU || xsave::pkru_at().is_some()
 }
 
@@ -214,9 +230,13 @@ fn make_supported() -> Vec<kvm_cpuid_entry2> {
     table.leaf(0xa, [0; 4]);
     table.subleaf(0xb, 0, [0; 4]);
     if OFFERED.contains(&bit::XSAVE) {
-        let all = xsave::pkru_at().map_or(XSAVE_LEAST, |at| at + 8);
+        let least = if xsave::has_avx() { XSAVE_LEAST + xsave::AVX_BYTES } else { XSAVE_LEAST };
+        let all = xsave::pkru_at().map_or(least, |at| least.max(at + 8));
         table.subleaf(0xd, 0, [xsave::components() as u32, XSAVE_LEAST, all, 0]);
         table.subleaf(0xd, 1, [0, XSAVE_LEAST, 0, 0]);
+        if xsave::has_avx() {
+            table.subleaf(0xd, 2, [xsave::AVX_BYTES, xsave::AVX_AT, 0, 0]);
+        }
         if let Some(at) = xsave::pkru_at() {
             table.subleaf(0xd, 9, [8, at, 0, 0]);
         }

@@ -6,13 +6,24 @@ use std::sync::LazyLock;
 use cpu_core::Fpu;
 use nix::errno::Errno;
 
-/// XCR0 components: x87, SSE, and PKRU where the host has it.
+/// XCR0 components: x87, SSE, and AVX and PKRU where the host has them.
 pub(crate) fn components() -> u64 {
-    X87 | SSE | if pkru_at().is_some() { PKRU } else { 0 }
+    X87 | SSE | if has_avx() { AVX } else { 0 } | if pkru_at().is_some() { PKRU } else { 0 }
 }
 const X87: u64 = 1;
 const SSE: u64 = 2;
+const AVX: u64 = 4;
 const PKRU: u64 = 1 << 9;
+
+/// Bytes of the AVX component: the upper halves of YMM0 to 15. SDM Vol. 1 "AVX State".
+pub(crate) const AVX_BYTES: u32 = 256;
+/// Its place in an image, which is the same on every processor.
+pub(crate) const AVX_AT: u32 = HEADER_END as u32;
+
+/// The core executes AVX with the host's own instructions.
+pub(crate) fn has_avx() -> bool {
+    std::arch::is_x86_feature_detected!("avx")
+}
 
 /// Place of PKRU in an image, bytes, where the host has it. VMMs ask the host's CPUID for it and not ours (QEMU's
 /// `kvm_cpu_xsave_init`), so guests of a host without it are told of no protection keys.
@@ -31,9 +42,9 @@ const HEADER_END: usize = LEGACY + 64;
 /// MXCSR bits that exist; the image's MXCSR_MASK.
 const MXCSR_MASK: u32 = 0xffff;
 
-/// XCR0 that XSETBV takes: x87 always, nothing beyond `supported`.
+/// XCR0 that XSETBV takes: x87 always, AVX with SSE, nothing beyond `supported`.
 pub(crate) fn is_valid_xcr0(xcr0: u64, supported: u64) -> bool {
-    xcr0 & X87 != 0 && xcr0 & !(supported | X87) == 0
+    xcr0 & X87 != 0 && xcr0 & (SSE | AVX) != AVX && xcr0 & !(supported | X87) == 0
 }
 
 /// The state of a CPU. All components are marked as in use, as Linux does for KVM.
@@ -41,6 +52,11 @@ pub(crate) fn image(fpu: &Fpu) -> [u32; 1024] {
     let mut bytes = [0; 4096];
     bytes[..LEGACY].copy_from_slice(&fpu.to_fxsave(MXCSR_MASK));
     bytes[LEGACY..LEGACY + 8].copy_from_slice(&components().to_le_bytes());
+    if has_avx() {
+        for (upper, register) in bytes[AVX_AT as usize..].chunks_exact_mut(16).zip(&fpu.vector) {
+            upper.copy_from_slice(&register.0[16..32]);
+        }
+    }
     if let Some(at) = pkru_at() {
         bytes[at as usize..][..4].copy_from_slice(&fpu.pkru.to_le_bytes());
     }
@@ -77,6 +93,12 @@ pub(crate) fn load(fpu: &mut Fpu, words: &[u32; 1024]) -> Result<(), Errno> {
         take(160..416);
     }
     fpu.load_fxsave(&image);
+    let upper = words[AVX_AT as usize / 4..].chunks_exact(4);
+    for (register, upper) in fpu.vector.iter_mut().zip(upper) {
+        for (bytes, word) in register.0[16..32].chunks_exact_mut(4).zip(upper) {
+            bytes.copy_from_slice(&if in_use & AVX != 0 { *word } else { 0 }.to_le_bytes());
+        }
+    }
     fpu.pkru = match pkru_at() {
         Some(at) if in_use & PKRU != 0 => words[at as usize / 4],
         _ => 0,
@@ -93,6 +115,9 @@ mod tests {
         fpu.pkru = if pkru_at().is_some() { 0x5555_5554 } else { 0 };
         fpu.st[3][..10].copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
         fpu.vector[15].0[..16].copy_from_slice(&[7; 16]);
+        if has_avx() {
+            fpu.vector[3].0[16..32].copy_from_slice(&[9; 16]);
+        }
         fpu
     }
 
@@ -111,11 +136,12 @@ mod tests {
         load(&mut fpu, &words).unwrap();
         assert_eq!((fpu.fcw, fpu.mxcsr), (0x37f, 0x1f00));
         assert_eq!(fpu.vector[15], sample().vector[15]);
+        assert_eq!(fpu.vector[3], cpu_core::VectorRegister::default());
     }
 
     #[test]
     fn malformed_images_are_refused() {
-        for (word, value) in [(LEGACY / 4, 4), (LEGACY / 4 + 2, 1), (LEGACY / 4 + 15, 1), (6, 1 << 16)] {
+        for (word, value) in [(LEGACY / 4, 1 << 5), (LEGACY / 4 + 2, 1), (LEGACY / 4 + 15, 1), (6, 1 << 16)] {
             let mut words = image(&sample());
             words[word] = value;
             assert_eq!(load(&mut Fpu::default(), &words), Err(Errno::EINVAL), "word {word}");
@@ -124,7 +150,7 @@ mod tests {
 
     #[test]
     fn xcr0_needs_x87() {
-        assert!(is_valid_xcr0(1, 0) && is_valid_xcr0(3, 3));
-        assert!(!is_valid_xcr0(2, 3) && !is_valid_xcr0(3, 0) && !is_valid_xcr0(7, 3));
+        assert!(is_valid_xcr0(1, 0) && is_valid_xcr0(3, 3) && is_valid_xcr0(7, 7));
+        assert!(!is_valid_xcr0(5, 7) && !is_valid_xcr0(2, 3) && !is_valid_xcr0(3, 0) && !is_valid_xcr0(7, 3));
     }
 }

@@ -49,31 +49,39 @@ macro_rules! float {
 }
 pub(super) use float;
 
-/// `op xmm, xmm/mem, imm8`, one host instruction for each of the `N` immediates that differ; a feature.
+/// `impl Float` for `op xmm, xmm/mem, imm8`, with one host instruction for each of the `N` immediates that differ.
+macro_rules! float_imm_impl {
+    ($I:ident, $name:literal, $tiny:ident, $N:literal, $table:ident) => {
+        pub(super) struct $I;
+        const _: () = {
+            struct One<const IMM: u8>;
+    float_xmm_impl!([<const IMM: u8>] One<IMM>, $tiny, $name, ", {IMM}", IMM);
+            impl Float for $I {
+                type In = V;
+                type Out = V;
+                #[inline(always)]
+                unsafe fn eval(a: V, b: V, imm: u8, mxcsr: *mut u32) -> V {
+                    static TABLE: [unsafe fn(V, V, u8, *mut u32) -> V; $N] = $table!(One, eval);
+                    // SAFETY: the caller's.
+                    unsafe { TABLE[usize::from(imm) & ($N - 1)](a, b, imm, mxcsr) }
+                }
+                fn eval_under(a: V, b: V, imm: u8, under: &mut Under) -> V {
+                    static TABLE: [fn(V, V, u8, &mut Under) -> V; $N] = $table!(One, eval_under);
+                    TABLE[usize::from(imm) & ($N - 1)](a, b, imm, under)
+                }
+                fn is_tiny(out: V) -> bool {
+                    host_simd::tiny::$tiny(out)
+                }
+            }
+        };
+    };
+}
+
+/// Row's selector of such an instruction: what it reads of memory; a feature.
 macro_rules! float_imm {
-    ($name:literal, $S:ident, $tiny:ident, $N:literal, $table:ident, $feature:tt) => {{
-        struct One<const IMM: u8>;
-        float_xmm_impl!([<const IMM: u8>] One<IMM>, $tiny, $name, ", {IMM}", IMM);
-        struct I;
-        impl Float for I {
-            type In = V;
-            type Out = V;
-            #[inline(always)]
-            unsafe fn eval(a: V, b: V, imm: u8, mxcsr: *mut u32) -> V {
-                static TABLE: [unsafe fn(V, V, u8, *mut u32) -> V; $N] = $table!(One, eval);
-                // SAFETY: the caller's.
-                unsafe { TABLE[usize::from(imm) & ($N - 1)](a, b, imm, mxcsr) }
-            }
-            fn eval_under(a: V, b: V, imm: u8, under: &mut Under) -> V {
-                static TABLE: [fn(V, V, u8, &mut Under) -> V; $N] = $table!(One, eval_under);
-                TABLE[usize::from(imm) & ($N - 1)](a, b, imm, under)
-            }
-            fn is_tiny(out: V) -> bool {
-                host_simd::tiny::$tiny(out)
-            }
-        }
-        |d: &Digest<'_>| if std::arch::is_x86_feature_detected!($feature) { packed::<I, $S>(d) } else { lacking(d) }
-    }};
+    ($I:ident, $S:ident, $feature:tt) => {
+        |d: &Digest<'_>| if std::arch::is_x86_feature_detected!($feature) { packed::<$I, $S>(d) } else { lacking(d) }
+    };
 }
 
 macro_rules! table_8 {
@@ -136,6 +144,18 @@ macro_rules! compare {
     }};
 }
 
+float_imm_impl!(Cmpps, "cmpps", never, 8, table_8);
+float_imm_impl!(Cmppd, "cmppd", never, 8, table_8);
+float_imm_impl!(Cmpss, "cmpss", never, 8, table_8);
+float_imm_impl!(Cmpsd, "cmpsd", never, 8, table_8);
+float_imm_impl!(Roundps, "roundps", never, 16, table_16);
+float_imm_impl!(Roundpd, "roundpd", never, 16, table_16);
+float_imm_impl!(Roundss, "roundss", never, 16, table_16);
+float_imm_impl!(Roundsd, "roundsd", never, 16, table_16);
+float_imm_impl!(Dpps, "dpps", ps, 256, table_256);
+float_imm_impl!(Dppd, "dppd", pd, 256, table_256);
+float_imm_impl!(Mpsadbw, "mpsadbw", never, 8, table_8);
+
 pub(in crate::isa) const ROWS: &[Row] = &[
     row(M::Addps, float!("addps", M128, ps)),
     row(M::Addpd, float!("addpd", M128, pd)),
@@ -171,19 +191,19 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     row(M::Haddpd, float!("haddpd", M128, pd, "sse3")),
     row(M::Hsubps, float!("hsubps", M128, ps, "sse3")),
     row(M::Hsubpd, float!("hsubpd", M128, pd, "sse3")),
-    row(M::Cmpps, float_imm!("cmpps", M128, never, 8, table_8, "sse2")),
-    row(M::Cmppd, float_imm!("cmppd", M128, never, 8, table_8, "sse2")),
-    row(M::Cmpss, float_imm!("cmpss", M32, never, 8, table_8, "sse2")),
+    row(M::Cmpps, float_imm!(Cmpps, M128, "sse2")),
+    row(M::Cmppd, float_imm!(Cmppd, M128, "sse2")),
+    row(M::Cmpss, float_imm!(Cmpss, M32, "sse2")),
     // The mnemonic is the string instruction's too.
-    codes(&[C::Cmpsd_xmm_xmmm64_imm8], float_imm!("cmpsd", M64, never, 8, table_8, "sse2")),
-    row(M::Roundps, float_imm!("roundps", M128, never, 16, table_16, "sse4.1")),
-    row(M::Roundpd, float_imm!("roundpd", M128, never, 16, table_16, "sse4.1")),
-    row(M::Roundss, float_imm!("roundss", M32, never, 16, table_16, "sse4.1")),
-    row(M::Roundsd, float_imm!("roundsd", M64, never, 16, table_16, "sse4.1")),
-    row(M::Dpps, float_imm!("dpps", M128, ps, 256, table_256, "sse4.1")),
-    row(M::Dppd, float_imm!("dppd", M128, pd, 256, table_256, "sse4.1")),
+    codes(&[C::Cmpsd_xmm_xmmm64_imm8], float_imm!(Cmpsd, M64, "sse2")),
+    row(M::Roundps, float_imm!(Roundps, M128, "sse4.1")),
+    row(M::Roundpd, float_imm!(Roundpd, M128, "sse4.1")),
+    row(M::Roundss, float_imm!(Roundss, M32, "sse4.1")),
+    row(M::Roundsd, float_imm!(Roundsd, M64, "sse4.1")),
+    row(M::Dpps, float_imm!(Dpps, M128, "sse4.1")),
+    row(M::Dppd, float_imm!(Dppd, M128, "sse4.1")),
     // Integers, and MXCSR is not looked at: here for its immediate.
-    row(M::Mpsadbw, float_imm!("mpsadbw", M128, never, 8, table_8, "sse4.1")),
+    row(M::Mpsadbw, float_imm!(Mpsadbw, M128, "sse4.1")),
     row(M::Comiss, compare!("comiss", M32)),
     row(M::Comisd, compare!("comisd", M64)),
     row(M::Ucomiss, compare!("ucomiss", M32)),
@@ -202,21 +222,40 @@ const PE: u32 = 1 << 5;
 
 /// A float result under any MXCSR; the fault, and the flags, where an exception is unmasked.
 pub(super) fn careful<I: Float>(cpu: &mut Cpu, a: V, b: I::In, imm: u8) -> Result<I::Out, Stop> {
+    let mut under = under(cpu);
+    let out = I::eval_under(a, b, imm, &mut under);
+    settle(cpu, under.found, || I::is_tiny(out), |mxcsr| I::is_inexact_unbounded(a, b, mxcsr))?;
+    Ok(out)
+}
+
+/// Under what the host computes for the guest's MXCSR: everything masked, no flag set.
+pub(super) fn under(cpu: &Cpu) -> Under {
+    let guest = cpu.fpu.mxcsr;
+    // FZ holds only while underflow is masked (SDM Vol. 1 "Flush-To-Zero").
+    let unmasked_underflow = guest >> 7 & UE == 0;
+    // Every bit below CONTROL is a flag, and starts clear.
+    let run = (guest & CONTROL | MASKS) & if unmasked_underflow { !FZ } else { !0 };
+    Under { run, found: 0, back: DEFAULT }
+}
+
+/// Sets the flags of a computation that `found` these exceptions; the fault where one is unmasked. `tiny`: part of the
+/// result is denormal. `inexact`: as [`Float::is_inexact_unbounded`].
+pub(super) fn settle(
+    cpu: &mut Cpu,
+    found: u32,
+    tiny: impl FnOnce() -> bool,
+    inexact: impl FnOnce(u32) -> Option<bool>,
+) -> Result<(), Stop> {
     let guest = cpu.fpu.mxcsr;
     let unmasked = !(guest >> 7) & FLAGS;
-    // FZ holds only while underflow is masked (SDM Vol. 1 "Flush-To-Zero").
-    let run = (guest & CONTROL | MASKS) & if unmasked & UE != 0 { !FZ } else { !0 };
-    // Every bit below CONTROL is a flag, and starts clear.
-    let mut under = Under { run, found: 0, back: DEFAULT };
-    let out = I::eval_under(a, b, imm, &mut under);
-    let mut raised = under.found & FLAGS;
-    if unmasked & UE != 0 && I::is_tiny(out) {
+    let mut raised = found & FLAGS;
+    if unmasked & UE != 0 && tiny() {
         // Unmasked underflow does not ask whether the result is exact.
         raised |= UE;
     }
     if raised & unmasked & (OE | UE) != 0
         && raised & !unmasked & (OE | UE) == 0
-        && let Some(inexact) = I::is_inexact_unbounded(a, b, guest)
+        && let Some(inexact) = inexact(guest)
     {
         // The trap handler gets the result with an adjusted exponent; PE tells whether that one was rounded.
         raised = if inexact { raised | PE } else { raised & !PE };
@@ -228,7 +267,7 @@ pub(super) fn careful<I: Float>(cpu: &mut Cpu, a: V, b: I::In, imm: u8) -> Resul
     }
     cpu.set_mxcsr(guest | raised);
     if raised & unmasked == 0 {
-        return Ok(out);
+        return Ok(());
     }
     let reported = cpu.cr4.contains(x86_defs::Cr4::OSXMMEXCPT);
     Err(cpu.fault(if reported { Fault::XM } else { Fault::UD }))

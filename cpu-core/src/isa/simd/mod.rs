@@ -1,4 +1,4 @@
-//! MMX and SSE to SSE4.2: what their families share. SDM Vol. 2, the page of each mnemonic; Vol. 1 chapters 9 to 12.
+//! MMX and SSE to SSE4.2, AES and SHA: what their families share. SDM Vol. 2, the page of each mnemonic; Vol. 1 chapters 9 to 12.
 //!
 //! Shapes (which operand is where, how wide, how aligned) are generic code here; a row names its instruction and a shape.
 #![expect(unsafe_code, reason = "hot semantics run on the dispatch's raw CPU pointer")]
@@ -7,11 +7,13 @@ pub(super) mod convert;
 pub(super) mod float;
 pub(super) mod integer;
 pub(super) mod moves;
+pub(super) mod sha;
 pub(super) mod shuffle;
 pub(super) mod sse4;
 pub(super) mod state;
 #[cfg(test)]
 mod tests;
+pub(super) mod vex;
 pub(super) mod xsave;
 
 use std::marker::PhantomData;

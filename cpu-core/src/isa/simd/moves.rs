@@ -380,7 +380,7 @@ fn movnti(d: &Digest<'_>) -> Option<Lowered> {
 }
 
 /// Stores the bytes of `value` whose mask byte is negative at DS:rDI, or the segment that overrides DS.
-fn store_masked<const N: usize>(cpu: &mut Cpu, op: &Op, value: [u8; N], mask: [u8; N]) -> Done {
+pub(super) fn store_masked<const N: usize>(cpu: &mut Cpu, op: &Op, value: [u8; N], mask: [u8; N]) -> Done {
     let (seg, address) = (op.segment(), op.address_mask());
     let offset = cpu.reg(Gpr::Rdi) & address;
     let la = cpu.linear(seg, offset, N as u32, true)?;

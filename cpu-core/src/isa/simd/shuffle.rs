@@ -50,7 +50,7 @@ pub(in crate::isa) const ROWS: &[Row] = &[
 ];
 
 /// `dst ← f(dst, src, imm)` on XMM registers. `xmm0` is looked at by the variable blends alone.
-trait ByImm: 'static {
+pub(super) trait ByImm: 'static {
     /// Reads the implicit XMM0 in place of the immediate.
     const BY_XMM0: bool = false;
     fn eval(dst: u128, src: u128, imm: u8) -> u128;
@@ -61,11 +61,11 @@ trait ByImm: 'static {
 
 /// Lane `i` of `BITS`.
 #[inline(always)]
-fn lane<const BITS: u32>(value: u128, i: u32) -> u128 {
+pub(super) fn lane<const BITS: u32>(value: u128, i: u32) -> u128 {
     value >> (BITS * i) & (u128::MAX >> (128 - BITS))
 }
 
-struct Pshufd;
+pub(super) struct Pshufd;
 impl ByImm for Pshufd {
     #[inline(always)]
     fn eval(_: u128, src: u128, imm: u8) -> u128 {
@@ -81,7 +81,7 @@ fn words(src: u64, imm: u8) -> u64 {
     pick(0) | pick(1) | pick(2) | pick(3)
 }
 
-struct Pshufhw;
+pub(super) struct Pshufhw;
 impl ByImm for Pshufhw {
     #[inline(always)]
     fn eval(_: u128, src: u128, imm: u8) -> u128 {
@@ -89,7 +89,7 @@ impl ByImm for Pshufhw {
     }
 }
 
-struct Pshuflw;
+pub(super) struct Pshuflw;
 impl ByImm for Pshuflw {
     #[inline(always)]
     fn eval(_: u128, src: u128, imm: u8) -> u128 {
@@ -97,7 +97,7 @@ impl ByImm for Pshuflw {
     }
 }
 
-struct Shufps;
+pub(super) struct Shufps;
 impl ByImm for Shufps {
     #[inline(always)]
     fn eval(dst: u128, src: u128, imm: u8) -> u128 {
@@ -106,7 +106,7 @@ impl ByImm for Shufps {
     }
 }
 
-struct Shufpd;
+pub(super) struct Shufpd;
 impl ByImm for Shufpd {
     #[inline(always)]
     fn eval(dst: u128, src: u128, imm: u8) -> u128 {
@@ -114,7 +114,7 @@ impl ByImm for Shufpd {
     }
 }
 
-struct Pslldq;
+pub(super) struct Pslldq;
 impl ByImm for Pslldq {
     #[inline(always)]
     fn eval(dst: u128, _: u128, imm: u8) -> u128 {
@@ -122,7 +122,7 @@ impl ByImm for Pslldq {
     }
 }
 
-struct Psrldq;
+pub(super) struct Psrldq;
 impl ByImm for Psrldq {
     #[inline(always)]
     fn eval(dst: u128, _: u128, imm: u8) -> u128 {
@@ -131,7 +131,7 @@ impl ByImm for Psrldq {
 }
 
 /// 16 bytes from byte `imm` on of `dst` above `src`, zeros above both.
-struct Palignr;
+pub(super) struct Palignr;
 impl ByImm for Palignr {
     #[inline(always)]
     fn eval(dst: u128, src: u128, imm: u8) -> u128 {
@@ -145,7 +145,7 @@ impl ByImm for Palignr {
 }
 
 /// Lane `i` of `src` where bit `i` of the immediate is set.
-struct Blend<const BITS: u32>;
+pub(super) struct Blend<const BITS: u32>;
 impl<const BITS: u32> ByImm for Blend<BITS> {
     #[inline(always)]
     fn eval(dst: u128, src: u128, imm: u8) -> u128 {
@@ -156,7 +156,7 @@ impl<const BITS: u32> ByImm for Blend<BITS> {
 }
 
 /// Lane of `src` where the sign of XMM0's lane is set.
-struct BlendByMask<const BITS: u32>;
+pub(super) struct BlendByMask<const BITS: u32>;
 impl<const BITS: u32> ByImm for BlendByMask<BITS> {
     const BY_XMM0: bool = true;
     fn eval(dst: u128, _: u128, _: u8) -> u128 {
@@ -171,7 +171,7 @@ impl<const BITS: u32> ByImm for BlendByMask<BITS> {
 }
 
 /// `src` has been loaded as 4 bytes where it is memory: the selector makes the source lane 0 then.
-struct Insertps;
+pub(super) struct Insertps;
 impl ByImm for Insertps {
     #[inline(always)]
     fn eval(dst: u128, src: u128, imm: u8) -> u128 {

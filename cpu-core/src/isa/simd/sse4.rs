@@ -4,9 +4,10 @@
 
 use std::arch::is_x86_feature_detected;
 
-use iced_x86::{Code as C, Mnemonic as M};
+use iced_x86::{Code as C, EncodingKind, Mnemonic as M};
 
 use super::float::{Mem, Operand, Reg};
+use super::shuffle::ByImm;
 use super::{M128, M128Unaligned, keeps, lacking, xmm};
 use crate::cpu::{Cpu, Done, Then};
 use crate::decode::digest::{Digest, FlagsOut, Lowered};
@@ -77,48 +78,53 @@ macro_rules! compare_strings {
         }
         static TABLE: Table = [sixteen!(0), sixteen!(16), sixteen!(32), sixteen!(48), sixteen!(64), sixteen!(80),
             sixteen!(96), sixteen!(112)];
-        fn run<O: Operand<V>>(cpu: &mut Cpu, op: &Op) -> Done {
-            compare_strings::<O, $index, $explicit, $wide>(cpu, op, &TABLE)
+        fn run<O: Operand<V>, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Done {
+            compare_strings::<O, $index, $explicit, $wide, VEX>(cpu, op, &TABLE)
         }
         |d: &Digest<'_>| {
             if !is_x86_feature_detected!("sse4.2") {
                 return lacking(d);
             }
-            let mem = plain_handler(run::<Mem<M128Unaligned, Exact>>);
-            let lowered = keeps(d, if d.is_mem(1) { mem } else { plain_handler(run::<Reg>) })?;
+            let handler = match (d.ins.code().op_code().encoding() == EncodingKind::VEX, d.is_mem(1)) {
+                (false, false) => plain_handler(run::<Reg, false>),
+                (false, true) => plain_handler(run::<Mem<M128Unaligned, Exact>, false>),
+                (true, false) => plain_handler(run::<Reg, true>),
+                (true, true) => plain_handler(run::<Mem<M128Unaligned, Exact>, true>),
+            };
+            let lowered = keeps(d, handler)?;
             Some(Lowered { flags: FlagsOut::Unknown, ..lowered })
         }
     }};
 }
 
-/// An XMM instruction whose immediate chooses with bits 0 and 4.
-macro_rules! by_table {
-    ($name:literal, $feature:tt) => {{
-        fn one<const IMM: u8>(mut a: V, b: V) -> V {
-            // SAFETY: registers only; the selector has looked whether the host has it.
-            unsafe {
-                std::arch::asm!(concat!($name, " {a}, {b}, {imm}"), a = inout(xmm_reg) a, b = in(xmm_reg) b,
-                    imm = const IMM, options(pure, nomem, nostack, preserves_flags));
-            }
-            a
+/// The product without carries of the quadwords that bits 0 and 4 of the immediate choose.
+pub(super) struct Pclmulqdq;
+impl ByImm for Pclmulqdq {
+    fn eval(dst: u128, src: u128, imm: u8) -> u128 {
+        let quad = |value: u128, high: u8| from_u128(if high != 0 { value >> 64 } else { value });
+        let (mut a, b) = (quad(dst, imm & 1), quad(src, imm & 0x10));
+        // SAFETY: registers only; the selector has looked whether the host has it.
+        unsafe {
+            std::arch::asm!("pclmulqdq {0}, {1}, 0", inout(xmm_reg) a, in(xmm_reg) b,
+                options(pure, nomem, nostack, preserves_flags));
         }
-        fn run<O: Operand<V>>(cpu: &mut Cpu, op: &Op) -> Done {
-            static TABLE: [fn(V, V) -> V; 4] = [one::<0x00>, one::<0x01>, one::<0x10>, one::<0x11>];
-            cpu.require_sse()?;
-            let b = O::exact(cpu, op)?;
-            let index = usize::from(op.imm as u8 & 1 | op.imm as u8 >> 3 & 2);
-            let out = TABLE[index](from_u128(cpu.xmm(op.dst)), b);
-            cpu.set_xmm(op.dst, to_u128(out));
-            Ok(Then::Next)
-        }
-        |d: &Digest<'_>| {
-            if !is_x86_feature_detected!($feature) {
-                return lacking(d);
-            }
-            let mem = plain_handler(run::<Mem<M128, Exact>>);
-            keeps(d, if d.is_mem(1) { mem } else { plain_handler(run::<Reg>) })
-        }
-    }};
+        to_u128(a)
+    }
+}
+
+fn pclmulqdq(d: &Digest<'_>) -> Option<Lowered> {
+    fn run<O: Operand<V>>(cpu: &mut Cpu, op: &Op) -> Done {
+        cpu.require_sse()?;
+        let b = O::exact(cpu, op)?;
+        let out = Pclmulqdq::eval(cpu.xmm(op.dst), to_u128(b), op.imm as u8);
+        cpu.set_xmm(op.dst, out);
+        Ok(Then::Next)
+    }
+    if !is_x86_feature_detected!("pclmulqdq") {
+        return lacking(d);
+    }
+    let mem = plain_handler(run::<Mem<M128, Exact>>);
+    keeps(d, if d.is_mem(1) { mem } else { plain_handler(run::<Reg>) })
 }
 
 pub(in crate::isa) const ROWS: &[Row] = &[
@@ -127,13 +133,31 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     codes(&[C::Crc32_r32_rm16], crc32!(u16, "crc32 {crc:e}, {data:x}", reg)),
     codes(&[C::Crc32_r32_rm32], crc32!(u32, "crc32 {crc:e}, {data:e}", reg)),
     codes(&[C::Crc32_r64_rm64], crc32!(u64, "crc32 {crc}, {data}", reg)),
-    codes(&[C::Pcmpestri_xmm_xmmm128_imm8], compare_strings!("pcmpestri", true, true, false)),
-    codes(&[C::Pcmpestri64_xmm_xmmm128_imm8], compare_strings!("pcmpestri", true, true, true)),
-    codes(&[C::Pcmpestrm_xmm_xmmm128_imm8], compare_strings!("pcmpestrm", false, true, false)),
-    codes(&[C::Pcmpestrm64_xmm_xmmm128_imm8], compare_strings!("pcmpestrm", false, true, true)),
-    row(M::Pcmpistri, compare_strings!("pcmpistri", true, false, false)),
-    row(M::Pcmpistrm, compare_strings!("pcmpistrm", false, false, false)),
-    row(M::Pclmulqdq, by_table!("pclmulqdq", "pclmulqdq")),
+    codes(
+        &[C::Pcmpestri_xmm_xmmm128_imm8, C::VEX_Vpcmpestri_xmm_xmmm128_imm8],
+        compare_strings!("pcmpestri", true, true, false),
+    ),
+    codes(
+        &[C::Pcmpestri64_xmm_xmmm128_imm8, C::VEX_Vpcmpestri64_xmm_xmmm128_imm8],
+        compare_strings!("pcmpestri", true, true, true),
+    ),
+    codes(
+        &[C::Pcmpestrm_xmm_xmmm128_imm8, C::VEX_Vpcmpestrm_xmm_xmmm128_imm8],
+        compare_strings!("pcmpestrm", false, true, false),
+    ),
+    codes(
+        &[C::Pcmpestrm64_xmm_xmmm128_imm8, C::VEX_Vpcmpestrm64_xmm_xmmm128_imm8],
+        compare_strings!("pcmpestrm", false, true, true),
+    ),
+    codes(
+        &[C::Pcmpistri_xmm_xmmm128_imm8, C::VEX_Vpcmpistri_xmm_xmmm128_imm8],
+        compare_strings!("pcmpistri", true, false, false),
+    ),
+    codes(
+        &[C::Pcmpistrm_xmm_xmmm128_imm8, C::VEX_Vpcmpistrm_xmm_xmmm128_imm8],
+        compare_strings!("pcmpistrm", false, false, false),
+    ),
+    row(M::Pclmulqdq, pclmulqdq),
     row(M::Aesenc, xmm!("aesenc", "aes")),
     row(M::Aesenclast, xmm!("aesenclast", "aes")),
     row(M::Aesdec, xmm!("aesdec", "aes")),
@@ -161,12 +185,12 @@ fn length(value: i64) -> u32 {
     value.unsigned_abs().min(16) as u32
 }
 
-fn compare_strings<O: Operand<V>, const INDEX: bool, const EXPLICIT: bool, const WIDE: bool>(
+fn compare_strings<O: Operand<V>, const INDEX: bool, const EXPLICIT: bool, const WIDE: bool, const VEX: bool>(
     cpu: &mut Cpu,
     op: &Op,
     table: &Table,
 ) -> Done {
-    cpu.require_sse()?;
+    if VEX { cpu.require_avx() } else { cpu.require_sse() }?;
     let b = O::exact(cpu, op)?;
     let a = from_u128(cpu.xmm(op.dst));
     let lengths = [Gpr::Rax, Gpr::Rdx].map(|register| match (EXPLICIT, WIDE) {
@@ -179,6 +203,9 @@ fn compare_strings<O: Operand<V>, const INDEX: bool, const EXPLICIT: bool, const
     if INDEX {
         cpu.put_gpr(Gpr::Rcx, index);
     } else {
+        if VEX {
+            cpu.fpu.vector[0] = crate::state::VectorRegister::default();
+        }
         cpu.set_xmm(0, to_u128(mask));
     }
     let flags = u64::from(ax >> 8) & (CF | ZF | SF) | u64::from(ax & 1) * OF;
@@ -187,18 +214,25 @@ fn compare_strings<O: Operand<V>, const INDEX: bool, const EXPLICIT: bool, const
 }
 
 /// The host's with round constant 0; the constant is only XORed into lanes 1 and 3. SDM Vol. 2 "AESKEYGENASSIST".
+pub(super) struct Aeskeygenassist;
+impl ByImm for Aeskeygenassist {
+    fn eval(_: u128, src: u128, imm: u8) -> u128 {
+        let out: V;
+        // SAFETY: registers only; the selector has looked whether the host has it.
+        unsafe {
+            std::arch::asm!("aeskeygenassist {0}, {1}, 0", out(xmm_reg) out, in(xmm_reg) from_u128(src),
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        let constant = u128::from(imm);
+        to_u128(out) ^ constant << 32 ^ constant << 96
+    }
+}
+
 fn aeskeygenassist(d: &Digest<'_>) -> Option<Lowered> {
     fn run<O: Operand<V>>(cpu: &mut Cpu, op: &Op) -> Done {
         cpu.require_sse()?;
         let b = O::exact(cpu, op)?;
-        let out: V;
-        // SAFETY: registers only; the selector has looked whether the host has it.
-        unsafe {
-            std::arch::asm!("aeskeygenassist {0}, {1}, 0", out(xmm_reg) out, in(xmm_reg) b,
-                options(pure, nomem, nostack, preserves_flags));
-        }
-        let constant = u128::from(op.imm & 0xff);
-        cpu.set_xmm(op.dst, to_u128(out) ^ constant << 32 ^ constant << 96);
+        cpu.set_xmm(op.dst, Aeskeygenassist::eval(0, to_u128(b), op.imm as u8));
         Ok(Then::Next)
     }
     if !is_x86_feature_detected!("aes") {

@@ -17,8 +17,8 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     row(M::Fxsave64, |d| keeps(d, plain_handler(fxsave::<true>))),
     row(M::Fxrstor, |d| keeps(d, plain_handler(fxrstor::<false>))),
     row(M::Fxrstor64, |d| keeps(d, plain_handler(fxrstor::<true>))),
-    row(M::Ldmxcsr, |d| keeps(d, plain_handler(ldmxcsr))),
-    row(M::Stmxcsr, |d| keeps(d, plain_handler(stmxcsr))),
+    row(M::Ldmxcsr, |d| keeps(d, plain_handler(ldmxcsr::<false>))),
+    row(M::Stmxcsr, |d| keeps(d, plain_handler(stmxcsr::<false>))),
     row(M::Emms, |d| keeps(d, plain_handler(emms))),
     row(M::Lfence, fence),
     row(M::Sfence, fence),
@@ -212,8 +212,9 @@ fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Next)
 }
 
-fn ldmxcsr(cpu: &mut Cpu, op: &Op) -> Done {
-    cpu.require_sse()?;
+/// `VEX`: VLDMXCSR.
+pub(super) fn ldmxcsr<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Done {
+    if VEX { cpu.require_avx() } else { cpu.require_sse() }?;
     let value: u32 = cpu.read_operand(op)?;
     if value & !MXCSR_MASK != 0 {
         return Err(cpu.fault(Fault::gp(0)));
@@ -222,8 +223,9 @@ fn ldmxcsr(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Next)
 }
 
-fn stmxcsr(cpu: &mut Cpu, op: &Op) -> Done {
-    cpu.require_sse()?;
+/// `VEX`: VSTMXCSR.
+pub(super) fn stmxcsr<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Done {
+    if VEX { cpu.require_avx() } else { cpu.require_sse() }?;
     cpu.write_operand(op, cpu.fpu.mxcsr)?;
     Ok(Then::Next)
 }

@@ -1,4 +1,4 @@
-//! XSAVE XSAVEOPT XSAVEC XRSTOR. SDM Vol. 1 "Managing State Using the XSAVE Feature Set"; Vol. 2, the page of each mnemonic.
+//! XSAVE XSAVEOPT XSAVEC XSAVES XRSTOR XRSTORS. SDM Vol. 1 "Managing State Using the XSAVE Feature Set"; Vol. 2, the page of each mnemonic.
 //! XGETBV and XSETBV are with the control registers.
 
 use iced_x86::Mnemonic as M;
@@ -18,8 +18,12 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     row(M::Xsaveopt64, |d| keeps(d, plain_handler(xsave::<Optimised, true>))),
     row(M::Xsavec, |d| keeps(d, plain_handler(xsave::<Compacted, false>))),
     row(M::Xsavec64, |d| keeps(d, plain_handler(xsave::<Compacted, true>))),
-    row(M::Xrstor, |d| keeps(d, plain_handler(xrstor::<false>))),
-    row(M::Xrstor64, |d| keeps(d, plain_handler(xrstor::<true>))),
+    row(M::Xsaves, |d| keeps(d, plain_handler(xsaves::<false>))),
+    row(M::Xsaves64, |d| keeps(d, plain_handler(xsaves::<true>))),
+    row(M::Xrstor, |d| keeps(d, plain_handler(xrstor::<false, false>))),
+    row(M::Xrstor64, |d| keeps(d, plain_handler(xrstor::<true, false>))),
+    row(M::Xrstors, |d| keeps(d, plain_handler(xrstor::<false, true>))),
+    row(M::Xrstors64, |d| keeps(d, plain_handler(xrstor::<true, true>))),
 ];
 
 const X87: u64 = 1 << 0;
@@ -113,14 +117,23 @@ impl Cpu {
         if self.fp_gate & fp_gate::TS != 0 { Err(self.fault(Fault::NM)) } else { Ok(()) }
     }
 
-    /// Requested-feature bitmap: XCR0 and EDX:EAX.
+    /// As [`Self::require_xsave`] for XSAVES and XRSTORS, which are the supervisor's.
+    fn require_xsaves(&mut self) -> Result<(), Stop> {
+        if !self.offers(&x86_defs::cpuid::XSAVES) {
+            return Err(self.fault(Fault::UD));
+        }
+        self.require_xsave()?;
+        self.require_cpl0()
+    }
+
+    /// Requested-feature bitmap: XCR0 and EDX:EAX. IA32_XSS is 0, so XSAVES and XRSTORS know of nothing more.
     fn requested(&self) -> u64 {
         let mask = self.reg(Gpr::Rdx) << 32 | self.reg(Gpr::Rax) & 0xffff_ffff;
         self.fpu.xcr0 & mask
     }
 
     /// XINUSE. x87 and SSE state always count as in use, which the SDM leaves to the processor.
-    fn in_use(&self) -> u64 {
+    pub(in crate::isa) fn in_use(&self) -> u64 {
         EXTENDED.iter().filter(|c| (c.in_use)(self)).fold(X87 | SSE, |bits, c| bits | c.bit)
     }
 
@@ -190,8 +203,15 @@ fn xsave<F: Form, const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Next)
 }
 
-fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
-    cpu.require_xsave()?;
+/// XSAVEC, for the supervisor. The modified optimisation, which lets it leave out more, is the processor's choice.
+fn xsaves<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
+    cpu.require_xsaves()?;
+    xsave::<Compacted, WIDE>(cpu, op)
+}
+
+/// `SUPERVISOR`: XRSTORS, which has the compacted form alone.
+fn xrstor<const WIDE: bool, const SUPERVISOR: bool>(cpu: &mut Cpu, op: &Op) -> Done {
+    if SUPERVISOR { cpu.require_xsaves() } else { cpu.require_xsave() }?;
     let seg = op.segment();
     let requested = cpu.requested();
     let la = cpu.operand_address(op, EXTENDED_AT as u32, false)?;
@@ -206,7 +226,7 @@ fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
             && state & !components == 0
             && area[HEADER_AT + 16..EXTENDED_AT].iter().all(|byte| *byte == 0)
     } else {
-        state & !cpu.fpu.xcr0 == 0 && format == 0 && word(&area, HEADER_AT + 16) == 0
+        !SUPERVISOR && state & !cpu.fpu.xcr0 == 0 && format == 0 && word(&area, HEADER_AT + 16) == 0
     };
     if !valid {
         return Err(cpu.fault(Fault::gp(0)));

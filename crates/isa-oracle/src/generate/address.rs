@@ -36,7 +36,14 @@ pub(super) fn place(
         }
         adjusted.extend([base.full_register(), index.full_register()]);
         if let Some(address) = effective(case, operand) {
-            fill(rng, case, address, size, everything);
+            let around = if instruction.is_vsib() {
+                80
+            } else if everything {
+                32
+            } else {
+                0
+            };
+            fill(rng, case, address, size, around);
             let mxcsr = match instruction.mnemonic() {
                 Mnemonic::Ldmxcsr => address,
                 Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => address.wrapping_add(24),
@@ -54,7 +61,7 @@ pub(super) fn place(
     }
     if memory.is_empty() && everything && rng.one_in(8) {
         let address = DATA_BASE + rng.below(DATA_BYTES as u64);
-        fill(rng, case, address, 64, true);
+        fill(rng, case, address, 64, 32);
     }
 }
 
@@ -81,7 +88,7 @@ fn needs_alignment(instruction: &Instruction, size: u64) -> bool {
 /// A linear address for an operand of `size` bytes.
 fn target(rng: &mut Rng, mode: Mode, size: u64, everything: bool, align: bool) -> u64 {
     let middle = DATA_BASE + 0x100 + rng.below(DATA_BYTES as u64 - 0x800);
-    let aligned = middle & !(size.next_power_of_two().clamp(1, 16) - 1);
+    let aligned = middle & !(size.next_power_of_two().clamp(1, 32) - 1);
     if !everything {
         return if align && !rng.one_in(16) || rng.one_in(2) { aligned } else { middle };
     }
@@ -125,6 +132,8 @@ fn register_value(case: &Case, register: Register) -> Option<u64> {
         Register::ES | Register::SS | Register::DS => case.mode.data_base(),
         Register::RIP | Register::EIP => 0,
         register if register.is_gpr() => value(case, register),
+        // The base of a gather: indices are small.
+        register if register.is_vector_register() => 0,
         _ => return None,
     })
 }
@@ -170,11 +179,10 @@ fn displace(case: &mut Case, delta: u64) {
     field.copy_from_slice(&sum.to_le_bytes()[..size]);
 }
 
-/// Puts interesting bytes where the operand lies, as far as that is writable memory.
-fn fill(rng: &mut Rng, case: &mut Case, address: u64, size: u64, everything: bool) {
+/// Puts interesting bytes where the operand lies, and `around` it, as far as that is writable memory.
+fn fill(rng: &mut Rng, case: &mut Case, address: u64, size: u64, around: u64) {
     let mut bytes = vec![0; size as usize];
     values::memory(rng, &mut bytes);
-    let around = if everything { 32 } else { 0 };
     for i in 0..size + 2 * around {
         let place = address.wrapping_add(i).wrapping_sub(around).wrapping_sub(DATA_BASE);
         if let Some(byte) = case.state.memory.get_mut(place as usize) {

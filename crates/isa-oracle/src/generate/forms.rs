@@ -38,12 +38,16 @@ pub(crate) const FEATURES: &[CpuidFeature] = {
         F::CLFSH,
         F::ADX,
         F::AES,
+        F::AVX,
+        F::AVX2,
         F::BMI1,
         F::BMI2,
         F::CET_IBT,
         F::CLDEMOTE,
         F::CLFLUSHOPT,
         F::CLWB,
+        F::F16C,
+        F::FMA,
         F::FSGSBASE,
         F::LZCNT,
         F::MOVBE,
@@ -55,6 +59,9 @@ pub(crate) const FEATURES: &[CpuidFeature] = {
         F::RDRAND,
         F::RDSEED,
         F::RDTSCP,
+        F::SHA,
+        F::VAES,
+        F::VPCLMULQDQ,
     ]
 };
 

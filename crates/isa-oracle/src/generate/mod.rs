@@ -165,21 +165,26 @@ impl Generator {
                 keep_used_stack(state, &used);
             }
         }
-        let is_sse = used.iter().any(|r| r.is_xmm()) || features.contains(&CpuidFeature::SSE);
+        let is_vector = |r: &Register| r.is_xmm() || r.is_ymm();
+        let is_sse = used.iter().any(is_vector) || features.contains(&CpuidFeature::SSE);
         if is_sse || everything && rng.one_in(4) {
             if is_sse && rng.one_in(2) {
                 state.mxcsr = mxcsr(rng);
             }
             let count = if case.mode == Mode::Bits64 { 16 } else { 8 };
             for (at, ymm) in state.ymm.iter_mut().take(count).enumerate() {
-                if everything || used.iter().any(|r| r.is_xmm() && r.number() == at) {
-                    *ymm = [values::vector(rng), if everything { values::vector(rng) } else { 0 }];
+                if everything || used.iter().any(|r| is_vector(r) && r.number() == at) {
+                    let upper = everything || used.iter().any(|r| r.is_ymm() && r.number() == at) || rng.one_in(4);
+                    *ymm = [values::vector(rng), if upper { values::vector(rng) } else { 0 }];
                 }
             }
         }
         if everything && case.mode == Mode::Bits64 {
             state.fs_base = address::segment_base(rng);
             state.gs_base = address::segment_base(rng);
+        }
+        if instruction.is_vsib() {
+            gather(rng, &instruction, state);
         }
         shape(rng, &instruction, case.mode, state, everything);
         address::place(rng, case, &instruction, &memory, everything);
@@ -251,6 +256,28 @@ fn keep_used_stack(state: &mut State, used: &[Register]) {
     for (at, st) in state.x87.st.iter_mut().enumerate() {
         if at > 1 && !named.contains(&at) {
             *st = 0;
+        }
+    }
+}
+
+/// Indices near the base, and a mask of some elements. Now and then what chance put there stays.
+fn gather(rng: &mut Rng, instruction: &Instruction, state: &mut State) {
+    let narrow = instruction.is_vsib32();
+    let index = instruction.memory_index().number();
+    for half in &mut state.ymm[index] {
+        let distance = |rng: &mut Rng| rng.below(32).wrapping_sub(16);
+        let [low, high] = match narrow {
+            true => [(); 2].map(|()| distance(rng) & 0xffff_ffff | distance(rng) << 32),
+            false => [(); 2].map(|()| distance(rng)),
+        };
+        if !rng.one_in(12) {
+            *half = u128::from(low) | u128::from(high) << 64;
+        }
+    }
+    let mask = instruction.op2_register().number();
+    for half in &mut state.ymm[mask] {
+        if rng.one_in(2) {
+            *half = u128::MAX;
         }
     }
 }

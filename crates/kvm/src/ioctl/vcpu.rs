@@ -355,7 +355,7 @@ pub(super) fn set_xcrs(vcpu: &mut Vcpu, xcrs: &kvm_xcrs) -> Result<(), Errno> {
         if !xsave::is_valid_xcr0(xcr0.value, supported & xsave::components()) {
             return Err(Errno::EINVAL);
         }
-        vcpu.cpu.fpu_mut().xcr0 = xcr0.value;
+        vcpu.cpu.set_xcr0(xcr0.value);
     }
     Ok(())
 }
