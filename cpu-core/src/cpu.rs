@@ -669,6 +669,8 @@ impl Cpu {
         self.gpr[..16].copy_from_slice(&regs.gpr);
         self.rip = regs.rip;
         self.set_rflags(regs.rflags);
+        // What does not exist stays until it is looked at: VM entry refuses it.
+        self.rflags |= regs.rflags & !RFLAGS_MASK;
         self.unchecked = true;
     }
 

@@ -6,7 +6,8 @@
 use x86_defs::descriptor::system_type as system;
 use x86_defs::{Cr0, Cr4, Efer, Rflags};
 
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, RFLAGS_MASK};
+use crate::isa::cr4_exists;
 use crate::state::{Seg, Segment};
 
 /// A rule and whether the guest keeps it.
@@ -14,10 +15,13 @@ type Check = (&'static str, fn(&Cpu) -> bool);
 
 /// "Checks on Guest Control Registers, Debug Registers, and MSRs", "… on Guest Segment Registers", "… on Guest
 /// Descriptor-Table Registers", "… on Guest RIP, RFLAGS, and SSP", "… on Guest Non-Register State". What the API cannot load has
-/// no rule here: activity state and pending debug exceptions, which the core keeps itself; reserved bits of RFLAGS, of PDPTEs and of
-/// MSRs, which the KVM layer refuses or masks; an event to be injected, which waits until the guest can take it.
+/// no rule here: activity state and pending debug exceptions, which the core keeps itself; reserved bits of PDPTEs and of MSRs but
+/// EFER, which the KVM layer refuses or masks, as it does RFLAGS bit 1; an event to be injected, which waits until the guest
+/// can take it. Reserved bits of CR0[31:0] are not checked, nor loaded (IA32_VMX_CR0_FIXED1 is FFFFFFFFH).
 const CHECKS: &[Check] = &[
+    ("CR0 has 32 bits", |cpu| cpu.cr0.bits() >> 32 == 0),
     ("CR0.PG needs PE", |cpu| !cpu.cr0.contains(Cr0::PG) || cpu.cr0.contains(Cr0::PE)),
+    ("CR4 has no reserved bit", |cpu| cr4_exists(cpu.cr4)),
     ("IA-32e mode needs paging and PAE", |cpu| {
         !cpu.is_long() || cpu.cr0.contains(Cr0::PG) && cpu.cr4.contains(Cr4::PAE)
     }),
@@ -31,6 +35,7 @@ const CHECKS: &[Check] = &[
     ("SYSENTER addresses are canonical", |cpu| {
         cpu.is_canonical(cpu.msrs.sysenter_esp) && cpu.is_canonical(cpu.msrs.sysenter_eip)
     }),
+    ("EFER has no reserved bit", |cpu| (Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE).contains(cpu.efer)),
     ("TR is in the GDT", |cpu| cpu.tr.selector & 4 == 0),
     ("LDTR is in the GDT", |cpu| cpu.ldt.unusable || cpu.ldt.selector & 4 == 0),
     ("bases of TR, FS and GS are canonical", |cpu| {
@@ -59,6 +64,7 @@ const CHECKS: &[Check] = &[
     }),
     ("bases of GDTR and IDTR are canonical", |cpu| cpu.is_canonical(cpu.gdt.base) && cpu.is_canonical(cpu.idt.base)),
     ("RIP fits the mode", |cpu| if cpu.is_64bit() { cpu.is_canonical(cpu.rip) } else { cpu.rip >> 32 == 0 }),
+    ("RFLAGS has no reserved bit", |cpu| cpu.rflags & !(RFLAGS_MASK | Rflags::FIXED.bits()) == 0),
     ("blocking by STI needs IF, and excludes blocking by MOV SS", |cpu| {
         let events = cpu.events();
         !events.shadow_sti || cpu.rflags & Rflags::IF.bits() != 0 && !events.shadow_mov_ss
@@ -117,7 +123,7 @@ fn is_data(segment: &Segment) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Events;
+    use crate::state::{Events, Regs};
     use crate::testing::Machine;
 
     /// A guest whose state every rule allows.
@@ -161,13 +167,23 @@ mod tests {
     const FS: usize = Seg::Fs as usize;
     const GS: usize = Seg::Gs as usize;
 
+    /// As user space does.
+    fn load_rflags(cpu: &mut Cpu, rflags: u64) {
+        let regs = cpu.regs();
+        cpu.set_regs(&Regs { rflags, ..regs });
+    }
+
     /// Each change breaks the rule beside it, and no earlier one: a row for every condition of the SDM's sections.
     #[test]
     fn broken_state_is_named() {
         type Break = fn(&mut Cpu);
         let table: &[(&str, Mode, Break)] = &[
             // "Checks on Guest Control Registers, Debug Registers, and MSRs"
+            ("CR0 has 32 bits", Long, |cpu| cpu.cr0 |= Cr0::from_bits_retain(1 << 32)),
             ("CR0.PG needs PE", Real, |cpu| cpu.cr0 |= Cr0::PG),
+            ("CR4 has no reserved bit", Long, |cpu| cpu.cr4 |= Cr4::from_bits_retain(1 << 15)),
+            ("CR4 has no reserved bit", Real, |cpu| cpu.cr4 |= Cr4::SMXE),
+            ("CR4 has no reserved bit", Protected, |cpu| cpu.cr4 |= Cr4::from_bits_retain(1 << 63)),
             ("IA-32e mode needs paging and PAE", Long, |cpu| cpu.cr4 -= Cr4::PAE),
             ("IA-32e mode needs paging and PAE", Long, |cpu| cpu.cr0 -= Cr0::PG),
             ("PCIDs need IA-32e mode", Protected, |cpu| cpu.cr4 |= Cr4::PCIDE),
@@ -180,6 +196,8 @@ mod tests {
             ("DR7 has 32 bits", Long, |cpu| cpu.debug.dr7 |= 1 << 32),
             ("SYSENTER addresses are canonical", Long, |cpu| cpu.msrs.sysenter_eip = 1 << 63),
             ("SYSENTER addresses are canonical", Long, |cpu| cpu.msrs.sysenter_esp = 1 << 47),
+            ("EFER has no reserved bit", Real, |cpu| cpu.efer |= Efer::from_bits_retain(2)),
+            ("EFER has no reserved bit", Long, |cpu| cpu.efer |= Efer::SVME),
             // "Checks on Guest Segment Registers": selectors, bases
             ("TR is in the GDT", Long, |cpu| cpu.tr.selector = 4),
             ("LDTR is in the GDT", Long, |cpu| cpu.ldt.selector = 4),
@@ -248,6 +266,11 @@ mod tests {
             ("RIP fits the mode", Real, |cpu| cpu.rip = 1 << 32),
             ("RIP fits the mode", Compatibility, |cpu| cpu.rip = 1 << 32),
             ("RIP fits the mode", Long, |cpu| cpu.rip = 1 << 48),
+            ("RFLAGS has no reserved bit", Real, |cpu| load_rflags(cpu, 2 | 1 << 3)),
+            ("RFLAGS has no reserved bit", Protected, |cpu| load_rflags(cpu, 2 | 1 << 5)),
+            ("RFLAGS has no reserved bit", Long, |cpu| load_rflags(cpu, 2 | 1 << 15)),
+            ("RFLAGS has no reserved bit", Long, |cpu| load_rflags(cpu, 2 | 1 << 22)),
+            ("RFLAGS has no reserved bit", Long, |cpu| load_rflags(cpu, 2 | 1 << 63)),
             ("RFLAGS.VM needs legacy protected mode", Long, |cpu| {
                 cpu.rflags |= Rflags::VM.bits();
                 cpu.seg = [Segment::virtual_8086(0x100); 6];
@@ -282,6 +305,11 @@ mod tests {
                 cpu.seg[DS] = Segment { unusable: true, present: false, type_: 2, limit: 0x1f_f000, ..cpu.seg[DS] };
             }),
             ("an unusable stack segment of the level", Long, |cpu| cpu.seg[SS].unusable = true),
+            ("flags that may be anything", Protected, |cpu| load_rflags(cpu, 0x003d_7fd7)),
+            ("CR4.VMXE, which is set where guests run", Long, |cpu| cpu.cr4 |= Cr4::VMXE),
+            ("reserved bits of CR0[31:0], which are not loaded", Long, |cpu| {
+                cpu.cr0 |= Cr0::from_bits_retain(0x1ffa_ffc0);
+            }),
             ("an unusable LDTR", Long, |cpu| (cpu.ldt.unusable, cpu.ldt.selector, cpu.ldt.base) = (true, 4, 1 << 50)),
             ("a 16-bit TSS outside IA-32e mode", Protected, |cpu| cpu.tr.type_ = system::TSS16_BUSY),
             ("conforming code of an inner level", Protected, |cpu| {

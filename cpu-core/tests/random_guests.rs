@@ -112,8 +112,9 @@ fn sregs_of(noise: &mut Noise, reset: Sregs) -> Sregs {
         efer |= Efer::LME | Efer::LMA | Efer::SCE;
     }
     if noise.one_in(2) {
-        cr4 |= Cr4::from_bits_truncate(noise.next())
-            & !(Cr4::VMXE | Cr4::SMXE | Cr4::PAE | Cr4::PCIDE | Cr4::CET | Cr4::PKS);
+        // Not those that VM entry refuses.
+        let absent = Cr4::SMXE | Cr4::KL | Cr4::CET | Cr4::PKS | Cr4::UINTR | Cr4::LASS | Cr4::LAM_SUP;
+        cr4 |= Cr4::from_bits_truncate(noise.next()) & !(absent | Cr4::VMXE | Cr4::PAE | Cr4::PCIDE);
     }
     cr4 |= Cr4::OSFXSR;
     if !noise.one_in(4) {

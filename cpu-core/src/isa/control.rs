@@ -59,6 +59,12 @@ const CR4_ALWAYS: Cr4 = Cr4::MCE.union(Cr4::PCE);
 /// Bits 10:0, see [`crate::Variant::ungated_controls`].
 const CR4_UNGATED: Cr4 = Cr4::from_bits_retain(0x7ff);
 
+/// Has CR4 bits only that this processor has, whatever its CPUID says? VMXE is always set where a guest runs.
+pub(crate) fn cr4_exists(cr4: Cr4) -> bool {
+    let all = CR4_FEATURES.iter().fold(CR4_UNGATED | Cr4::VMXE, |all, row| all | row.0);
+    all.contains(cr4)
+}
+
 impl Cpu {
     /// The guest's CPUID offers `feature`. An empty table (nobody has set one) offers everything.
     pub(crate) fn offers(&self, feature: &Feature) -> bool {

@@ -24,6 +24,7 @@ mod x87;
 
 pub use feature::FEATURES;
 
+pub(crate) use control::cr4_exists;
 pub(crate) use far::has_room;
 
 pub(crate) use simd::state::MXCSR_MASK;

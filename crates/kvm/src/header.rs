@@ -158,6 +158,7 @@ pub const LINES: &[Line] = &[
             "a_data_type_in_cs_executes_in_protected_mode",
             "a_segment_without_attributes_is_unusable",
             "set_sregs_loads_pdptes",
+            "real_mode_state_with_rflags_vm_is_real_mode",
         ],
     ),
     ioctl("KVM_TRANSLATE", &["translate_walks_as_a_supervisor_and_sets_accessed_bits"]),
@@ -219,8 +220,15 @@ pub const LINES: &[Line] = &[
     .but("null switches it off, as was meant"),
     ioctl("KVM_GET_FPU", &["get_fpu_and_set_fpu_move_all_but_mxcsr"]),
     ioctl("KVM_SET_FPU", &["get_fpu_and_set_fpu_move_all_but_mxcsr"]),
-    exit("KVM_EXIT_UNKNOWN", &["exit_unknown_tells_the_hardware_exit_reason"])
-        .but("for guest state that VM entry refuses; all else is executed"),
+    exit(
+        "KVM_EXIT_UNKNOWN",
+        &[
+            "exit_unknown_tells_the_hardware_exit_reason",
+            "state_that_vm_entry_refuses_is_unknown",
+            "blocking_by_sti_without_if_is_unknown",
+        ],
+    )
+    .but("for guest state that VM entry refuses; all else is executed"),
     exit(
         "KVM_EXIT_EXCEPTION",
         &["exit_exception_tells_vector_and_error_code", "exceptions_in_real_mode_are_the_guests"],
@@ -254,8 +262,9 @@ pub const LINES: &[Line] = &[
         ],
     ),
     exit("KVM_EXIT_SHUTDOWN", &["exit_shutdown_comes_of_a_triple_fault"]),
-    exit("KVM_EXIT_FAIL_ENTRY", &["exit_fail_entry_is_not_for_bad_guest_state"])
-        .partly("never seen: it tells of a VM instruction that the processor refused, and none is executed"),
+    exit("KVM_EXIT_FAIL_ENTRY", &["exit_fail_entry_is_not_for_bad_guest_state"]).partly(
+        "never seen: it told of control fields or host state that the processor refused, which no client can cause",
+    ),
     exit("KVM_EXIT_INTR", &["exit_intr_comes_with_eintr", "a_window_that_is_open_at_entry_is_eintr"]),
     run(
         "request_interrupt_window",

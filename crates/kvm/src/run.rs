@@ -117,8 +117,10 @@ impl Vcpu {
     /// 2007: the guest is entered first. Signals, and a window that is open, are looked at after exits that were answered
     /// here; both end with EINTR.
     fn run_legacy(&mut self, client: &dyn Client) -> Result<(), Errno> {
-        if self.era.steps_resume() {
-            self.cpu.set_rflags(self.cpu.rflags() | debug::hidden_flags(self));
+        let hidden = debug::hidden_flags(self);
+        if self.era.steps_resume() && hidden != 0 {
+            let regs = self.cpu.regs();
+            self.cpu.set_regs(&cpu_core::Regs { rflags: regs.rflags | hidden, ..regs });
         }
         let result = self.run_legacy_loop(client);
         self.requeue_interrupt();

@@ -92,6 +92,10 @@ pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno>
     }
     vcpu.machine.set_apic_base(sregs.apic_base);
     vcpu.cpu.set_sregs(&loaded);
+    if vcpu.era.drops_vm_flag_in_real_mode() && !loaded.cr0.contains(Cr0::PE) {
+        let regs = vcpu.cpu.regs();
+        vcpu.cpu.set_regs(&cpu_core::Regs { rflags: regs.rflags & !Rflags::VM.bits(), ..regs });
+    }
     vcpu.machine.cr8_written(vcpu.cpu.cr8());
     vcpu.load_cpuid();
     let mut queue = InterruptQueue::of_bitmap(sregs.interrupt_bitmap);
@@ -136,7 +140,14 @@ const CR4_FEATURES: &[(Cr4, bit::Feature)] = &[
 ];
 
 /// CR4 bits that no guest has here.
-const CR4_ABSENT: Cr4 = Cr4::VMXE.union(Cr4::SMXE);
+const CR4_ABSENT: Cr4 = Cr4::VMXE
+    .union(Cr4::SMXE)
+    .union(Cr4::KL)
+    .union(Cr4::CET)
+    .union(Cr4::PKS)
+    .union(Cr4::UINTR)
+    .union(Cr4::LASS)
+    .union(Cr4::LAM_SUP);
 
 /// 2007 takes any segments. In real mode their attributes are those of real mode, whatever user space sends: a data type in
 /// CS, none in TR; and the reset base is in the first mebibyte.

@@ -1,5 +1,6 @@
-//! Every exit reason of the header, each with a guest that causes it. `KVM_EXIT_FAIL_ENTRY` has none: it told of a VM
-//! instruction that the processor refused, and there is none here.
+//! Every exit reason of the header, each with a guest that causes it. `KVM_EXIT_FAIL_ENTRY` has none: 2.6.22's `vmx_vcpu_run`
+//! gives it where VMLAUNCH or VMRESUME itself fails, on control fields or host state (SDM Vol. 3 "Checks on VMX Controls and
+//! Host-State Area"), and what the ioctls of 2007 load ends up in neither. Guest state is `entry.rs`.
 
 use std::time::Duration;
 

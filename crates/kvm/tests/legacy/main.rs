@@ -7,6 +7,7 @@
 mod common;
 mod debug;
 mod dirty;
+mod entry;
 mod errno;
 mod exits;
 mod guests;
