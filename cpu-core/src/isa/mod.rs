@@ -95,6 +95,7 @@ const FAMILIES: &[(&str, &[Row])] = families![
     table,
     simd::convert,
     simd::float,
+    simd::gfni,
     simd::integer,
     simd::moves,
     simd::sha,

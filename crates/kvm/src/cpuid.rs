@@ -109,6 +109,7 @@ pub const OFFERED: &[Feature] = &[
     bit::SHA,
     bit::VAES,
     bit::VPCLMULQDQ,
+    bit::GFNI,
 ];
 
 /// Of those, what runs on the host's own instructions beyond what every 64-bit processor of ten years has.

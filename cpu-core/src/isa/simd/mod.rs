@@ -5,6 +5,7 @@
 
 pub(super) mod convert;
 pub(super) mod float;
+pub(super) mod gfni;
 pub(super) mod integer;
 pub(super) mod moves;
 pub(super) mod sha;

@@ -7,6 +7,7 @@ use super::{Halves, WIDE, has_memory, plain, vex};
 use crate::cpu::{Cpu, Done, Then};
 use crate::decode::digest::{Digest, Lowered};
 use crate::host::HostWord;
+use crate::isa::simd::gfni::{Affine, AffineInverse, Multiply};
 use crate::isa::simd::shuffle::{
     Blend, BlendByMask, ByImm, Insertps, Palignr, Pshufd, Pshufhw, Pshuflw, Pslldq, Psrldq, Shufpd, Shufps, lane,
 };
@@ -48,6 +49,9 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     vex(M::Vextracti128, |d| plain(d, plain_handler(extract_half))),
     vex(M::Vpclmulqdq, by_imm::<Pclmulqdq, 0>),
     vex(M::Vaeskeygenassist, by_imm::<Aeskeygenassist, 0>),
+    vex(M::Vgf2p8mulb, by_imm::<Multiply, 0>),
+    vex(M::Vgf2p8affineqb, by_imm::<Affine, 0>),
+    vex(M::Vgf2p8affineinvqb, by_imm::<AffineInverse, 0>),
     vex(M::Vpermq, |d| plain(d, plain_handler(permute_quads))),
     vex(M::Vpermpd, |d| plain(d, plain_handler(permute_quads))),
 ];
