@@ -75,6 +75,8 @@ requests! {
     KVM_IRQFD = iow 0x76 kvm_irqfd;
     KVM_CREATE_PIT2 = iow 0x77 kvm_pit_config;
     KVM_IOEVENTFD = iow 0x79 kvm_ioeventfd;
+    KVM_SET_CLOCK = iow 0x7b kvm_clock_data;
+    KVM_GET_CLOCK = ior 0x7c kvm_clock_data;
     KVM_GET_PIT2 = ior 0x9f kvm_pit_state2;
     KVM_SET_PIT2 = iow 0xa0 kvm_pit_state2;
     KVM_ENABLE_CAP = iow 0xa3 kvm_enable_cap;
@@ -115,4 +117,5 @@ requests! {
     KVM_SET_XSAVE = iow 0xa5 kvm_xsave;
     KVM_GET_XCRS = ior 0xa6 kvm_xcrs;
     KVM_SET_XCRS = iow 0xa7 kvm_xcrs;
+    KVM_KVMCLOCK_CTRL = io 0xad;
 }

@@ -5,7 +5,7 @@
 use kvm_abi::consts::*;
 use nix::unistd::{SysconfVar, sysconf};
 
-use crate::mce;
+use crate::{kvmclock, mce};
 
 /// `KVM_CAP_MAX_VCPUS`: vCPUs in one VM. Linux 6.1 has the same.
 pub(crate) const MAX_VCPUS: u32 = 1024;
@@ -50,6 +50,7 @@ capabilities! {
     UserMemory                   = KVM_CAP_USER_MEMORY                 => 1;
     SetTssAddr                   = KVM_CAP_SET_TSS_ADDR                => 1;
     ExtCpuid                     = KVM_CAP_EXT_CPUID                   => 1;
+    Clocksource                  = KVM_CAP_CLOCKSOURCE                 => 1;
     NrVcpus                      = KVM_CAP_NR_VCPUS                    => recommended_vcpus();
     NrMemslots                   = KVM_CAP_NR_MEMSLOTS                 => NR_MEMSLOTS;
     NopIoDelay                   = KVM_CAP_NOP_IO_DELAY                => 1;
@@ -68,6 +69,7 @@ capabilities! {
     PitState2                    = KVM_CAP_PIT_STATE2                  => 1;
     Ioeventfd                    = KVM_CAP_IOEVENTFD                   => 1;
     SetIdentityMapAddr           = KVM_CAP_SET_IDENTITY_MAP_ADDR       => 1;
+    AdjustClock                  = KVM_CAP_ADJUST_CLOCK                => kvmclock::CLOCK_FLAGS;
     VcpuEvents                   = KVM_CAP_VCPU_EVENTS                 => 1;
     Debugregs                    = KVM_CAP_DEBUGREGS                   => 1;
     X86RobustSinglestep          = KVM_CAP_X86_ROBUST_SINGLESTEP       => 1;
@@ -78,6 +80,7 @@ capabilities! {
     GetTscKhz                    = KVM_CAP_GET_TSC_KHZ                 => 1;
     MaxVcpus                     = KVM_CAP_MAX_VCPUS                   => MAX_VCPUS;
     TscDeadlineTimer             = KVM_CAP_TSC_DEADLINE_TIMER          => 1;
+    KvmclockCtrl                 = KVM_CAP_KVMCLOCK_CTRL               => 1;
     SignalMsi                    = KVM_CAP_SIGNAL_MSI                  => 1;
     ReadonlyMem                  = KVM_CAP_READONLY_MEM                => 1;
     IrqfdResample                = KVM_CAP_IRQFD_RESAMPLE              => 1;

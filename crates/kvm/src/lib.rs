@@ -15,6 +15,7 @@ pub mod header;
 mod interrupt;
 pub mod ioctl;
 mod ioeventfd;
+mod kvmclock;
 mod machine;
 mod mce;
 mod memory;

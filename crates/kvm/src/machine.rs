@@ -5,12 +5,13 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use cpu_core::{HostPlatform, Platform};
+use cpu_core::{HostPlatform, Kick, Platform};
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
 
 use crate::chip::VcpuApic;
 use crate::era::Era;
+use crate::kvmclock::{PvTime, VmClock};
 use crate::mce::Mce;
 use crate::msr::{self as msrs, Bank, is_apic_base};
 
@@ -29,7 +30,8 @@ pub(crate) fn host_tsc_khz() -> u32 {
     })
 }
 
-fn host_tsc() -> u64 {
+/// The host's time-stamp counter.
+pub(crate) fn host_tsc() -> u64 {
     HostPlatform::default().tsc()
 }
 
@@ -82,13 +84,17 @@ pub(crate) struct Machine {
     pub(crate) x2apic: AtomicBool,
     /// The local APIC, if it is not user space's.
     apic: OnceLock<VcpuApic>,
+    /// The paravirtual clock.
+    pub(crate) time: PvTime,
+    /// Brings the vCPU's owner back from the guest.
+    kick: OnceLock<Arc<Kick>>,
     /// MSRs without a meaning of their own here.
     pub(crate) msrs: Bank,
 }
 
 impl Machine {
     /// After reset; `bsp`: bootstrap processor.
-    pub(crate) fn new(clock: Clock, bsp: bool, era: Era) -> Self {
+    pub(crate) fn new(clock: Clock, time: Arc<VmClock>, bsp: bool, era: Era) -> Self {
         let machine = Self {
             clock,
             era,
@@ -100,6 +106,8 @@ impl Machine {
             mce: Mutex::new(Mce::new()),
             x2apic: AtomicBool::new(false),
             apic: OnceLock::new(),
+            time: PvTime::new(time),
+            kick: OnceLock::new(),
             msrs: Bank::new(),
         };
         if era.resets_misc_enable() {
@@ -119,28 +127,54 @@ impl Machine {
         self.apic.get()
     }
 
+    /// Tells how the vCPU's owner is brought back, once.
+    pub(crate) fn set_kick(&self, kick: Arc<Kick>) {
+        assert!(self.kick.set(kick).is_ok(), "a vCPU has one core");
+    }
+
+    /// The guest has changed what the loop of `KVM_RUN` sees to before the next instruction.
+    fn come_back(&self) {
+        if let Some(kick) = self.kick.get() {
+            kick.kick();
+        }
+    }
+
     /// What the core asks.
     pub(crate) fn platform(self: &Arc<Self>) -> Box<dyn Platform> {
         Box::new(VcpuPlatform(self.clone()))
     }
 
     fn scaled(&self) -> u64 {
+        self.scaled_at(host_tsc())
+    }
+
+    fn scaled_at(&self, host_tsc: u64) -> u64 {
         match self.tsc_ratio.load(Relaxed) {
-            RATIO_ONE => host_tsc(),
-            ratio => ((u128::from(host_tsc()) * u128::from(ratio)) >> RATIO_BITS) as u64,
+            RATIO_ONE => host_tsc,
+            ratio => ((u128::from(host_tsc) * u128::from(ratio)) >> RATIO_BITS) as u64,
         }
     }
 
     /// The guest's counter.
     pub(crate) fn tsc(&self) -> u64 {
-        self.scaled().wrapping_add(self.tsc_offset.load(Relaxed))
+        self.tsc_at(host_tsc())
+    }
+
+    /// What it reads when the host's is this.
+    pub(crate) fn tsc_at(&self, host_tsc: u64) -> u64 {
+        self.scaled_at(host_tsc).wrapping_add(self.tsc_offset.load(Relaxed))
+    }
+
+    fn set_tsc_offset(&self, offset: u64) {
+        self.tsc_offset.store(offset, Relaxed);
+        self.time.counter_changed();
     }
 
     /// User space writes the counter.
     pub(crate) fn set_tsc(&self, value: u64) {
         let second = self.tsc_khz.load(Relaxed) * 1000;
         let offset = self.clock.offset(value, self.scaled(), self.tsc_ratio.load(Relaxed), second);
-        self.tsc_offset.store(offset, Relaxed);
+        self.set_tsc_offset(offset);
     }
 
     /// `KVM_GET_TSC_KHZ`
@@ -159,7 +193,7 @@ impl Machine {
         let ratio = if khz == host { RATIO_ONE } else { (u64::from(khz) << RATIO_BITS) / u64::from(host) };
         self.tsc_ratio.store(ratio, Relaxed);
         self.tsc_khz.store(khz.into(), Relaxed);
-        self.tsc_offset.store(now.wrapping_sub(self.scaled()), Relaxed);
+        self.set_tsc_offset(now.wrapping_sub(self.scaled()));
         true
     }
 }
@@ -173,7 +207,8 @@ impl Platform for VcpuPlatform {
     }
 
     fn set_tsc(&mut self, value: u64) {
-        self.0.tsc_offset.store(value.wrapping_sub(self.0.scaled()), Relaxed);
+        self.0.set_tsc_offset(value.wrapping_sub(self.0.scaled()));
+        self.0.come_back();
     }
 
     fn random(&mut self) -> u64 {
@@ -189,7 +224,10 @@ impl Platform for VcpuPlatform {
             msr::IA32_APIC_BASE => Some(self.0.apic_base.load(Relaxed)),
             msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => self.0.read_apic_msr(index),
             _ if Mce::has(index) => self.0.mce.lock().read(index, true),
-            _ => self.0.msrs.read(index).or_else(|| msrs::constant_of(self.0.era, index)),
+            _ => {
+                let held = self.0.msrs.read(index).or_else(|| self.0.time.read_msr(index));
+                held.or_else(|| msrs::constant_of(self.0.era, index))
+            }
         }
     }
 
@@ -204,10 +242,12 @@ impl Platform for VcpuPlatform {
             // Moves the counter by as much as it changes.
             msr::IA32_TSC_ADJUST => {
                 let change = value.wrapping_sub(self.0.msrs.read(index)?);
-                self.0.tsc_offset.fetch_add(change, Relaxed);
+                self.0.set_tsc_offset(self.0.tsc_offset.load(Relaxed).wrapping_add(change));
+                self.0.come_back();
                 return self.0.msrs.write(index, value, true);
             }
             _ if Mce::has(index) => return self.0.mce.lock().write(index, value, true),
+            _ if self.0.time.write_msr(index, value).is_some() => self.0.come_back(),
             _ if msrs::constant_of(self.0.era, index).is_some() => {}
             _ => return self.0.msrs.write(index, value, true),
         }
@@ -233,7 +273,7 @@ mod tests {
 
     #[test]
     fn another_rate_goes_on_from_where_the_counter_is() {
-        let machine = Machine::new(Clock::default(), true, Era::Modern);
+        let machine = Machine::new(Clock::default(), VmClock::new(), true, Era::Modern);
         let before = machine.tsc();
         assert!(machine.set_tsc_khz(host_tsc_khz() / 2));
         let after = machine.tsc();

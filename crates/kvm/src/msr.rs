@@ -10,6 +10,7 @@ use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
 use x86_defs::{Cr0, Efer, vector};
 
 use crate::era::Era;
+use crate::kvmclock;
 use crate::machine::Machine;
 use crate::mce::Mce;
 use crate::vcpu::Vcpu;
@@ -74,9 +75,6 @@ const ROWS: &[Row] = &[
     //       index                            value     guest's write
     constant(0x0000_0000, /* P5_MC_ADDR */ 0, Never),
     constant(0x0000_0001, /* P5_MC_TYPE */ 0, Never),
-    // The paravirtual clock is not offered; VMMs load it all the same, switched off.
-    constant(0x0000_0011, /* KVM_WALL_CLOCK */ 0, Never),
-    constant(0x0000_0012, /* KVM_SYSTEM_TIME */ 0, Never),
     constant(0x0000_0017, /* PLATFORM_ID */ 0, Never),
     constant(0x0000_002a, /* EBL_CR_POWERON */ 0, Never),
     constant(0x0000_002c, /* EBC_FREQUENCY_ID */ 1 << 24, Never),
@@ -159,7 +157,8 @@ const IN_SREGS: [u32; 3] = [msr::IA32_EFER, msr::IA32_FS_BASE, msr::IA32_GS_BASE
 pub(crate) fn index_list() -> Vec<u32> {
     let core = Cpu::msr_indices().filter(|index| !IN_SREGS.contains(index));
     let rows = ROWS.iter().filter(|row| row.listed).map(|row| row.index);
-    core.chain([msr::IA32_MCG_STATUS, msr::IA32_TSC_DEADLINE]).chain(rows).collect()
+    let clock = kvmclock::WALL_CLOCK.into_iter().chain(kvmclock::SYSTEM_TIME);
+    core.chain([msr::IA32_MCG_STATUS, msr::IA32_TSC_DEADLINE]).chain(clock).chain(rows).collect()
 }
 
 fn has_type(types: u8, byte: u8) -> bool {

@@ -165,6 +165,7 @@ impl Vcpu {
     }
 
     pub(crate) fn enter_guest(&mut self, client: &dyn Client) -> Exit {
+        self.write_clock();
         let start = Instant::now();
         let exit = match client.poll_interval() {
             None => self.cpu.run(),
@@ -175,6 +176,7 @@ impl Vcpu {
     }
 
     fn step_guest(&mut self) -> Option<Exit> {
+        self.write_clock();
         let start = Instant::now();
         let exit = self.cpu.step();
         self.count(start);

@@ -70,13 +70,14 @@ impl VcpuFile {
     /// A vCPU after reset. EEXIST: the id is taken.
     pub(crate) fn new(vm: Arc<Vm>, id: u32, era: Era) -> Result<Arc<Self>, Errno> {
         let page = RunPage::new().map_err(|_| Errno::ENOMEM)?;
-        let machine = Arc::new(Machine::new(vm.clock.clone(), id == 0, era));
+        let machine = Arc::new(Machine::new(vm.clock.clone(), vm.time.clone(), id == 0, era));
         let mut cpu = Cpu::new(vm.memory.clone(), machine.platform(), cpuid::phys_bits(&[]));
         cpu.set_variant(era.variant());
         let mut sregs = cpu.sregs();
         sregs.segments[cpu_core::Seg::Cs as usize].base = era.reset_cs_base();
         cpu.set_sregs(&sregs);
         let kick: Arc<Kick> = cpu.kicker();
+        machine.set_kick(kick.clone());
         let waker = Waker::new(kick.clone());
         let counters = Arc::<Counters>::default();
 

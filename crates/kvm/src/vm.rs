@@ -18,6 +18,7 @@ use crate::client::{AddressSpace, Client, File, FileKind, Reply, WindowPiece};
 use crate::era::Era;
 use crate::ioctl::{self, Call, Target};
 use crate::ioeventfd::Ioeventfds;
+use crate::kvmclock::VmClock;
 use crate::machine::Clock;
 use crate::status::{Counters, VmStatus};
 use crate::system::Kvm;
@@ -47,6 +48,8 @@ pub(crate) struct Vm {
     pub(crate) identity_map_addr: AtomicU64,
     /// The guest's time-stamp counter.
     pub(crate) clock: Clock,
+    /// What `KVM_GET_CLOCK` and the paravirtual clock tell.
+    pub(crate) time: Arc<VmClock>,
     /// Interrupt controllers, if they are not user space's.
     chip: OnceLock<Arc<Chip>>,
     /// Writes that signal eventfds.
@@ -67,6 +70,7 @@ impl Vm {
             vcpus: Mutex::default(),
             identity_map_addr: AtomicU64::new(0xfffb_c000),
             clock: Clock::default(),
+            time: VmClock::new(),
             chip: OnceLock::new(),
             ioeventfds: Ioeventfds::default(),
         })

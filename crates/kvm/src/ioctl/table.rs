@@ -2,8 +2,8 @@
 
 use kvm_abi::request;
 use kvm_abi::{
-    DirtyLog, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_enable_cap, kvm_fpu,
-    kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs,
+    DirtyLog, kvm_clock_data, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_enable_cap,
+    kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs,
     kvm_signal_mask, kvm_sregs, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
     legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
 };
@@ -104,6 +104,8 @@ ioctls! {
     KVM_IRQFD                  0x76 Vm     In<[u32; 8]>,                           Irqfd,          Full => chip::set_irqfd;
     KVM_CREATE_PIT2            0x77 Vm     In<[u32; 16]>,                          Pit2,           Full => chip::create_pit2;
     KVM_IOEVENTFD              0x79 Vm     In<[u32; 16]>,                          Ioeventfd,      Full => chip::set_ioeventfd;
+    KVM_SET_CLOCK              0x7b Vm     In<kvm_clock_data>,                     AdjustClock,    Full => vm::set_clock;
+    KVM_GET_CLOCK              0x7c Vm     Out<kvm_clock_data>,                    AdjustClock,    Full => vm::get_clock;
     KVM_GET_PIT2               0x9f Vm     Out<[u32; 28]>,                         PitState2,      Full => chip::get_pit2;
     KVM_SET_PIT2               0xa0 Vm     In<[u32; 28]>,                          PitState2,      Full => chip::set_pit2;
     KVM_ENABLE_CAP             0xa3 Vm     In<kvm_enable_cap>,                     EnableCapVm,    Full => chip::enable_cap;
@@ -144,6 +146,7 @@ ioctls! {
     KVM_SET_XSAVE              0xa5 Vcpu   In<[u32; 1024]>,                        Xsave,          Full => vcpu::set_xsave;
     KVM_GET_XCRS               0xa6 Vcpu   Out<kvm_xcrs>,                          Xcrs,           Full => vcpu::get_xcrs;
     KVM_SET_XCRS               0xa7 Vcpu   In<kvm_xcrs>,                           Xcrs,           Full => vcpu::set_xcrs;
+    KVM_KVMCLOCK_CTRL          0xad Vcpu   Value,                                  KvmclockCtrl,   Full => vcpu::kvmclock_ctrl;
 }
 
 #[cfg(test)]

@@ -469,3 +469,8 @@ pub(super) fn get_tsc_khz(vcpu: &mut Vcpu, _: &dyn Client, _: u64) -> Result<i32
 pub(super) fn set_tsc_khz(vcpu: &mut Vcpu, _: &dyn Client, khz: u64) -> Result<(), Errno> {
     if vcpu.machine.set_tsc_khz(khz as u32) { Ok(()) } else { Err(Errno::EINVAL) }
 }
+
+/// Tells the guest that it stood still, by a flag of its clock's page. api.rst `KVM_KVMCLOCK_CTRL`. EINVAL: it has none.
+pub(super) fn kvmclock_ctrl(vcpu: &mut Vcpu, _: &dyn Client, _: u64) -> Result<(), Errno> {
+    if vcpu.machine.time.guest_stopped() { Ok(()) } else { Err(Errno::EINVAL) }
+}

@@ -1,15 +1,16 @@
 //! Ioctls of a VM file.
 
+use kvm_abi::consts::KVM_CLOCK_REALTIME;
 use kvm_abi::legacy::{kvm_memory_alias, kvm_memory_region};
-use kvm_abi::{DirtyLog, kvm_userspace_memory_region};
+use kvm_abi::{DirtyLog, kvm_clock_data, kvm_userspace_memory_region};
 use nix::errno::Errno;
 
 use super::Caller;
-use crate::caps;
 use crate::client::Client;
 use crate::era::Era;
 use crate::vcpu::VcpuFile;
 use crate::vm::Vm;
+use crate::{caps, kvmclock};
 
 /// As on the system file. api.rst `KVM_CHECK_EXTENSION`. No error.
 pub(super) fn check_extension(_: &Caller<'_, Vm>, _: &dyn Client, capability: u64) -> Result<i32, Errno> {
@@ -69,5 +70,24 @@ pub(super) fn set_identity_map_addr(vm: &Caller<'_, Vm>, addr: &u64) -> Result<(
         return Err(Errno::EINVAL);
     }
     vm.set_identity_map_addr(*addr);
+    Ok(())
+}
+
+/// The VM's clock, with the host's at the same moment. api.rst `KVM_GET_CLOCK`. No error.
+pub(super) fn get_clock(vm: &Caller<'_, Vm>) -> Result<kvm_clock_data, Errno> {
+    Ok(vm.time.data())
+}
+
+/// Lets it go on from another time; with `KVM_CLOCK_REALTIME` what has passed since then is added. api.rst `KVM_SET_CLOCK`.
+/// EINVAL: an unknown flag.
+pub(super) fn set_clock(vm: &Caller<'_, Vm>, data: &kvm_clock_data) -> Result<(), Errno> {
+    if data.flags & !kvmclock::CLOCK_FLAGS != 0 {
+        return Err(Errno::EINVAL);
+    }
+    vm.time.set(data.clock, (data.flags & KVM_CLOCK_REALTIME != 0).then_some(data.realtime));
+    // Guests that run look at their pages again.
+    for vcpu in vm.vcpus.lock().values() {
+        vcpu.kick.kick();
+    }
     Ok(())
 }
