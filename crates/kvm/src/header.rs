@@ -226,6 +226,7 @@ pub const LINES: &[Line] = &[
             "exit_unknown_tells_the_hardware_exit_reason",
             "state_that_vm_entry_refuses_is_unknown",
             "blocking_by_sti_without_if_is_unknown",
+            "instructions_that_exited_as_unknown_are_executed",
         ],
     )
     .but("for guest state that VM entry refuses; all else is executed"),
@@ -326,7 +327,14 @@ pub const LINES: &[Line] = &[
     .but("IN of a doubleword clears RAX bits 63:32"),
     run("debug", &["exit_debug_comes_of_a_step"]),
     run("mmio.phys_addr", &["exit_mmio_tells_the_address", "a_read_waits_at_its_instruction"]),
-    run("mmio.data", &["a_read_waits_at_its_instruction", "a_write_is_over_when_it_is_reported"]),
+    run(
+        "mmio.data",
+        &[
+            "a_read_waits_at_its_instruction",
+            "a_write_is_over_when_it_is_reported",
+            "a_run_that_ends_in_eintr_has_completed_the_read",
+        ],
+    ),
     run(
         "mmio.len",
         &[

@@ -119,13 +119,18 @@ impl Vm {
                 self.memory.delete_slot(slot).map_err(errno)?;
             }
         } else {
+            let flags = SlotFlags { log_dirty: flags & KVM_MEM_LOG_DIRTY_PAGES != 0, readonly: false };
+            let gpa = GuestPhysAddr(guest_phys_addr);
+            // Another slot in the way comes before memory that is short.
+            match slots.classify(slot, gpa, memory_size, flags, 0) {
+                Err(SlotError::Invalid) if memory_size > MAX_REGION_BYTES => return Err(Errno::ENOMEM),
+                change => change.map_err(errno)?,
+            };
             let backing = match old {
                 Some(old) => old.backing().clone(),
                 None if memory_size > MAX_REGION_BYTES => return Err(Errno::ENOMEM),
                 None => Backing::new(Mapping::create("kvm-vm", memory_size).map_err(|_| Errno::ENOMEM)?, 0),
             };
-            let flags = SlotFlags { log_dirty: flags & KVM_MEM_LOG_DIRTY_PAGES != 0, readonly: false };
-            let gpa = GuestPhysAddr(guest_phys_addr);
             let spec = SlotSpec { id: slot, gpa, len: memory_size, flags, userspace_addr: 0, backing };
             self.memory.set_slot(spec).map_err(errno)?;
         }

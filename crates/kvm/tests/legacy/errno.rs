@@ -103,6 +103,10 @@ fn regions_are_einval_eexist_and_enomem() {
     assert_eq!(region(1, 0x3000, 0x2000), Ok(0));
     assert_eq!(region(1, 0x2000, 0x2000), Err(Errno::EEXIST), "moved onto another");
     assert_eq!(region(2, 1 << 50, 1 << 40), Err(Errno::ENOMEM));
+    assert_eq!(region(2, 0x10_0000, 1 << 50), Err(Errno::ENOMEM));
+    // In this order.
+    assert_eq!(region(0, 0x1000, 0x4000), Err(Errno::EINVAL), "another size that would overlap");
+    assert_eq!(region(2, 0, 1 << 40), Err(Errno::EEXIST), "more than there is, and it would overlap");
     assert_eq!(client.ram(vm).load_u64(0x3000), Some(0), "what is refused changes nothing");
 }
 

@@ -28,6 +28,43 @@ fn exit_unknown_tells_the_hardware_exit_reason() {
     assert_eq!(m.run(), Ok(KVM_EXIT_HLT));
 }
 
+/// What 2.6.22 handed to user space as UNKNOWN because it had no handler: here it is executed, or #UD where a processor without
+/// VMX has it. SDM Vol. 2, the page of each.
+#[test]
+fn instructions_that_exited_as_unknown_are_executed() {
+    let executed: [&[u8]; 5] = [
+        &[0x0f, 0x08],                   // INVD, reason 13
+        &[0x0f, 0x09],                   // WBINVD
+        &[0x0f, 0x01, 0x3e, 0x00, 0x50], // INVLPG [5000h], 14
+        &[0x0f, 0x31],                   // RDTSC, 16
+        &[0xf3, 0x90],                   // PAUSE, 40
+    ];
+    for code in executed {
+        let m = Machine::real(|a| a.nop().unwrap());
+        m.ram.write(CODE, &[code, &[0xf4]].concat()).unwrap();
+        assert_eq!(m.run(), Ok(KVM_EXIT_HLT), "{code:02x?}");
+    }
+    let undefined: [&[u8]; 10] = [
+        &[0x0f, 0x01, 0xc2],                // VMLAUNCH, 20
+        &[0x0f, 0x01, 0xc3],                // VMRESUME, 24
+        &[0x0f, 0x01, 0xc4],                // VMXOFF, 26
+        &[0x66, 0x0f, 0xc7, 0x36, 0, 0x50], // VMCLEAR, 19
+        &[0x0f, 0xc7, 0x36, 0, 0x50],       // VMPTRLD, 21
+        &[0x0f, 0xc7, 0x3e, 0, 0x50],       // VMPTRST, 22
+        &[0x0f, 0x78, 0xc8],                // VMREAD, 23
+        &[0x0f, 0x79, 0xc8],                // VMWRITE, 25
+        &[0xf3, 0x0f, 0xc7, 0x36, 0, 0x50], // VMXON, 27
+        &[0x0f, 0xaa],                      // RSM outside of SMM, 17
+    ];
+    for code in undefined {
+        let m = Machine::real(|a| a.nop().unwrap());
+        m.ram.write(CODE, &[code, &[0xf4]].concat()).unwrap();
+        m.handler(6);
+        assert_eq!(m.run(), Ok(KVM_EXIT_IO), "{code:02x?}");
+        assert_eq!(m.io_data(1), [6], "{code:02x?}");
+    }
+}
+
 /// The guest runs into nothing: the page fault of the fetch could not be emulated.
 #[test]
 fn exit_exception_tells_vector_and_error_code() {

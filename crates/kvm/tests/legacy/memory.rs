@@ -2,6 +2,7 @@
 
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
+use kvm_abi::legacy::kvm_memory_alias;
 use kvm_abi::request::*;
 use nix::errno::Errno;
 
@@ -168,6 +169,16 @@ fn an_alias_may_come_before_the_first_vcpu() {
     assert_eq!(region(&client, vm, 0, 0, 0, 0x1000), Ok(0));
     let code = assemble(16, 0, |a| a.hlt().unwrap());
     client.ram(vm).write(0, &code).unwrap();
+    // Neither is in the other's way, and flags say nothing.
+    assert_eq!(region(&client, vm, 1, 0, 0xa_0000, 0x1_0000), Ok(0));
+    let again = kvm_memory_alias {
+        slot: 1,
+        flags: u32::MAX,
+        guest_phys_addr: 0xa_0000,
+        memory_size: 0x1000,
+        target_phys_addr: 0,
+    };
+    assert_eq!(client.set(vm, KVM_SET_MEMORY_ALIAS, &again), Ok(0), "nor is another alias");
 }
 
 /// What mmap of the VM file shows: address, length, and what is written at the start of each piece's page.

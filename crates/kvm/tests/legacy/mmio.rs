@@ -2,6 +2,7 @@
 
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
+use nix::errno::Errno;
 
 use crate::machine::{CODE, DEVICE, Machine};
 
@@ -63,6 +64,26 @@ fn a_read_waits_at_its_instruction() {
     let regs = m.regs();
     assert_eq!((regs.rax, regs.rbx), (0x88, 0x5555_5555_5555_7788));
     assert_eq!((regs.rcx, regs.rdx), (0x5566_7788, 0x1122_3344_5566_7788));
+}
+
+#[test]
+fn a_run_that_ends_in_eintr_has_completed_the_read() {
+    let m = real(|a| {
+        let mut top = a.create_label();
+        a.mov(ax, word_ptr(0x10).es()).unwrap();
+        a.set_label(&mut top).unwrap();
+        a.jmp(top).unwrap();
+    });
+    m.run.store_u64(40, 0x5a5a_5a5a_5a5a_5a5a).unwrap();
+    assert_eq!(m.run(), Ok(KVM_EXIT_MMIO));
+    assert_eq!(m.run.load_u64(40), Some(0x5a5a_5a5a_5a5a_5a5a), "a read leaves data as it was");
+    m.run.store_u16(40, 0x1234).unwrap();
+    m.client.raise();
+    assert_eq!(m.run(), Err(Errno::EINTR));
+    assert_eq!((m.regs().rax, m.regs().rip), (0x1234, CODE + 4));
+    m.run.store_u16(40, 0x4321).unwrap();
+    assert_eq!(m.run(), Err(Errno::EINTR));
+    assert_eq!(m.regs().rax, 0x1234, "once");
 }
 
 /// The write comes at once, before an interrupt and before anything is refreshed.
