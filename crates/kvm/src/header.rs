@@ -269,7 +269,11 @@ pub const LINES: &[Line] = &[
     exit("KVM_EXIT_INTR", &["exit_intr_comes_with_eintr", "a_window_that_is_open_at_entry_is_eintr"]),
     run(
         "request_interrupt_window",
-        &["request_interrupt_window_exits_when_the_guest_unblocks", "a_window_that_is_open_at_entry_is_eintr"],
+        &[
+            "request_interrupt_window_exits_when_the_guest_unblocks",
+            "a_window_that_is_open_at_entry_is_eintr",
+            "a_request_that_comes_while_the_guest_runs_is_heard",
+        ],
     ),
     run("exit_reason", &["nothing_of_kvm_run_is_cleared"]),
     run(

@@ -1,7 +1,7 @@
 //! `KVM_RUN`: from user space into the guest and back, in the order that api.rst and Linux's x86.c have.
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cpu_core::{Exit, Gpr, Poll};
 use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN};
@@ -16,6 +16,9 @@ use crate::vcpu::Vcpu;
 /// Instructions that a VM of 2007 executes before it looks for a signal that was pending at entry. Its VMMs retry with the
 /// signal still pending, so each try must get somewhere.
 const STEPS_DESPITE_SIGNAL: u32 = 256;
+
+/// The host's timer of 2007 interrupted a guest so often, and each time the kernel looked around: 250 Hz.
+const TICK: Duration = Duration::from_millis(4);
 
 /// CR8 that exists: the task priority, bits 3:0.
 const CR8_MAX: u64 = 15;
@@ -147,7 +150,7 @@ impl Vcpu {
                 steps -= 1;
                 self.step_guest()
             } else {
-                Some(self.enter_guest(client))
+                Some(self.enter_legacy_guest(client, wanted))
             };
             if let Some(exit) = exit
                 && exit::handle(self, &exit) == Outcome::User
@@ -171,6 +174,18 @@ impl Vcpu {
             None => self.cpu.run(),
             Some(every) => self.cpu.run_polled(Poll { every, stop: &mut || client.interrupted() }),
         };
+        self.count(start);
+        exit
+    }
+
+    /// `wanted`: what is known of `request_interrupt_window`, which 2.6.22 looks at again at each tick.
+    fn enter_legacy_guest(&mut self, client: &dyn Client, wanted: bool) -> Exit {
+        self.write_clock();
+        let start = Instant::now();
+        let every = client.poll_interval();
+        let page = &self.page;
+        let mut stop = || !wanted && page.request_interrupt_window() || every.is_some() && client.interrupted();
+        let exit = self.cpu.run_polled(Poll { every: every.map_or(TICK, |every| every.min(TICK)), stop: &mut stop });
         self.count(start);
         exit
     }

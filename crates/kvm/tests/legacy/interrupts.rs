@@ -1,10 +1,12 @@
 //! `KVM_INTERRUPT`, windows, HLT: when a vector goes in, and what user space sees of it.
 
+use std::time::Duration;
+
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use nix::errno::Errno;
 
-use crate::machine::{CODE, DEVICE, Machine};
+use crate::machine::{CODE, DEVICE, Machine, Release};
 
 /// A guest that sets IF with its second instruction, at [`CODE`] + 1.
 fn unblocking() -> Machine {
@@ -101,6 +103,43 @@ fn a_window_that_is_open_at_entry_is_eintr() {
         assert_eq!(m.run(), Err(Errno::EINTR));
         assert_eq!((m.reason(), m.ready_and_if()), (KVM_EXIT_INTR, (1, 1)));
         assert_ne!((m.regs().rip, m.regs().rbx), (before.rip, before.rbx), "the guest has been entered");
+    }
+}
+
+/// `kvm_run` is shared: 2.6.22 reads the request again whenever the host's timer has interrupted the guest.
+#[test]
+fn a_request_that_comes_while_the_guest_runs_is_heard() {
+    for enabled in [true, false] {
+        let m = Machine::real(|a| {
+            let (mut wait, mut top) = (a.create_label(), a.create_label());
+            a.set_label(&mut wait).unwrap();
+            a.cmp(word_ptr(0x200), 1).unwrap();
+            a.jne(wait).unwrap();
+            a.sti().unwrap();
+            a.nop().unwrap();
+            a.set_label(&mut top).unwrap();
+            a.jmp(top).unwrap();
+        });
+        m.set_regs(|regs| regs.rflags |= if enabled { 0x200 } else { 0 });
+        std::thread::scope(|scope| {
+            let release = Release(&m);
+            let run = scope.spawn(|| m.run());
+            while !m.kvm.status().vms[0].vcpus[0].running {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+            assert!(!run.is_finished());
+            m.request_window(true);
+            if enabled {
+                assert_eq!(run.join().unwrap(), Err(Errno::EINTR), "the window is open");
+                assert_eq!(m.reason(), KVM_EXIT_INTR);
+            } else {
+                std::thread::sleep(Duration::from_millis(30));
+                assert!(!run.is_finished(), "IF is 0");
+                drop(release);
+                assert_eq!(run.join().unwrap(), Ok(KVM_EXIT_IRQ_WINDOW_OPEN), "as soon as the guest unblocks");
+            }
+        });
     }
 }
 
