@@ -10,10 +10,10 @@ pub mod request;
 pub use kvm_bindings::{
     kvm_clock_data, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_dirty_log, kvm_dtable,
     kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_irq_routing, kvm_irq_routing_entry, kvm_mp_state,
-    kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_run, kvm_segment, kvm_signal_mask, kvm_sregs,
-    kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs, kvm_xsave,
+    kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_regs, kvm_run, kvm_segment, kvm_signal_mask,
+    kvm_sregs, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs, kvm_xsave,
 };
-pub use plain::{DirtyLog, Plain};
+pub use plain::{DirtyLog, Plain, kvm_coalesced_mmio_zone};
 
 /// Capabilities, exit reasons, flags: the constants of today's header under their own names.
 pub mod consts {

@@ -91,6 +91,20 @@ unsafe impl Plain for u64 {}
 // SAFETY: as above; `kvm_xsave` and other byte areas travel as this.
 unsafe impl<const N: usize> Plain for [u32; N] {}
 
+/// `kvm_coalesced_mmio_zone` with its union as the one number that it holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct kvm_coalesced_mmio_zone {
+    /// First address or port.
+    pub addr: u64,
+    /// Bytes.
+    pub size: u32,
+    /// 1: ports.
+    pub pio: u32,
+}
+const _: () = assert!(size_of::<kvm_coalesced_mmio_zone>() == size_of::<kvm_bindings::kvm_coalesced_mmio_zone>());
+plain! { kvm_coalesced_mmio_zone { addr, size, pio } }
+
 /// `kvm_dirty_log` with the pointer as the number that it is to us.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]

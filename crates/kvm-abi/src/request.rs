@@ -70,6 +70,8 @@ requests! {
     // It is read; the number says otherwise.
     KVM_SET_IRQCHIP = ior 0x63 kvm_irqchip;
     KVM_IRQ_LINE_STATUS = iowr 0x67 kvm_irq_level;
+    KVM_REGISTER_COALESCED_MMIO = iow 0x67 kvm_coalesced_mmio_zone;
+    KVM_UNREGISTER_COALESCED_MMIO = iow 0x68 kvm_coalesced_mmio_zone;
     KVM_SET_GSI_ROUTING = iow 0x6a kvm_irq_routing;
     KVM_REINJECT_CONTROL = io 0x71;
     KVM_IRQFD = iow 0x76 kvm_irqfd;
@@ -118,4 +120,6 @@ requests! {
     KVM_GET_XCRS = ior 0xa6 kvm_xcrs;
     KVM_SET_XCRS = iow 0xa7 kvm_xcrs;
     KVM_KVMCLOCK_CTRL = io 0xad;
+    KVM_GET_NESTED_STATE = iowr 0xbe kvm_nested_state;
+    KVM_SET_NESTED_STATE = iow 0xbf kvm_nested_state;
 }

@@ -6,6 +6,7 @@
 mod caps;
 mod chip;
 pub mod client;
+mod coalesced;
 mod cpuid;
 mod debug;
 mod era;
@@ -20,6 +21,7 @@ mod machine;
 mod mce;
 mod memory;
 mod msr;
+mod nested;
 mod run;
 mod run_page;
 mod state;

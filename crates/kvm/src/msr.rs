@@ -129,6 +129,14 @@ const ROWS: &[Row] = &[
     constant(0xc001_102a, /* BU_CFG2 */ 0, Ignored),
 ];
 
+/// MSRs that tell a VMM what a guest may be told (`kvm_get_msr_feature`). Nothing is promised about what a host's caches and
+/// predictors show to others, and no performance counter is described.
+pub(crate) const FEATURES: [(u32, u64); 3] = [
+    (msr::IA32_BIOS_SIGN_ID, 1 << 32),
+    (0x0000_010a, /* ARCH_CAPABILITIES */ 0),
+    (0x0000_0345, /* PERF_CAPABILITIES */ 0),
+];
+
 const _: () = {
     let mut at = 1;
     while at < ROWS.len() {

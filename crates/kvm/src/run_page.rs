@@ -6,7 +6,10 @@
 use std::io;
 use std::mem::offset_of;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU8, AtomicU16, AtomicU32, AtomicU64,
+    Ordering::{Relaxed, Release},
+};
 
 use kvm_abi::kvm_run;
 use mmu::Mapping;
@@ -17,6 +20,12 @@ const PAGE: usize = 4096;
 pub const SIZE: usize = 3 * PAGE;
 /// Where the data of port I/O starts.
 pub(crate) const PIO_DATA: usize = PAGE;
+/// Where the ring of coalesced I/O starts, in pages, and `struct kvm_coalesced_mmio_ring`: first, last, entries of address,
+/// length, whether it is a port, data.
+pub(crate) const RING_PAGE: usize = 2;
+const RING: usize = RING_PAGE * PAGE;
+const RING_ENTRIES: u32 = ((PAGE - 8) / RING_ENTRY) as u32;
+const RING_ENTRY: usize = 24;
 /// First byte of the union of exits.
 const EXIT: usize = offset_of!(kvm_run, __bindgen_anon_1);
 const _: () = assert!(EXIT == 32 && size_of::<kvm_run>() <= PAGE);
@@ -109,6 +118,24 @@ impl RunPage {
         for (i, byte) in data.iter().take(PAGE).enumerate() {
             self.u8(PIO_DATA + i).store(*byte, Relaxed);
         }
+    }
+
+    /// Puts a write into the ring. False: it is full, or user space has written nonsense there.
+    pub(crate) fn put_in_ring(&self, addr: u64, len: u8, value: u64, pio: bool) -> bool {
+        let (first, last) = (self.u32(RING).load(Relaxed), self.u32(RING + 4));
+        let insert = last.load(Relaxed);
+        // One entry is always unused.
+        if insert >= RING_ENTRIES || (insert + 1) % RING_ENTRIES == first {
+            return false;
+        }
+        let entry = RING + 8 + insert as usize * RING_ENTRY;
+        self.u64(entry).store(addr, Relaxed);
+        self.u32(entry + 8).store(len.into(), Relaxed);
+        self.u32(entry + 12).store(pio.into(), Relaxed);
+        self.u64(entry + 16).store(value, Relaxed);
+        // Whoever sees the entry sees what is in it.
+        last.store((insert + 1) % RING_ENTRIES, Release);
+        true
     }
 
     /// Return value of a 2007 hypercall.

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use crate::chip::Chip;
 use crate::client::{AddressSpace, Client, File, FileKind, Reply, WindowPiece};
+use crate::coalesced::Zones;
 use crate::era::Era;
 use crate::ioctl::{self, Call, Target};
 use crate::ioeventfd::Ioeventfds;
@@ -54,6 +55,8 @@ pub(crate) struct Vm {
     chip: OnceLock<Arc<Chip>>,
     /// Writes that signal eventfds.
     pub(crate) ioeventfds: Ioeventfds,
+    /// Writes that wait in a ring.
+    pub(crate) coalesced: Zones,
 }
 
 impl Vm {
@@ -73,6 +76,7 @@ impl Vm {
             time: VmClock::new(),
             chip: OnceLock::new(),
             ioeventfds: Ioeventfds::default(),
+            coalesced: Zones::default(),
         })
     }
 

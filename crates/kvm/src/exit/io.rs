@@ -12,6 +12,7 @@ use kvm_abi::consts::{KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT};
 use smallvec::{SmallVec, smallvec};
 
 use super::{Outcome, Pending, Reason, Row};
+use crate::coalesced;
 use crate::ioeventfd::Bus;
 use crate::run_page::IoExit;
 use crate::vcpu::Vcpu;
@@ -45,7 +46,7 @@ pub(super) fn handle(vcpu: &mut Vcpu, io: &Io) -> Outcome {
     Outcome::User
 }
 
-/// Interrupt controllers and eventfds. Several elements of OUTS at once are a VM's of 2007, which has neither.
+/// Interrupt controllers, eventfds and the ring. Several elements of OUTS at once are a VM's of 2007, which has neither.
 fn is_answered_here(vcpu: &mut Vcpu, io: &Io) -> bool {
     let (port, size) = (io.port, io.size);
     let vm = &vcpu.vm;
@@ -61,7 +62,8 @@ fn is_answered_here(vcpu: &mut Vcpu, io: &Io) -> bool {
     }
     let is_ours = io.count == 1
         && (vm.chip().is_some_and(|chip| chip.write_port(port, size, io.data))
-            || vm.ioeventfds.write(Bus::Pio, port.into(), size.into(), io.data.into()));
+            || vm.ioeventfds.write(Bus::Pio, port.into(), size.into(), io.data.into())
+            || coalesced::write(vcpu, true, port.into(), size, io.data.into()));
     if is_ours {
         vcpu.cpu.complete_io_out();
     }

@@ -9,6 +9,7 @@ use kvm_abi::consts::KVM_EXIT_MMIO;
 
 use super::{Outcome, Pending, Reason, Row};
 use crate::chip;
+use crate::coalesced;
 use crate::ioeventfd::Bus;
 use crate::vcpu::Vcpu;
 
@@ -27,12 +28,13 @@ pub(super) fn handle(vcpu: &mut Vcpu, mmio: &Mmio) -> Outcome {
     Outcome::User
 }
 
-/// Interrupt controllers and eventfds.
+/// Interrupt controllers, eventfds and the ring.
 fn is_answered_here(vcpu: &mut Vcpu, mmio: &Mmio) -> bool {
     match mmio.write {
         Some(value) => {
             chip::write_memory(vcpu, mmio.gpa, mmio.len, value)
                 || vcpu.vm.ioeventfds.write(Bus::Mmio, mmio.gpa, mmio.len.into(), value)
+                || coalesced::write(vcpu, false, mmio.gpa, mmio.len, value)
         }
         None => match chip::read_memory(vcpu, mmio.gpa, mmio.len) {
             Some(value) => {

@@ -1,8 +1,9 @@
 //! Ioctls of `/dev/kvm`.
 
-use kvm_abi::{KVM_API_VERSION, kvm_cpuid_entry2};
+use kvm_abi::{KVM_API_VERSION, kvm_cpuid_entry2, kvm_msr_entry};
 use nix::errno::Errno;
 
+use super::vcpu::MAX_IO_MSRS;
 use super::{Caller, Fam};
 use crate::client::Client;
 use crate::system::System;
@@ -40,10 +41,34 @@ pub(super) fn get_vcpu_mmap_size(_: &Caller<'_, System>, _: &dyn Client, arg: u6
 /// The MSRs that make up a guest's state. api.rst `KVM_GET_MSR_INDEX_LIST`. E2BIG: room for fewer; the count is stored
 /// all the same.
 pub(super) fn get_msr_index_list(_: &Caller<'_, System>, list: &Fam<'_, u32>) -> Result<(), Errno> {
-    let indices = msr::index_list();
+    store_indices(list, &msr::index_list())
+}
+
+fn store_indices(list: &Fam<'_, u32>, indices: &[u32]) -> Result<(), Errno> {
     let room = list.count();
     list.set_count(indices.len() as u32)?;
-    if (room as usize) < indices.len() { Err(Errno::E2BIG) } else { list.write(&indices) }
+    if (room as usize) < indices.len() { Err(Errno::E2BIG) } else { list.write(indices) }
+}
+
+/// The MSRs that tell of features. api.rst `KVM_GET_MSR_FEATURE_INDEX_LIST`. E2BIG as [`get_msr_index_list`].
+pub(super) fn get_msr_feature_index_list(_: &Caller<'_, System>, list: &Fam<'_, u32>) -> Result<(), Errno> {
+    store_indices(list, &msr::FEATURES.map(|(index, _)| index))
+}
+
+/// Their values, up to the first that is none of them; returns how many. api.rst `KVM_GET_MSRS`. E2BIG: 256 or more.
+pub(super) fn get_msrs(_: &Caller<'_, System>, list: &Fam<'_, kvm_msr_entry>) -> Result<i32, Errno> {
+    if list.count() >= MAX_IO_MSRS {
+        return Err(Errno::E2BIG);
+    }
+    let mut entries = list.read()?;
+    let mut done = 0;
+    for entry in &mut entries {
+        let Some((_, value)) = msr::FEATURES.iter().find(|(index, _)| *index == entry.index) else { break };
+        entry.data = *value;
+        done += 1;
+    }
+    list.write(&entries)?;
+    Ok(done)
 }
 
 /// What the CPU offers. api.rst `KVM_GET_SUPPORTED_CPUID`. E2BIG: room for fewer entries.

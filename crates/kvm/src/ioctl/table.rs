@@ -2,9 +2,10 @@
 
 use kvm_abi::request;
 use kvm_abi::{
-    DirtyLog, kvm_clock_data, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_enable_cap,
-    kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs,
-    kvm_signal_mask, kvm_sregs, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
+    DirtyLog, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2,
+    kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry,
+    kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs, kvm_translation, kvm_userspace_memory_region,
+    kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
     legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
 };
 use nix::errno::Errno;
@@ -84,6 +85,8 @@ ioctls! {
     KVM_GET_VCPU_MMAP_SIZE     0x04 System Value,                                  Basic,          Full => system::get_vcpu_mmap_size;
     KVM_GET_SUPPORTED_CPUID    0x05 System InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtCpuid,       Full => system::get_supported_cpuid;
     KVM_GET_EMULATED_CPUID     0x09 System InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtEmulCpuid,   Full => system::get_emulated_cpuid;
+    KVM_GET_MSR_FEATURE_INDEX_LIST 0x0a System InOutFam<kvm_msr_list, u32>,        GetMsrFeatures, Full => system::get_msr_feature_index_list;
+    KVM_GET_MSRS               0x88 System InOutFam<kvm_msrs, kvm_msr_entry>,      GetMsrFeatures, Full => system::get_msrs;
     KVM_X86_GET_MCE_CAP_SUPPORTED 0x9d System Out<u64>,                            Mce,            Full => system::get_mce_cap_supported;
 
     KVM_CHECK_EXTENSION        0x03 Vm     Value,                                  CheckExtensionVm, Full => vm::check_extension;
@@ -99,6 +102,8 @@ ioctls! {
     KVM_GET_IRQCHIP            0x62 Vm     InOut<[u32; 130]>,                      Irqchip,        Full => chip::get_irqchip;
     KVM_SET_IRQCHIP            0x63 Vm     InNumberedOut<[u32; 130]>,              Irqchip,        Full => chip::set_irqchip;
     KVM_IRQ_LINE_STATUS        0x67 Vm     InOut<[u32; 2]>,                        IrqInjectStatus, Full => chip::irq_line_status;
+    KVM_REGISTER_COALESCED_MMIO 0x67 Vm    In<kvm_coalesced_mmio_zone>,            CoalescedMmio,  Full => vm::register_coalesced_mmio;
+    KVM_UNREGISTER_COALESCED_MMIO 0x68 Vm  In<kvm_coalesced_mmio_zone>,            CoalescedMmio,  Full => vm::unregister_coalesced_mmio;
     KVM_SET_GSI_ROUTING        0x6a Vm     InFam<[u32; 2], [u32; 12]>,             IrqRouting,     Full => chip::set_gsi_routing;
     KVM_REINJECT_CONTROL       0x71 Vm     Value,                                  ReinjectControl, Full => chip::reinject_control;
     KVM_IRQFD                  0x76 Vm     In<[u32; 8]>,                           Irqfd,          Full => chip::set_irqfd;
@@ -147,6 +152,8 @@ ioctls! {
     KVM_GET_XCRS               0xa6 Vcpu   Out<kvm_xcrs>,                          Xcrs,           Full => vcpu::get_xcrs;
     KVM_SET_XCRS               0xa7 Vcpu   In<kvm_xcrs>,                           Xcrs,           Full => vcpu::set_xcrs;
     KVM_KVMCLOCK_CTRL          0xad Vcpu   Value,                                  KvmclockCtrl,   Full => vcpu::kvmclock_ctrl;
+    KVM_GET_NESTED_STATE       0xbe Vcpu   InOut<[u32; 32]>,                       NestedState,    Full => vcpu::get_nested_state;
+    KVM_SET_NESTED_STATE       0xbf Vcpu   In<[u32; 32]>,                          NestedState,    Full => vcpu::set_nested_state;
 }
 
 #[cfg(test)]

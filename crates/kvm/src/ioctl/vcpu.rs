@@ -19,10 +19,10 @@ use crate::era::Era;
 use crate::interrupt::InterruptQueue;
 use crate::mce::Injected;
 use crate::vcpu::Vcpu;
-use crate::{cpuid, debug, msr, state, xsave};
+use crate::{cpuid, debug, msr, nested, state, xsave};
 
 /// `MAX_IO_MSRS`: entries of one `KVM_GET_MSRS` or `KVM_SET_MSRS` are fewer.
-const MAX_IO_MSRS: u32 = 256;
+pub(super) const MAX_IO_MSRS: u32 = 256;
 /// What a kernel `sigset_t` takes.
 const SIGSET_BYTES: u32 = 8;
 
@@ -473,4 +473,14 @@ pub(super) fn set_tsc_khz(vcpu: &mut Vcpu, _: &dyn Client, khz: u64) -> Result<(
 /// Tells the guest that it stood still, by a flag of its clock's page. api.rst `KVM_KVMCLOCK_CTRL`. EINVAL: it has none.
 pub(super) fn kvmclock_ctrl(vcpu: &mut Vcpu, _: &dyn Client, _: u64) -> Result<(), Errno> {
     if vcpu.machine.time.guest_stopped() { Ok(()) } else { Err(Errno::EINVAL) }
+}
+
+/// State of nested guests: none. api.rst `KVM_GET_NESTED_STATE`. E2BIG: no room for the header.
+pub(super) fn get_nested_state(_: &mut Vcpu, state: &mut nested::State) -> Result<(), Errno> {
+    nested::get(state)
+}
+
+/// Takes back what [`get_nested_state`] gives. api.rst `KVM_SET_NESTED_STATE`. EINVAL: anything else.
+pub(super) fn set_nested_state(_: &mut Vcpu, state: &nested::State) -> Result<(), Errno> {
+    nested::check(state)
 }

@@ -2,7 +2,7 @@
 
 use kvm_abi::consts::KVM_CLOCK_REALTIME;
 use kvm_abi::legacy::{kvm_memory_alias, kvm_memory_region};
-use kvm_abi::{DirtyLog, kvm_clock_data, kvm_userspace_memory_region};
+use kvm_abi::{DirtyLog, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_userspace_memory_region};
 use nix::errno::Errno;
 
 use super::Caller;
@@ -90,4 +90,17 @@ pub(super) fn set_clock(vm: &Caller<'_, Vm>, data: &kvm_clock_data) -> Result<()
         vcpu.kick.kick();
     }
     Ok(())
+}
+
+/// Writes to these ports or addresses wait in a ring. api.rst `KVM_REGISTER_COALESCED_MMIO`. Errors as
+/// [`Zones::add`](crate::coalesced::Zones::add).
+pub(super) fn register_coalesced_mmio(vm: &Caller<'_, Vm>, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    vm.coalesced.add(zone)
+}
+
+/// They do no more. api.rst `KVM_UNREGISTER_COALESCED_MMIO`. EINVAL: neither memory nor ports.
+pub(super) fn unregister_coalesced_mmio(vm: &Caller<'_, Vm>, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    vm.coalesced.remove(zone)
 }

@@ -1,0 +1,175 @@
+//! What VMMs may ask for and can do without: coalesced I/O, feature MSRs, the empty state of nested guests. What must happen is
+//! api.rst's, and virt/kvm/coalesced_mmio.c of Linux 6.1.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{BASE, FakeClient};
+use iced_x86::code_asm::*;
+use kvm_abi::consts::*;
+use kvm_abi::request::*;
+use kvm_abi::{Plain, kvm_coalesced_mmio_zone, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
+use mmu::Mapping;
+use nix::errno::Errno;
+
+const CODE: u64 = 0x1000;
+const DEVICE: u64 = 0x10_0000;
+const RING: u64 = 0x2000;
+/// `KVM_COALESCED_MMIO_MAX`
+const ENTRIES: u32 = 170;
+
+struct Machine {
+    client: Arc<FakeClient>,
+    vm: i32,
+    vcpu: i32,
+    page: Arc<Mapping>,
+}
+
+impl Machine {
+    fn new(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Self {
+        let client = FakeClient::new();
+        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
+        let region = kvm_userspace_memory_region { memory_size: 0x1_0000, userspace_addr: BASE, ..Plain::zeroed() };
+        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        let mut a = CodeAssembler::new(16).unwrap();
+        code(&mut a).unwrap();
+        client.memory.write(CODE, &a.assemble(CODE).unwrap()).unwrap();
+        let vcpu = client.ioctl(vm, KVM_CREATE_VCPU, 0).unwrap();
+        let mut sregs: kvm_sregs = client.get(vcpu, KVM_GET_SREGS);
+        (sregs.cs.base, sregs.cs.selector, sregs.ds.limit, sregs.ds.g) = (0, 0, 0xffff_ffff, 1);
+        client.set(vcpu, KVM_SET_SREGS, &sregs).unwrap();
+        let regs = kvm_regs { rip: CODE, rflags: 2, rbx: DEVICE, ..Plain::zeroed() };
+        client.set(vcpu, KVM_SET_REGS, &regs).unwrap();
+        let page = client.map(vcpu);
+        Self { client, vm, vcpu, page }
+    }
+
+    fn zone(&self, request: u32, addr: u64, size: u32, pio: u32) -> Result<i32, Errno> {
+        self.client.set(self.vm, request, &kvm_coalesced_mmio_zone { addr, size, pio })
+    }
+
+    /// The exit's reason.
+    fn run(&self) -> u32 {
+        self.client.ioctl(self.vcpu, KVM_RUN, 0).unwrap();
+        self.page.load_u32(8).unwrap()
+    }
+
+    fn mmio_address(&self) -> u64 {
+        self.page.load_u64(32).unwrap()
+    }
+
+    /// `first` and `last`.
+    fn ring(&self) -> (u32, u32) {
+        (self.page.load_u32(RING).unwrap(), self.page.load_u32(RING + 4).unwrap())
+    }
+
+    /// Address, length, whether a port, data.
+    fn entry(&self, index: u64) -> (u64, u32, u32, u64) {
+        let at = RING + 8 + 24 * index;
+        let [len, pio] = [8, 12].map(|field| self.page.load_u32(at + field).unwrap());
+        (self.page.load_u64(at).unwrap(), len, pio, self.page.load_u64(at + 16).unwrap())
+    }
+}
+
+#[test]
+fn writes_inside_a_zone_wait_in_the_ring() {
+    let machine = Machine::new(|a| {
+        a.mov(word_ptr(ebx + 4), 0x1234)?;
+        a.mov(al, 0x56)?;
+        a.out(0x70, al)?;
+        // Over the end of the zone, and a read.
+        a.mov(word_ptr(ebx + 0xff), 0x789a)?;
+        a.mov(al, byte_ptr(ebx + 4))?;
+        a.out(0x71, al)
+    });
+    assert_eq!(machine.zone(KVM_REGISTER_COALESCED_MMIO, DEVICE, 0x100, 2), Err(Errno::EINVAL));
+    assert_eq!(machine.zone(KVM_REGISTER_COALESCED_MMIO, DEVICE, 0x100, 0), Ok(0));
+    assert_eq!(machine.zone(KVM_REGISTER_COALESCED_MMIO, 0x70, 1, 1), Ok(0));
+    assert_eq!((machine.run(), machine.mmio_address()), (KVM_EXIT_MMIO, DEVICE + 0xff));
+    assert_eq!(machine.ring(), (0, 2));
+    assert_eq!(machine.entry(0), (DEVICE + 4, 2, 0, 0x1234));
+    assert_eq!(machine.entry(1), (0x70, 1, 1, 0x56));
+    assert_eq!((machine.run(), machine.mmio_address()), (KVM_EXIT_MMIO, DEVICE + 4));
+    assert_eq!(machine.run(), KVM_EXIT_IO);
+}
+
+#[test]
+fn a_full_ring_and_a_second_vcpu_make_writes_exit() {
+    let machine = Machine::new(|a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.mov(dword_ptr(ebx), ecx)?;
+        a.inc(ecx)?;
+        a.jmp(top)
+    });
+    machine.zone(KVM_REGISTER_COALESCED_MMIO, DEVICE, 4, 0).unwrap();
+    assert_eq!(machine.run(), KVM_EXIT_MMIO);
+    assert_eq!(machine.ring(), (0, ENTRIES - 1), "one stays unused");
+    assert_eq!(machine.entry(ENTRIES as u64 - 2).3, u64::from(ENTRIES - 2));
+    // User space takes two, the next wraps.
+    machine.page.store_u32(RING, 2).unwrap();
+    assert_eq!(machine.run(), KVM_EXIT_MMIO);
+    assert_eq!(machine.ring(), (2, 1));
+    machine.page.store_u32(RING, 1).unwrap();
+    machine.client.ioctl(machine.vm, KVM_CREATE_VCPU, 1).unwrap();
+    assert_eq!(machine.run(), KVM_EXIT_MMIO);
+    assert_eq!(machine.ring(), (1, 1));
+}
+
+#[test]
+fn zones_are_removed_by_a_range_inside() {
+    let machine = Machine::new(|a| {
+        a.mov(byte_ptr(ebx), 1)?;
+        a.mov(byte_ptr(ebx), 2)
+    });
+    machine.zone(KVM_REGISTER_COALESCED_MMIO, DEVICE, 0x100, 0).unwrap();
+    // Another bus, then beyond it: it stays.
+    for (addr, pio) in [(DEVICE, 1), (DEVICE + 0x100, 0)] {
+        assert_eq!(machine.zone(KVM_UNREGISTER_COALESCED_MMIO, addr, 4, pio), Ok(0));
+    }
+    machine.zone(KVM_UNREGISTER_COALESCED_MMIO, DEVICE + 8, 4, 0).unwrap();
+    assert_eq!(machine.run(), KVM_EXIT_MMIO);
+    assert_eq!(machine.ring(), (0, 0));
+}
+
+#[test]
+fn what_user_space_writes_into_the_ring_harms_nobody() {
+    let machine = Machine::new(|a| a.mov(byte_ptr(ebx), 1));
+    machine.zone(KVM_REGISTER_COALESCED_MMIO, DEVICE, 4, 0).unwrap();
+    machine.page.store_u32(RING + 4, 0xffff_fff0).unwrap();
+    assert_eq!(machine.run(), KVM_EXIT_MMIO);
+    assert_eq!(machine.ring(), (0, 0xffff_fff0));
+}
+
+#[test]
+fn feature_msrs_are_listed_and_read() {
+    let client = FakeClient::new();
+    let mut list = vec![0; 4 + 4 * 16];
+    assert_eq!(client.ioctl_bytes(0, KVM_GET_MSR_FEATURE_INDEX_LIST, list.clone()).err(), Some(Errno::E2BIG));
+    list[0] = 16;
+    let list = client.ioctl_bytes(0, KVM_GET_MSR_FEATURE_INDEX_LIST, list).unwrap().1;
+    let words: Vec<u32> = list.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();
+    let indices = &words[1..=words[0] as usize];
+    assert!(indices.contains(&0x8b) && indices.contains(&0x10a) && indices.contains(&0x345));
+    // The last is none.
+    let mut msrs = vec![indices.len() as u8 + 1, 0, 0, 0, 0, 0, 0, 0];
+    for index in indices.iter().chain([&0x1234_5678]) {
+        msrs.extend([*index, 0, 0, 0].iter().flat_map(|word| word.to_le_bytes()));
+    }
+    assert_eq!(client.ioctl_bytes(0, KVM_GET_MSRS, msrs).unwrap().0, indices.len() as i32);
+}
+
+#[test]
+fn nested_state_is_a_header_that_says_off() {
+    let machine = Machine::new(|a| a.hlt());
+    let mut state = [0u32; 32];
+    assert_eq!(machine.client.ioctl_with(machine.vcpu, KVM_GET_NESTED_STATE, &mut state), Err(Errno::E2BIG));
+    state[1] = 4096;
+    assert_eq!(machine.client.ioctl_with(machine.vcpu, KVM_GET_NESTED_STATE, &mut state), Ok(0));
+    assert_eq!(state[1], 128);
+    assert_eq!(machine.client.set(machine.vcpu, KVM_SET_NESTED_STATE, &state), Ok(0));
+    // A VMXON region.
+    (state[2], state[3]) = (0x1000, 0);
+    assert_eq!(machine.client.set(machine.vcpu, KVM_SET_NESTED_STATE, &state), Err(Errno::EINVAL));
+}
