@@ -72,6 +72,7 @@ pub struct Archive {
 const S_IFREG: u32 = 0o100_000;
 const S_IFDIR: u32 = 0o040_000;
 const S_IFCHR: u32 = 0o020_000;
+const S_IFLNK: u32 = 0o120_000;
 
 impl Archive {
     /// An empty one.
@@ -87,6 +88,11 @@ impl Archive {
     /// A file of root's. `mode`: the permission bits.
     pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) {
         self.entry(path, S_IFREG | mode, (0, 0), content);
+    }
+
+    /// A symbolic link.
+    pub fn symlink(&mut self, path: &str, target: &str) {
+        self.entry(path, S_IFLNK | 0o777, (0, 0), target.as_bytes());
     }
 
     /// A character device with mode 0600.

@@ -2,12 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::packages::{apt, output_of, require_apt};
+use crate::packages::{self, output_of, require_apt, updating};
 use crate::{Progress, cache, lock};
 
 /// The package whose dependency is the kernel.
@@ -46,13 +44,7 @@ pub fn ensure(progress: &dyn Progress) -> Result<Kernel> {
     }
     require_apt(&format!("the kernel ({META})"))?;
     progress.step("asking the archive for the kernel");
-    let package = match real_package() {
-        Ok(package) => package,
-        Err(_) => {
-            apt(&["update"], Path::new("/"))?;
-            real_package()?
-        }
-    };
+    let package = updating(real_package)?;
     download(&package, &kernels, progress)?;
     match cached(&kernels)? {
         Some(kernel) => Ok(kernel),
@@ -101,38 +93,13 @@ fn download(package: &str, kernels: &Path, progress: &dyn Progress) -> Result<()
     let unpacked = work.join("unpacked");
     fs::create_dir_all(&unpacked).with_context(|| format!("cannot create {}", unpacked.display()))?;
 
-    // One line: 'URI' name size hash
-    let line = output_of("apt-get", &["download", "--print-uris", package], &work)?;
-    let total = line.split_whitespace().nth(2).and_then(|size| size.parse().ok()).unwrap_or(0);
-    progress.step(&format!("downloading {package}"));
-    let finished = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !finished.load(Ordering::Relaxed) {
-                progress.bytes(size_of_debs(&work), total);
-                std::thread::park_timeout(Duration::from_millis(100));
-            }
-        });
-        let downloaded = apt(&["download", package], &work);
-        finished.store(true, Ordering::Relaxed);
-        downloaded
-    })?;
-
+    packages::download(&[package], &work, progress)?;
     progress.step(&format!("unpacking {package}"));
-    let deb = debs(&work).pop().with_context(|| format!("apt-get download {package} left no .deb"))?;
+    let deb = packages::debs(&work).pop().with_context(|| format!("apt-get download {package} left no .deb"))?;
     output_of("dpkg-deb", &["-x", &deb.to_string_lossy(), &unpacked.to_string_lossy()], &work)?;
     let target = kernels.join(package);
     fs::rename(&unpacked, &target).with_context(|| format!("cannot rename to {}", target.display()))?;
     fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))
-}
-
-fn debs(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "deb")).collect()
-}
-
-fn size_of_debs(dir: &Path) -> u64 {
-    debs(dir).iter().filter_map(|p| fs::metadata(p).ok()).map(|m| m.len()).sum()
 }
 
 #[cfg(test)]

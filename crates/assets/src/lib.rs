@@ -9,6 +9,7 @@ pub mod iso;
 pub mod kernel;
 pub mod packages;
 pub mod qemu;
+pub mod root;
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};

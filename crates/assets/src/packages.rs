@@ -1,7 +1,10 @@
 //! Programs from Debian's archive: what we run, which package has it, and installing what is missing.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -113,6 +116,48 @@ pub(crate) fn apt(args: &[&str], dir: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Asks the archive; where it does not know, asks again with its current lists.
+pub(crate) fn updating<T>(ask: impl Fn() -> Result<T>) -> Result<T> {
+    ask().or_else(|_| {
+        apt(&["update"], Path::new("/"))?;
+        ask()
+    })
+}
+
+/// Downloads packages into `folder`: the versions that apt would install.
+pub(crate) fn download(names: &[&str], folder: &Path, progress: &dyn Progress) -> Result<()> {
+    // A line each: 'URI' name size hash
+    let uris = output_of("apt-get", &[&["download", "--print-uris"], names].concat(), folder)?;
+    let sizes = uris.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok());
+    let total = sizes.sum();
+    progress.step(&match names {
+        [name] => format!("downloading {name}"),
+        names => format!("downloading {} packages", names.len()),
+    });
+    let finished = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !finished.load(Ordering::Relaxed) {
+                progress.bytes(size_of_debs(folder), total);
+                std::thread::park_timeout(Duration::from_millis(100));
+            }
+        });
+        let downloaded = apt(&[&["download"], names].concat(), folder);
+        finished.store(true, Ordering::Relaxed);
+        downloaded
+    })
+}
+
+/// The packages in a folder.
+pub(crate) fn debs(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "deb")).collect()
+}
+
+fn size_of_debs(folder: &Path) -> u64 {
+    debs(folder).iter().filter_map(|p| fs::metadata(p).ok()).map(|m| m.len()).sum()
 }
 
 /// What a program prints, as text. Fails with what it said to stderr.
