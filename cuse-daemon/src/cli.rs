@@ -5,10 +5,13 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
+use crate::exit;
+
 /// A working /dev/kvm on hosts without VT-x or SVM: every KVM ioctl answered by a daemon, the guest run by an interpreter.
 #[derive(Debug, Parser)]
 #[command(name = "softkvm", version, max_term_width = 100)]
-#[command(after_help = "RUST_LOG sets what is logged in detail, for example RUST_LOG=cuse_daemon=debug,kvm=trace.")]
+#[command(after_help = LOGGING)]
+#[command(after_long_help = long_help())]
 pub struct Cli {
     /// Say more; twice: everything
     #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
@@ -19,6 +22,12 @@ pub struct Cli {
     /// What to do
     #[command(subcommand)]
     pub command: Command,
+}
+
+const LOGGING: &str = "RUST_LOG sets what is logged in detail, for example RUST_LOG=cuse_daemon=debug,kvm=trace.";
+
+fn long_help() -> String {
+    format!("{}\n{LOGGING}", exit::help())
 }
 
 /// What to do.
@@ -39,7 +48,8 @@ pub enum Command {
     /// Serve /dev/kvm to the whole host, until SIGINT or SIGTERM
     ///
     /// Where the kernel has CUSE (/dev/cuse) and no /dev/kvm of its own, /dev/kvm becomes a character device. Otherwise
-    /// a FUSE file is bound over it, which whoever could open the device before may open, or everybody if there was none.
+    /// a FUSE file is bound over it, which whoever could open the device before may open, or everybody if there was none;
+    /// a /dev/kvm of the host's own is back when softkvm ends. A second softkvm for the same device is refused.
     Serve {
         /// What both kinds of service have in common
         #[command(flatten)]
@@ -58,6 +68,13 @@ pub enum Command {
         /// For programs
         #[arg(long)]
         json: bool,
+    },
+    /// Write manual pages and shell completions to DIR/share, for whoever installs softkvm
+    #[command(hide = true)]
+    Documents {
+        /// The prefix of the installation
+        #[arg(value_name = "DIR")]
+        prefix: PathBuf,
     },
     /// Serve `softkvm run`
     #[command(hide = true)]

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::cli::ServiceArgs;
 use crate::client::guard;
+use crate::exit::{self, Status};
 use crate::front::{Access, Front, OpenSystem, cuse, fuse};
 use crate::{place, status, sys};
 
@@ -43,7 +44,10 @@ impl Audience {
             Ok(number) => Ok(Gid::from_raw(number)),
             Err(_) => match Group::from_name(name).with_context(|| format!("cannot look for the group {name}"))? {
                 Some(group) => Ok(group.gid),
-                None => bail!("there is no group {name}. Next step: groupadd --system {name}"),
+                None => Err(exit::refuse(
+                    Status::Configuration,
+                    format_args!("there is no group {name}. Next step: groupadd --system {name}"),
+                )),
             },
         };
         Ok(Self::Host { group: group.map(find).transpose()? })
@@ -63,8 +67,12 @@ pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: im
     // Before any device is opened, and before there is a second thread.
     prove_jitless()?;
     require_root()?;
+    let host_wide = audience != Audience::Command;
+    if host_wide {
+        require_free(&args.device)?;
+    }
     let signals = block_signals().context("cannot block signals")?;
-    guard::start(&args.device).context("cannot start the guard")?;
+    guard::start().context("cannot start the guard")?;
     raise_descriptor_limit();
     if args.no_placement {
         place::turn_off();
@@ -73,19 +81,20 @@ pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: im
     let runtime = runtime_directory()?;
     let front = Front::new(objects.system);
     let mount = runtime.join(format!("{}.mnt", std::process::id()));
-    let host_wide = audience != Audience::Command;
-    let by_cuse = host_wide && cuse::is_possible(&args.device);
+    let channel = if host_wide { Some(cuse::channel(&args.device)) } else { None };
+    let by_cuse = matches!(channel, Some(Ok(_)));
     let over = (!by_cuse).then_some(args.device.as_path());
     let access = audience.access().unwrap_or_else(|| Access::as_before(&args.device));
     let bound = fuse::start(&front, &mount, fuse::Options { passthrough: !args.no_passthrough, over, access })?;
-    if over.is_some() {
-        guard::serves(front.st_dev());
-    }
-    let mode = if by_cuse {
-        cuse::start(&front, audience.access())?;
-        "a CUSE character device"
-    } else {
-        "a FUSE file"
+    guard::serves(front.connection());
+    let sharing = if front.has_passthrough() { "with passthrough" } else { "without passthrough" };
+    let mode = match channel {
+        Some(Ok(device)) => {
+            cuse::start(&front, device, audience.access())?;
+            format!("a CUSE character device, {sharing}")
+        }
+        Some(Err(why)) => format!("a FUSE file, {sharing} ({why})"),
+        None => format!("a FUSE file, {sharing}"),
     };
     let report = {
         let (front, device, started) = (Arc::clone(&front), args.device.clone(), std::time::Instant::now());
@@ -99,8 +108,7 @@ pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: im
     let report = Arc::new(report);
     let socket = status::Socket::bind(&runtime, Arc::clone(&report) as _)?;
 
-    let sharing = if front.has_passthrough() { "with passthrough" } else { "without passthrough" };
-    ready(&format!("{} is {mode}, {sharing}", args.device.display()));
+    ready(&format!("{} is {mode}", args.device.display()));
     let signal = signals.wait().context("cannot wait for signals")?;
     tracing::info!(%signal, "ending");
 
@@ -132,9 +140,26 @@ fn prove_jitless() -> Result<()> {
 
 fn require_root() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
-        bail!("softkvm mounts a file system and reaches into its clients, which takes root. Next step: sudo softkvm …");
+        let message =
+            "softkvm mounts a file system and reaches into its clients, which takes root. Next step: sudo softkvm …";
+        return Err(exit::refuse(Status::NoPermission, message));
     }
     Ok(())
+}
+
+/// One daemon for a host: a second one would take the device from the first one's clients to come.
+fn require_free(device: &Path) -> Result<()> {
+    match status::daemon_behind(device)? {
+        Some(pid) => Err(exit::refuse(
+            Status::Taken,
+            format_args!(
+                "{} is softkvm's already, by process {pid}. Next step: use it (softkvm status tells of it), or end it \
+                 first: systemctl stop softkvm, or kill {pid}",
+                device.display()
+            ),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// The signals that end the daemon, blocked in this thread and those that it starts.

@@ -3,8 +3,11 @@
 pub mod cli;
 pub mod client;
 pub mod daemon;
+pub mod documents;
+pub mod exit;
 pub mod file;
 pub mod front;
+pub mod manager;
 pub mod objects;
 pub mod place;
 pub mod run;

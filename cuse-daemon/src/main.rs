@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use cuse_daemon::cli::{Cli, Command};
 use cuse_daemon::daemon::Audience;
-use cuse_daemon::{daemon, objects, run, status};
+use cuse_daemon::exit::{self, Status};
+use cuse_daemon::{daemon, documents, manager, objects, run, status};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -19,19 +20,27 @@ fn main() -> ExitCode {
         Command::Serve { service, group } => {
             let audience = Audience::host(group.as_deref());
             audience
-                .and_then(|to| daemon::serve(service, objects::kvm(), to, |line| eprintln!("softkvm: {line}")))
+                .and_then(|to| {
+                    let ready = |line: &str| {
+                        eprintln!("softkvm: {line}");
+                        manager::ready();
+                    };
+                    daemon::serve(service, objects::kvm(), to, ready)
+                })
                 .map(|()| 0)
         }
         Command::Daemon { service } => {
             daemon::serve(service, objects::kvm(), Audience::Command, |line| println!("{line}")).map(|()| 0)
         }
+        Command::Documents { prefix } => documents::write(prefix).map(|()| 0),
         Command::Status { json } => status::show(*json).map(|()| 0),
     };
     match done {
         Ok(status) => ExitCode::from(status),
         Err(err) => {
             eprintln!("softkvm: {err:#}");
-            ExitCode::FAILURE
+            let is_run = matches!(cli.command, Command::Run { .. });
+            ExitCode::from(if is_run { Status::RunFailed as u8 } else { exit::status_of(&err) })
         }
     }
 }

@@ -19,14 +19,15 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
 use crate::cli::ServiceArgs;
+use crate::exit::Status;
 use crate::sys;
 
 /// How long a process may take to end when it is told to.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// The same for the daemon, which writes its summary then.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(5);
-/// Exit status of softkvm when it is itself that failed, as `env` and `timeout` use it.
-const OWN_FAILURE: u8 = 125;
+/// Exit status of softkvm when it is itself that failed.
+const OWN_FAILURE: u8 = Status::RunFailed as u8;
 
 /// Runs the command; the exit status to end with.
 pub fn run(args: &ServiceArgs, verbosity: &[OsString], command: &[OsString]) -> Result<u8> {

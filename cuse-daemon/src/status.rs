@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::stat::{major, minor};
 use serde_json::{Value, json};
 
 use crate::front::Front;
@@ -99,9 +100,7 @@ pub fn summary(report: &Value) -> Value {
 pub fn show(as_json: bool) -> Result<()> {
     let mut reports = ask_all()?;
     // In a namespace, or on a host, that is served: the daemon that serves it.
-    if let Ok(device) = fs::metadata("/dev/kvm")
-        && let Some(at) = reports.iter().position(|report| report["daemon"]["st_dev"] == json!(device.dev()))
-    {
+    if let Some(at) = position_behind(Path::new("/dev/kvm"), &reports) {
         reports = vec![reports.swap_remove(at)];
     }
     if as_json {
@@ -110,6 +109,26 @@ pub fn show(as_json: bool) -> Result<()> {
         print!("{}", text(&reports));
     }
     Ok(())
+}
+
+/// The process that serves `device`, if a softkvm does.
+pub fn daemon_behind(device: &Path) -> Result<Option<u64>> {
+    let reports = ask_all()?;
+    Ok(position_behind(device, &reports).and_then(|at| reports[at]["daemon"]["pid"].as_u64()))
+}
+
+/// The report of the daemon that serves `device`: a file of its file system, or CUSE's device, of which there is one.
+fn position_behind(device: &Path, reports: &[Value]) -> Option<usize> {
+    let found = fs::metadata(device).ok()?;
+    let is_cuse = found.file_type().is_char_device() && {
+        let (major, minor) = (major(found.rdev()), minor(found.rdev()));
+        let class = fs::canonicalize(format!("/sys/dev/char/{major}:{minor}/subsystem"));
+        class.is_ok_and(|class| class.ends_with("cuse"))
+    };
+    reports.iter().position(|report| {
+        let daemon = &report["daemon"];
+        daemon["st_dev"] == json!(found.dev()) || is_cuse && daemon["front"] == "cuse"
+    })
 }
 
 fn ask_all() -> Result<Vec<Value>> {

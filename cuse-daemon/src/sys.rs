@@ -1,6 +1,7 @@
 //! Every raw system call that has no safe wrapper elsewhere.
 #![expect(unsafe_code, reason = "system calls that neither std nor nix wraps")]
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -15,6 +16,9 @@ const PR_MDWE_REFUSE_EXEC_GAIN: libc::c_ulong = 1;
 /// `O_EXCL`: the descriptor means one thread (6.9).
 const PIDFD_THREAD: libc::c_uint = 0x80;
 const KCMP_VM: libc::c_long = 1;
+const FSOPEN_CLOEXEC: libc::c_uint = 1;
+const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
 
@@ -59,6 +63,24 @@ pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd, Errno> {
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?;
     // SAFETY: the kernel just gave this descriptor to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// The root of a file system of this type that needs no options, at no path (Linux 5.2). `EPERM` without `CAP_SYS_ADMIN`.
+pub fn mounted_nowhere(kind: &CStr) -> Result<OwnedFd, Errno> {
+    let owned = |fd: libc::c_long| {
+        // SAFETY: both callers pass what the kernel just gave to us alone.
+        unsafe { OwnedFd::from_raw_fd(fd as RawFd) }
+    };
+    // SAFETY: `kind` is a string that outlives the call.
+    let context =
+        Errno::result(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC) }).map(owned)?;
+    let none = ptr::null::<libc::c_void>();
+    // SAFETY: this command takes neither key nor value.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, none, none, 0)
+    })?;
+    // SAFETY: takes integers only.
+    Errno::result(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, 0) }).map(owned)
 }
 
 /// Do two processes use one address space? False also where the kernel cannot tell.

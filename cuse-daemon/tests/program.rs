@@ -212,7 +212,7 @@ fn a_group_may_open_the_device_and_others_may_not() {
     std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let device = dir.join("kvm");
     let script = format!(
-        "{SOFTKVM} serve --device {0} --group no-such-group && exit 4
+        "{SOFTKVM} serve --device {0} --group no-such-group; test $? = 78 || exit 4
          {SOFTKVM} serve --device {0} --group 65533 & for i in $(seq 100); do test -S /run/softkvm/$!.sock && break; sleep 0.1; done
          stat -c '%a %u %g' {0}
          setpriv --reuid=65534 --regid=65534 --groups=65533 -- sh -c ': <> {0}' || exit 1
@@ -277,7 +277,62 @@ fn without_root_the_next_step_is_named() {
         Command::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"]).args(line).output();
     let output = output.unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success());
     // The program file may lie where nobody but root may look; then it is not even started.
-    assert!(said.contains("Next step: sudo") || said.contains("Permission denied"), "{said}");
+    let refused = output.status.code() == Some(77) && said.contains("Next step: sudo");
+    assert!(refused || said.contains("Permission denied"), "{output:?}");
+}
+
+#[test]
+fn without_cap_sys_admin_the_next_step_is_named() {
+    if !can_run() {
+        return;
+    }
+    let dir = directory("capability");
+    let line = ["--bounding-set=-sys_admin", "--inh-caps=-sys_admin", "--", SOFTKVM, "serve", "--device"];
+    let output = Command::new("setpriv").args(line).arg(dir.join("kvm")).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(77), "{output:?}");
+    assert!(said.contains("Next step: run softkvm as root with CAP_SYS_ADMIN"), "{said}");
+    // Nothing stays, the folder for the mount least of all.
+    std::fs::remove_dir(dir).unwrap();
+    let left = std::fs::read_dir("/run/softkvm").unwrap().flatten().map(|entry| entry.path());
+    let dead = left.filter(|path| {
+        let pid = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        path.extension().is_some_and(|ext| ext == "mnt") && !Path::new("/proc").join(pid).exists()
+    });
+    assert_eq!(dead.collect::<Vec<_>>(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_second_daemon_for_the_device_is_refused() {
+    if !can_run() {
+        return;
+    }
+    let dir = directory("second");
+    let device = dir.join("kvm");
+    let script = format!(
+        "{SOFTKVM} serve --device {0} & for i in $(seq 100); do test -S /run/softkvm/$!.sock && break; sleep 0.1; done
+         {SOFTKVM} serve --device {0}; test $? = 75 || exit 1
+         echo first $!; stat -f -c %T {0}
+         {SOFTKVM} run --device {0} -- true || exit 2
+         kill $!; wait $!; test -e {0} && exit 3; exit 0",
+        device.display()
+    );
+    let output =
+        Command::new("unshare").args(["--mount", "--propagation", "private", "sh", "-c", &script]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let (out, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let first = out.lines().find_map(|line| line.strip_prefix("first ")).unwrap();
+    assert!(out.ends_with("fuseblk\n"), "the first one serves on: {out}");
+    assert!(said.contains(&format!("is softkvm's already, by process {first}. Next step: ")), "{said}");
+    std::fs::remove_dir(dir).unwrap();
+}
+
+#[test]
+fn softkvm_run_tells_its_own_failure_from_the_commands() {
+    if !can_run() {
+        return;
+    }
+    assert_eq!(run(&["--device", "/nonexistent/folder/kvm"], &["true"]).status.code(), Some(125));
+    assert_eq!(run(&[], &["/nonexistent/command"]).status.code(), Some(127));
 }

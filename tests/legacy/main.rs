@@ -27,6 +27,8 @@ const CASES: &[(&str, Case)] = &[
     ("locked", case::locked::exact),
     ("signals", case::signals::all),
     ("reset", case::reset::between_exits),
+    ("spin", case::endless::spins),
+    ("churn", case::endless::churns),
 ];
 
 fn main() -> ExitCode {

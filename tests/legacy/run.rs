@@ -38,4 +38,4 @@ macro_rules! cases {
     };
 }
 
-cases! { header guests smp display locked signals reset }
+cases! { header guests smp display locked signals reset spin churn }

@@ -1,8 +1,9 @@
 //! What a daemon that was killed cannot do any more, done by a process of its own, forked before anything is opened.
 //!
-//! It aborts the daemon's connection. The kernel does so by itself when /dev/fuse is closed, but a daemon asks itself: a
-//! worker may be inside a request to another one, which is dead. It then waits in the kernel for ever, with /dev/fuse open,
-//! and with it all clients.
+//! It aborts the connection that VM and vCPU files belong to. The kernel does so by itself when /dev/fuse is closed, but a
+//! daemon asks itself: a worker may be inside a request to another one, which is dead. It then waits in the kernel for ever,
+//! with /dev/fuse open, and with it all clients. /dev/cuse needs nobody: no request by it comes from the daemon, so its last
+//! thread is gone with those that wait for /dev/fuse, and closing it ends the device (fs/fuse/cuse.c, cuse_channel_release).
 //!
 //! And it gives signals back to client threads that were held. Those have all signals blocked, or a handler would run in the
 //! middle of an injection. A killed tracer's tracees go on by themselves, but with that mask. What cannot be brought back
@@ -11,22 +12,21 @@
 #![expect(unsafe_code, reason = "fork, and memory shared with the child")]
 
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
-use nix::mount::{MntFlags, umount2};
+use nix::fcntl::{OFlag, openat};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::stat::{Mode, fstat};
-use nix::unistd::{ForkResult, Pid, fork, getpid};
+use nix::sys::stat::Mode;
+use nix::unistd::{ForkResult, Pid, fork, getpid, write};
 
 use super::inject::is_dead;
+use super::stop::tasks;
 use crate::sys;
 
 /// Injections at one time that are looked after.
@@ -40,7 +40,7 @@ const NEVER_BLOCKED: u64 = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
 /// What the guard knows of the daemon.
 #[repr(C)]
 struct Table {
-    /// `st_dev` of the file system that is bound over the device; 0: none.
+    /// The connection's number; 0: none.
     served: AtomicU64,
     held: [Slot; SLOTS],
 }
@@ -55,19 +55,18 @@ struct Slot {
 
 static TABLE: OnceLock<&'static Table> = OnceLock::new();
 
-/// Starts the guard of a daemon whose device is bound over `over`, if anywhere. Before any device is opened, which the guard would
-/// keep open, and from the thread that is the daemon's last.
-pub fn start(over: &Path) -> Result<(), Errno> {
+/// Starts the guard. Before any device is opened, which it would keep open, and from the thread that is the daemon's last.
+pub fn start() -> Result<(), Errno> {
     let len = NonZeroUsize::new(size_of::<Table>()).ok_or(Errno::EINVAL)?;
     // SAFETY: a new mapping at an address of the kernel's choice.
     let table =
         unsafe { mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED) }?;
     // SAFETY: page-aligned, zeroed, as long as the table, never unmapped; all of it is atomics, for the other process, too.
     let table: &'static Table = unsafe { table.cast().as_ref() };
-    let (daemon, over) = (getpid(), over.to_owned());
+    let daemon = getpid();
     // SAFETY: glibc lets the child allocate; it needs nothing else that another thread may have locked.
     match unsafe { fork() }? {
-        ForkResult::Child => watch(daemon, over, table),
+        ForkResult::Child => watch(daemon, table),
         ForkResult::Parent { .. } => {
             let _ = TABLE.set(table);
             Ok(())
@@ -75,15 +74,15 @@ pub fn start(over: &Path) -> Result<(), Errno> {
     }
 }
 
-/// The device is in place: bound from the file system with this `st_dev`. 0: no more.
-pub fn serves(device: u64) {
+/// Clients may come, by this connection: the number of its file system's device. 0: no more.
+pub fn serves(connection: u64) {
     if let Some(table) = TABLE.get() {
-        table.served.store(device, Ordering::Release);
+        table.served.store(connection, Ordering::Release);
     }
 }
 
 /// The life of the guard.
-fn watch(daemon: Pid, over: PathBuf, table: &Table) -> ! {
+fn watch(daemon: Pid, table: &Table) -> ! {
     // SAFETY: descriptors of this process, whose owners never run here.
     unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
     let news = SigSet::from(Signal::SIGTERM);
@@ -94,7 +93,7 @@ fn watch(daemon: Pid, over: PathBuf, table: &Table) -> ! {
     }
     let served = table.served.load(Ordering::Acquire);
     if served != 0 {
-        let _ = abort(&over, served);
+        let _ = abort(daemon, served);
     }
     for slot in &table.held {
         let tid = slot.tid.load(Ordering::Acquire);
@@ -106,19 +105,18 @@ fn watch(daemon: Pid, over: PathBuf, table: &Table) -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// Ends the connection behind what is bound over `over`, if that is the daemon's.
-fn abort(over: &Path, served: u64) -> Result<(), Errno> {
-    // A path alone asks nobody: neither opening it so nor fstat, whose answer never changes, sends a request.
-    let found = open(over, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-    if fstat(&found)?.st_dev != served {
+/// Ends the connection by FUSE's control file system, which knows every mounted one by number, be it bound over a device,
+/// or reached by CUSE's alone (fs/fuse/control.c).
+fn abort(daemon: Pid, connection: u64) -> Result<(), Errno> {
+    let control = sys::mounted_nowhere(c"fusectl")?;
+    let name = format!("{connection}/abort");
+    let file = openat(&control, name.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    // A thread that is left keeps the connection, and so its number. With none left the kernel has ended it, and the number
+    // may mean another one; so what was opened counts only if somebody is left afterwards.
+    if tasks(daemon).into_iter().all(is_dead) {
         return Ok(());
     }
-    // The abort comes first, and EBUSY then: `found` holds on to the mount. What is below it would be no device of ours, and
-    // who opens it shall learn that the daemon is gone.
-    match umount2(over, MntFlags::MNT_FORCE) {
-        Err(Errno::EBUSY) => Ok(()),
-        result => result,
-    }
+    write(&file, b"1").map(drop)
 }
 
 /// Gives the thread its mask back, if it has the one that we gave it.

@@ -134,7 +134,8 @@ pub(super) fn tracer(tid: Pid) -> Option<i32> {
     (tracer != 0).then_some(tracer)
 }
 
-fn tasks(tgid: Pid) -> Vec<Pid> {
+/// The threads of process `tgid`, those included that have ended and nobody has collected.
+pub(super) fn tasks(tgid: Pid) -> Vec<Pid> {
     let entries = fs::read_dir(format!("/proc/{tgid}/task")).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw).collect()
 }

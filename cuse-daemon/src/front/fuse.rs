@@ -15,7 +15,9 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::statfs;
 
+use super::opener::Opener;
 use super::{Access, FileSystem, Front};
+use crate::exit::{self, Status};
 
 /// What to mount, and where.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +35,7 @@ pub struct Options<'a> {
 pub fn start(front: &Arc<Front>, dir: &Path, options: Options<'_>) -> Result<Option<Bound>> {
     let Options { passthrough, over, access } = options;
     front.access.set(access).map_err(|_| anyhow::anyhow!("the file system is served twice"))?;
+    let opener = Opener::start()?;
     let device = Device::open(Path::new("/dev/fuse")).map_err(|err| explain_fuse(&err))?;
     let options = format!(
         "fd={},rootmode={:o},user_id=0,group_id=0,allow_other,default_permissions",
@@ -40,12 +43,16 @@ pub fn start(front: &Arc<Front>, dir: &Path, options: Options<'_>) -> Result<Opt
         libc::S_IFDIR | 0o700
     );
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    mount(Some("softkvm"), dir, Some("fuse"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options.as_str()))
-        .map_err(|errno| explain_mount(errno, dir))?;
+    mount(Some("softkvm"), dir, Some("fuse"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options.as_str())).map_err(
+        |errno| {
+            let _ = fs::remove_dir(dir);
+            explain_mount(errno, dir)
+        },
+    )?;
     let session = Session::start(device, Kind::Fuse { passthrough }, Arc::new(FileSystem(Arc::clone(front))));
     let bound = session.context("cannot serve the file system").and_then(|session| {
         let root = open(dir, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-        front.mounted(session, root).context("cannot use the new file system")?;
+        front.mounted(session, root, opener).context("cannot use the new file system")?;
         over.map(|over| Bound::new(&dir.join("kvm"), over)).transpose()
     });
     // Open descriptors and what was bound from it keep the file system alive.
@@ -55,22 +62,35 @@ pub fn start(front: &Arc<Front>, dir: &Path, options: Options<'_>) -> Result<Opt
 }
 
 fn explain_fuse(err: &io::Error) -> anyhow::Error {
-    let next = match err.kind() {
-        io::ErrorKind::NotFound if Path::new("/sys/module/fuse").exists() => "make it: mknod /dev/fuse c 10 229",
-        io::ErrorKind::NotFound => "load the module: modprobe fuse (a container needs --device /dev/fuse)",
-        io::ErrorKind::PermissionDenied => "run softkvm as root (a container needs --device /dev/fuse)",
-        _ => "see whether the kernel has FUSE: grep fuse /proc/filesystems",
+    let (status, next) = match err.kind() {
+        io::ErrorKind::NotFound if Path::new("/sys/module/fuse").exists() => {
+            (Status::Unavailable, "make it: mknod /dev/fuse c 10 229")
+        }
+        io::ErrorKind::NotFound => {
+            (Status::Unavailable, "load the module: modprobe fuse (a container needs --device /dev/fuse)")
+        }
+        io::ErrorKind::PermissionDenied => {
+            (Status::NoPermission, "run softkvm as root (a container needs --device /dev/fuse)")
+        }
+        _ => (Status::Unavailable, "see whether the kernel has FUSE: grep fuse /proc/filesystems"),
     };
-    anyhow::anyhow!("cannot open /dev/fuse: {err}. Next step: {next}")
+    exit::refuse(status, format_args!("cannot open /dev/fuse: {err}. Next step: {next}"))
 }
 
 fn explain_mount(errno: Errno, dir: &Path) -> anyhow::Error {
-    let next = match errno {
-        Errno::EPERM => "run softkvm as root with CAP_SYS_ADMIN (docker: --privileged, or --cap-add SYS_ADMIN)",
-        Errno::ENODEV => "load the module: modprobe fuse",
-        _ => "look into the kernel's log: dmesg",
+    let (status, next) = match errno {
+        Errno::EPERM => (
+            Some(Status::NoPermission),
+            "run softkvm as root with CAP_SYS_ADMIN (docker: --privileged, or --cap-add SYS_ADMIN)",
+        ),
+        Errno::ENODEV => (Some(Status::Unavailable), "load the module: modprobe fuse"),
+        _ => (None, "look into the kernel's log: dmesg"),
     };
-    anyhow::anyhow!("cannot mount the file system on {}: {}. Next step: {next}", dir.display(), errno.desc())
+    let message = format!("cannot mount the file system on {}: {}. Next step: {next}", dir.display(), errno.desc());
+    match status {
+        Some(status) => exit::refuse(status, message),
+        None => anyhow::anyhow!(message),
+    }
 }
 
 /// Our `kvm` in the place of `/dev/kvm`, until dropped.

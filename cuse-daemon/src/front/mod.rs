@@ -5,11 +5,12 @@
 
 pub mod cuse;
 pub mod fuse;
+mod opener;
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,10 +20,10 @@ use cuse_rs::layout::{Attr, AttrOut, EntryOut, IoctlFlags, OpenFlags, OpenOut, P
 use cuse_rs::{Answer, BackingId, Call, Ioctl, Operation, Service, Session};
 use kvm::client::File;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::{Mode, fstat, major, minor};
+use nix::sys::stat::{fstat, major, minor};
 use parking_lot::{Mutex, RwLock};
 
+use self::opener::Opener;
 use crate::client::space::{Space, Spaces};
 use crate::client::{Caller, view, window};
 use crate::file::{Open, Shared};
@@ -76,6 +77,7 @@ impl Access {
 struct Mounted {
     session: Arc<Session>,
     root: OwnedFd,
+    opener: Opener,
     /// As `/proc/PID/maps` shows it.
     device: u64,
 }
@@ -111,10 +113,10 @@ impl Front {
     }
 
     /// Clients of this front may have descriptors from now on: `root` is the directory of our file system.
-    fn mounted(&self, session: Arc<Session>, root: OwnedFd) -> Result<(), Errno> {
+    fn mounted(&self, session: Arc<Session>, root: OwnedFd, opener: Opener) -> Result<(), Errno> {
         let number = fstat(&root)?.st_dev;
         let device = major(number) << 32 | minor(number);
-        self.mounted.set(Mounted { session, root, device }).map_err(|_| Errno::EBUSY)
+        self.mounted.set(Mounted { session, root, opener, device }).map_err(|_| Errno::EBUSY)
     }
 
     /// The number of the file system that VM and vCPU files lie on.
@@ -125,6 +127,11 @@ impl Front {
     /// The same as stat(2) shows it.
     pub fn st_dev(&self) -> u64 {
         self.mounted.get().and_then(|mounted| fstat(&mounted.root).ok()).map_or(0, |stat| stat.st_dev)
+    }
+
+    /// What the kernel calls the connection of VM and vCPU files; 0 before there is one.
+    pub fn connection(&self) -> u64 {
+        minor(self.st_dev())
     }
 
     /// Sees mmap of a file the object's own memory?
@@ -172,7 +179,7 @@ impl Front {
         });
         let exposed = Exposed { node, shared: Arc::clone(shared), backing };
         self.files.exposed.lock().insert(name.clone(), exposed);
-        let opened = openat(&mounted.root, name.as_c_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+        let opened = mounted.opener.open(mounted.root.as_fd(), &name);
         self.files.exposed.lock().remove(&name);
         // The open file keeps its backing file; the number is of no more use.
         if let Some(backing) = backing {

@@ -41,6 +41,7 @@ fn client() {
         "churn-alone" => churn_alone(),
         "serve" => serve(),
         "wait" => wait(),
+        "asks-itself" => crate::guard::asks_itself(),
         "namespaces" => namespaces(),
         "ram-window" => crate::legacy::ram_window(),
         "signal-mask" => crate::legacy::signal_mask(),

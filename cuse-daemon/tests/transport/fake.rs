@@ -237,12 +237,12 @@ impl Daemon {
         let front = Front::new(system);
         let device = dir.join("kvm");
         if guarded {
-            guard::start(&device).unwrap();
+            guard::start().unwrap();
         }
         let options = fuse::Options { passthrough, over: Some(&device), access: Access::ALL };
         let bound = fuse::start(&front, &dir.join("mnt"), options).unwrap();
         assert!(device.exists());
-        guard::serves(front.st_dev());
+        guard::serves(front.connection());
         if passthrough && !front.has_passthrough() {
             eprintln!("skipped: the kernel has no FUSE passthrough");
             return None;

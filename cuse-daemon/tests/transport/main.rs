@@ -2,6 +2,7 @@
 
 mod client;
 mod fake;
+mod guard;
 mod legacy;
 
 use std::time::Duration;
@@ -174,6 +175,19 @@ fn clients_of_a_killed_daemon_go_on() {
         let status = wait(&mut churn, Duration::from_secs(5));
         assert!(matches!(status, WaitStatus::Exited(_, 0)), "round {round}: {status:?}");
     }
+    std::fs::remove_file(&place).unwrap();
+}
+
+/// The kernel alone would not end it: the thread that waits keeps /dev/fuse open.
+#[test]
+fn a_killed_daemon_that_waits_for_itself_ends() {
+    let Some(daemon) = Daemon::start(true) else { return };
+    let place = std::env::temp_dir().join(format!("softkvm-asking-{}", std::process::id()));
+    let mut asking = daemon.client("asks-itself").env(client::DEVICE, &place).spawn().unwrap();
+    eventually("it asks itself", || place.exists());
+    asking.kill().unwrap();
+    let status = wait(&mut asking, Duration::from_secs(5));
+    assert!(matches!(status, WaitStatus::Signaled(..)), "{status:?}");
     std::fs::remove_file(&place).unwrap();
 }
 

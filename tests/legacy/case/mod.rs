@@ -1,6 +1,7 @@
 //! What the guests must do, and what the VMM must see.
 
 pub(crate) mod display;
+pub(crate) mod endless;
 pub(crate) mod guests;
 pub(crate) mod header;
 pub(crate) mod locked;

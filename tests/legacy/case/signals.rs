@@ -21,7 +21,7 @@ const LATEST: Duration = Duration::from_secs(5);
 const KICKS: usize = 200;
 
 /// Real mode, straight from the reset vector: counts for ever at `SCRATCH`, and never exits.
-fn counting() -> Image {
+pub(super) fn counting() -> Image {
     let mut image = Image::default();
     image.data(
         at::BIOS,
