@@ -1,15 +1,21 @@
 //! `softkvm serve` on a kernel that has CUSE, which the machines that run these tests mostly lack: Debian's, in a
 //! virtual machine of QEMU's own JIT. That kernel has no FUSE passthrough either, so both ways without are tested too.
+//!
+//! Here with nothing but busybox, so that each step is one of ours; in `systemd.rs` as it is installed.
+
+mod systemd;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use assets::Quiet;
 use assets::initramfs::Archive;
+use assets::kernel::{self, Kernel};
 use assets::packages::{self, BUSYBOX, QEMU, SETPRIV};
 use assets::qemu::{Accel, Machine};
-use assets::{Quiet, kernel};
 use softkvm_tests::console::Console;
 use softkvm_tests::foreign::test_program;
 use softkvm_tests::softkvm;
@@ -25,72 +31,7 @@ const UNIT: &str = include_str!("../../packaging/softkvm.service");
 const GROUP: u32 = 104;
 
 /// `@WORD@` is filled in from the files above. There is no udev here: what its rule says is done by hand.
-const INIT: &str = r#"#!/bin/busybox sh
-/bin/busybox --install -s /bin
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs dev /dev
-mount -t tmpfs run /run
-chmod 755 /run
-insmod /fuse.ko
-insmod /cuse.ko
-setpriv() { /sbin/setpriv "$@"; } # busybox has one that can do less
-member() { user=$1; shift; setpriv --reuid=$user --regid=$user --groups=@GROUP@ -- "$@"; }
-stranger() { setpriv --reuid=3000 --regid=3000 --clear-groups -- "$@"; }
-opens() { "$@" sh -c ': <>/dev/kvm' 2>/dev/null && echo yes || echo no; }
-modern() { "$@" kvm_ioctls --exact --test-threads=1 ioctls::vcpu::tests::test_run_code ioctls::vcpu::tests::xsave_test; }
-
-/sbin/setpriv --no-new-privs --bounding-set=@CAPABILITIES@ -- softkvm serve &
-daemon=$!
-while ! [ -c /dev/kvm ]; do sleep 0.1; done
-echo DEVICE: $(stat -c %F /dev/kvm)
-echo SUBSYSTEM: $(basename $(readlink -f /sys/class/*/kvm/subsystem))
-softkvm status
-modern env
-echo CUSE: $?
-legacy --seconds 2 header smp display signals reset
-echo LEGACY: $?
-
-echo BEFORE: $(opens member 1000) $(opens stranger)
-chgrp @RULE_GROUP@ /dev/kvm
-chmod @RULE_MODE@ /dev/kvm
-echo RULE: $(opens member 1000) $(opens stranger)
-modern member 1000
-echo USER: $?
-member 1000 legacy --seconds 2 header smp display locked signals reset
-echo USER LEGACY: $?
-
-member 1000 legacy --seconds 1000 smp >/dev/null &
-sleep 3
-victim=$(pidof legacy)
-echo VICTIM: $(stat -c %u /proc/$victim) $(ls -l /proc/$victim/fd | grep -c kvm-vm)
-fd=$(ls -l /proc/$victim/fd | sed -n 's/.* \([0-9]*\) -> .*kvm-vm.*/\1/p' | head -n 1)
-echo OTHER: $(member 2000 sh -c ": <>/proc/$victim/fd/$fd" 2>/dev/null && echo yes || echo no)
-echo OTHER MEMORY: $(member 2000 sh -c ": </proc/$victim/mem" 2>/dev/null && echo yes || echo no)
-echo ROOT: $(sh -c ": <>/proc/$victim/fd/$fd" 2>/dev/null && echo yes || echo no)
-member 2000 legacy --seconds 1 reset
-echo OTHER LEGACY: $?
-kill $victim
-softkvm status
-kill $daemon
-wait $daemon
-echo SERVE: $?
-[ -e /dev/kvm ] && echo /dev/kvm is still there
-
-softkvm serve --group kvm &
-daemon=$!
-while ! [ -c /dev/kvm ]; do sleep 0.1; done
-while [ "$(stat -c '%a %G' /dev/kvm)" = '600 root' ]; do sleep 0.1; done
-echo GROUP: $(stat -c '%a %U %G' /dev/kvm) $(opens member 1000) $(opens stranger)
-kill $daemon
-wait $daemon
-
-softkvm run -- kvm_ioctls --exact --test-threads=1 ioctls::vcpu::tests::test_run_code
-echo FUSE: $?
-softkvm run -- legacy --seconds 1 header reset
-echo FUSE LEGACY: $?
-poweroff -f
-"#;
+const INIT: &str = include_str!("plain.sh");
 
 /// What the machine prints once each of these steps has gone well, in this order.
 const STEPS: &[&str] = &[
@@ -154,7 +95,7 @@ fn add_program(archive: &mut Archive, name: &str, program: &Path, libraries: &mu
     }
 }
 
-fn initramfs(modules: &Path) -> Vec<u8> {
+fn initramfs(kernel: &Kernel) -> Vec<u8> {
     let mut archive = Archive::new();
     for dir in ["bin", "sbin", "dev", "etc", "proc", "sys", "run", "tmp", "lib", "lib/x86_64-linux-gnu", "lib64"] {
         archive.directory(dir);
@@ -163,7 +104,8 @@ fn initramfs(modules: &Path) -> Vec<u8> {
     let busybox = packages::find(BUSYBOX).expect("busybox is installed");
     archive.file("bin/busybox", 0o755, &fs::read(busybox).expect("busybox can be read"));
     for module in ["fuse.ko", "cuse.ko"] {
-        let content = fs::read(modules.join("kernel/fs/fuse").join(module)).expect("the kernel has the module");
+        let content =
+            fs::read(kernel.modules().join("kernel/fs/fuse").join(module)).expect("the kernel has the module");
         archive.file(module, 0o644, &content);
     }
     let mut libraries = Vec::new();
@@ -181,16 +123,44 @@ fn initramfs(modules: &Path) -> Vec<u8> {
     archive.finish()
 }
 
-#[test]
-fn a_character_device_serves_clients() {
+/// A path of this process's own, which nobody has made yet.
+fn temporary(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("softkvm-cuse-{name}-{}", std::process::id()))
+}
+
+/// One machine at a time: each takes all CPUs.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// A machine that has begun to boot.
+struct Booting {
+    console: Console,
+    image: PathBuf,
+    _one: MutexGuard<'static, ()>,
+}
+
+impl Drop for Booting {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.image);
+    }
+}
+
+fn boot(name: &str, image: impl FnOnce(&Kernel) -> Vec<u8>, options: &str) -> Booting {
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     packages::ensure(&[QEMU, BUSYBOX, SETPRIV], &Quiet).expect("QEMU, busybox and setpriv");
     let kernel = kernel::ensure(&Quiet).expect("the kernel");
-    let path = std::env::temp_dir().join(format!("softkvm-cuse-{}.cpio", std::process::id()));
-    fs::write(&path, initramfs(&kernel.modules())).expect("the image can be written");
-    let mut machine = Machine::new(Accel::Tcg, 1024).linux(&kernel.image(), &path, "quiet");
+    let path = temporary(name);
+    fs::write(&path, image(&kernel)).expect("the image can be written");
+    let mut machine = Machine::new(Accel::Tcg, 1024).linux(&kernel.image(), &path, options);
     // vCPUs in parallel.
     machine.push(["-smp", "2"]);
-    let mut console = Console::start(&mut machine.command()).expect("QEMU starts");
+    let console = Console::start(&mut machine.command()).expect("QEMU starts");
+    Booting { console, image: path, _one: one }
+}
+
+#[test]
+fn a_character_device_serves_clients() {
+    let mut machine = boot("plain", initramfs, "quiet");
+    let console = &mut machine.console;
     let mut expect = |needle: &str, within| {
         let seen = console.expect(needle, within);
         assert!(seen.is_ok(), "no {needle:?}: {}", console.tail());
@@ -201,7 +171,6 @@ fn a_character_device_serves_clients() {
         expect(&format!("{step}\r\n"), STEP);
     }
     console.finish(STEP).expect("the machine powers off");
-    fs::remove_file(&path).expect("the image is there");
     let subsystem = format!("SUBSYSTEM: {}", rule("SUBSYSTEM"));
     for needle in ["/dev/kvm is a CUSE character device", "DEVICE: character special file", &subsystem, "no VMs"] {
         assert!(console.text().contains(needle), "no {needle:?}: {}", console.tail());

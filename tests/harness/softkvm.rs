@@ -49,13 +49,15 @@ pub fn build_static(names: &[&str]) -> Result<Vec<Vec<u8>>> {
 }
 
 /// The program's bytes without debug information.
-fn stripped(program: &Path) -> Result<Vec<u8>> {
-    let short = program.with_extension("stripped");
+pub fn stripped(program: &Path) -> Result<Vec<u8>> {
+    let short = std::env::temp_dir().join(format!("softkvm-stripped-{}", std::process::id()));
     let strip = Command::new("strip").arg("-o").args([&short, program]).status();
     if !strip.context("cannot start strip. Next step: apt-get install binutils")?.success() {
         bail!("strip {} failed", program.display());
     }
-    std::fs::read(&short).with_context(|| format!("cannot read {}", short.display()))
+    let bytes = std::fs::read(&short).with_context(|| format!("cannot read {}", short.display()));
+    std::fs::remove_file(&short).context("the copy is ours")?;
+    bytes
 }
 
 fn target() -> PathBuf {

@@ -1,11 +1,12 @@
 //! `cargo xtask`: what a checkout can do with itself. `demo` shows it, `test` proves it, `bench` measures it, `isa` says what
-//! it executes, `fuzz` looks for what it gets wrong.
+//! it executes, `fuzz` looks for what it gets wrong, `install` puts it on this host.
 
 mod bench;
 mod cargo;
 mod console;
 mod demo;
 mod fuzz;
+mod install;
 mod isa;
 mod progress;
 mod record;
@@ -32,6 +33,7 @@ enum Command {
     Test(test::Args),
     Bench(bench::Args),
     Record(record::Args),
+    Install(install::Args),
     Isa(isa::Args),
     Fuzz(fuzz::Args),
 }
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Record(args) => record::run(&args),
+        Command::Install(args) => install::run(&args),
         Command::Isa(args) => isa::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
     });
