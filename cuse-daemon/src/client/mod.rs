@@ -92,8 +92,12 @@ impl<'a> Caller<'a> {
         if result.is_ok() && self.open.lacks_mapping() {
             self.replace_descriptor();
         }
-        if self.open.has_window && !self.owner_sees_the_same() {
-            self.reshape();
+        if self.open.has_window {
+            if !self.owner_sees_the_same() {
+                self.reshape();
+            } else if let Ok(space) = self.space() {
+                window::tidy(self.front, self.open, space, self.tid());
+            }
         }
         self.finish(result)
     }

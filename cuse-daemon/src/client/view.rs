@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvm::client::{AddressSpace, WindowPiece};
 use mmu::Mapping;
@@ -74,27 +75,41 @@ struct Lot {
     space: Arc<Space>,
 }
 
-/// All lots of a VM, in ascending order.
+/// All lots of a VM.
 #[derive(Debug, Default)]
-pub struct Lots(Vec<Lot>);
+pub struct Lots {
+    /// In ascending order.
+    all: Vec<Lot>,
+    /// When it was last seen who shows them.
+    looked: Option<Instant>,
+}
+
+/// The kernel does not tell that a client has unmapped a lot, so it is looked for; RAM that nobody shows is kept no longer.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Lots {
+    /// It is time to [`forget`](Self::forget) some.
+    pub fn is_due(&self) -> bool {
+        !self.all.is_empty() && self.looked.is_none_or(|looked| looked.elapsed() > LOOK_AGAIN)
+    }
+
     /// A lot for addresses `at` of `part`, of which `touched` are kept, and what offset they get. `None`: offsets have run out.
     pub fn add(&mut self, part: &Shown, at: &Range<u64>, touched: &[Range<u64>]) -> Option<u64> {
-        let start = self.0.last().map_or(LOTS, |last| last.at.end);
+        let start = self.all.last().map_or(LOTS, |last| last.at.end);
         let end = start.checked_add(at.end - at.start).filter(|&end| end <= BYTES)?;
         let kept = touched.iter().map(|run| start + (run.start - at.start)..start + (run.end - at.start)).collect();
         let skipped = at.start - part.at.start;
         let (gpa, offset) = (part.gpa + skipped, part.offset + skipped);
         let (ram, space) = (Arc::clone(&part.ram), Arc::clone(&part.space));
-        self.0.push(Lot { at: start..end, gpa, ram, offset, kept, space });
+        self.all.push(Lot { at: start..end, gpa, ram, offset, kept, space });
         Some(start)
     }
 
     /// Forgets lots of `space` that none of its mappings of the file, `areas`, shows any more, and those of the dead.
     pub fn forget<'a>(&mut self, space: &Space, areas: impl Iterator<Item = &'a Area> + Clone) {
         let shows = |area: &Area, lot: &Lot| area.offset < lot.at.end && lot.at.start < end(area);
-        self.0.retain(|lot| match lot.space.id == space.id {
+        self.looked = Some(Instant::now());
+        self.all.retain(|lot| match lot.space.id == space.id {
             true => areas.clone().any(|area| shows(area, lot)),
             false => lot.space.is_alive(),
         });
@@ -108,7 +123,7 @@ impl Lots {
             let (at, gpa) = (*gpa..gpa + ram.len, Some(*gpa));
             return Some(Seen { at, gpa, ram: Arc::clone(&ram.mapping), offset: ram.offset });
         }
-        let lot = &self.0[self.0.partition_point(|lot| lot.at.end <= offset)..].first()?;
+        let lot = &self.all[self.all.partition_point(|lot| lot.at.end <= offset)..].first()?;
         if offset < lot.at.start {
             return None;
         }
@@ -306,10 +321,10 @@ mod tests {
             name: String::new(),
         };
         lots.forget(&part.space, [&area].into_iter());
-        assert_eq!(lots.0.iter().map(|lot| lot.at.start).collect::<Vec<_>>(), [offsets[1]]);
+        assert_eq!(lots.all.iter().map(|lot| lot.at.start).collect::<Vec<_>>(), [offsets[1]]);
         assert_eq!(found(&lots, &[piece(0, &ram, 16, 0)], offsets[0]), None);
         lots.forget(&part.space, std::iter::empty());
-        assert!(lots.0.is_empty());
+        assert!(lots.all.is_empty() && !lots.is_due());
     }
 
     fn one(range: &Range<u64>) -> Vec<Range<u64>> {

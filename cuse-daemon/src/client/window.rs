@@ -170,14 +170,29 @@ pub fn is_stale(shared: &Shared, id: AddressSpace) -> bool {
     shared.views.is_stale(id, || shared.file.ram_window().unwrap_or_default())
 }
 
+/// Now and then: gives up what was kept for mappings of the client that it has no more.
+pub fn tidy(front: &Front, open: &Open, space: &Space, tid: Pid) {
+    // A lot may be made meanwhile, and its mapping would not be among these: reshaping has the space for itself.
+    if open.shared.views.lots.lock().is_due()
+        && let Some(_exclusive) = space.exclusive_within(Duration::ZERO)
+        && let Ok(areas) = maps::areas(tid, &(0..u64::MAX))
+    {
+        forget_lots(front, open, space, &areas);
+    }
+}
+
+fn forget_lots(front: &Front, open: &Open, space: &Space, areas: &[Area]) {
+    let of_window = |area: &&Area| (area.device, area.inode) == (front.device_number(), open.node);
+    open.shared.views.lots.lock().forget(space, areas.iter().filter(of_window));
+}
+
 /// Takes out of the client's view what is no longer so and was not touched: the next touch asks again. Pages that were touched stay
 /// what they are, as with Linux. The client's descriptor of the window is that of its ioctl.
 pub fn reshape(front: &Front, open: &Open, space: &Arc<Space>, held: &Held) -> Result<(), Errno> {
     let views = &open.shared.views;
     let window = open.shared.file.ram_window().unwrap_or_default();
     let areas = maps::areas(held.tid(), &(0..u64::MAX)).map_err(|err| errno_of(&err))?;
-    let of_window = |area: &&Area| (area.device, area.inode) == (front.device_number(), open.node);
-    views.lots.lock().forget(space, areas.iter().filter(of_window));
+    forget_lots(front, open, space, &areas);
     let mut shown = views.shown.lock();
     let (own, others): (Vec<_>, Vec<_>) = shown.drain(..).partition(|shown| shown.space.id == space.id);
     shown.extend(others.into_iter().filter(|shown| shown.space.is_alive()));
