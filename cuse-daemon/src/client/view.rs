@@ -164,11 +164,18 @@ impl Views {
         self.lent.lock().extend((offset..).step_by(PAGE as usize).zip(pages));
     }
 
-    /// What lies around the copies that the kernel has, each once.
-    pub fn around_lent(&self, window: &[WindowPiece]) -> Vec<Seen> {
+    /// What is to be shown to `space`: what lies around the copies that the kernel has, each once. The first time all RAM that
+    /// there is: to show more of it later takes a stop of the process, which ends `KVM_RUN`s under way.
+    pub fn wanted(&self, window: &[WindowPiece], space: AddressSpace) -> Vec<Seen> {
+        let first = !self.shown.lock().iter().any(|shown| shown.space.id == space);
         let lots = self.lots.lock();
+        let mut offsets: Vec<u64> = self.lent.lock().keys().copied().collect();
+        if first {
+            offsets.extend(window.iter().map(|piece| piece.gpa));
+            offsets.sort_unstable();
+        }
         let mut found: Vec<Seen> = Vec::new();
-        for &offset in self.lent.lock().keys() {
+        for offset in offsets {
             if found.last().is_none_or(|last| last.at.end <= offset) {
                 found.extend(lots.look(window, offset));
             }

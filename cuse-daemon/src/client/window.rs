@@ -3,7 +3,7 @@
 //! Linux 2.6.22 looked a page up when it was touched (`kvm_main.c`, `kvm_vm_nopage`). So do we: the file has no backing
 //! file, a first touch anywhere in the mapping becomes a `FUSE_READ` of that page, and what cannot be read is a SIGBUS. A
 //! page of RAM is answered with a copy, which only serves to let the thread out of the fault: it is stopped before it
-//! runs on, and puts RAM itself in the place of the slot or alias around the page. Holes stay as they are, and are asked for
+//! runs on, and puts RAM itself in the place of the slot or alias around the page, the first time of all. Holes stay as they are, and are asked for
 //! again at the next touch. From then on a touch of that RAM costs nothing, and both sides see the same pages.
 //!
 //! A system call that runs into the fault (read(2) into the mapping) writes to copies before its thread can be stopped.
@@ -103,8 +103,7 @@ fn place_exclusively(front: &Arc<Front>, call: &Call<'_>, open: &Open, space: &A
     Answer::Done
 }
 
-/// Maps RAM over the parts of the client's mappings of `open` of which copies were handed out. Nobody of the process runs
-/// meanwhile.
+/// Maps RAM over the parts of the client's mappings of `open` that are wanted. Nobody of the process runs meanwhile.
 pub fn show(front: &Front, open: &Open, space: &Arc<Space>, held: &Held) -> Result<(), Errno> {
     let views = &open.shared.views;
     let window = open.shared.file.ram_window().unwrap_or_default();
@@ -113,7 +112,7 @@ pub fn show(front: &Front, open: &Open, space: &Arc<Space>, held: &Held) -> Resu
     let advice = maps::advice(held.tid(), &areas).map_err(|err| errno_of(&err))?;
     let mut fds: Vec<(Arc<Mapping>, i32)> = Vec::new();
     let mut map = || {
-        for seen in views.around_lent(&window) {
+        for seen in views.wanted(&window, space.id) {
             for (area, advice) in areas.iter().zip(&advice) {
                 let Some((part, skipped)) = overlap(area, &seen) else { continue };
                 let fd = match fds.iter().find(|(known, _)| Arc::ptr_eq(known, &seen.ram)) {
