@@ -149,6 +149,11 @@ pub(crate) trait Float: 'static {
         false
     }
 
+    /// As [`is_tiny`](Self::is_tiny), of what is computed on the way to the result under MXCSR `run`.
+    fn has_tiny_step(_a: V, _b: Self::In, _imm: u8, _run: u32) -> bool {
+        false
+    }
+
     /// Part of the result is inexact were its exponent unbounded, which is what PE tells beside an unmasked OE or UE.
     /// `None`: the row cannot say.
     fn is_inexact_unbounded(_a: V, _b: Self::In, _mxcsr: u32) -> Option<bool> {

@@ -18,7 +18,9 @@ use crate::decode::digest::{Digest, FlagsOut, Lowered};
 use crate::fault::Fault;
 use crate::flags::Flags;
 use crate::host::HostWord;
-use crate::host_simd::{self, CONTROL, Compared, DEFAULT, FLAGS, Float, Under, V, float_compare_impl, float_xmm_impl};
+use crate::host_simd::{
+    self, CONTROL, Compared, DEFAULT, FLAGS, Float, Under, V, float_compare_impl, float_xmm_impl, from_u128, to_u128,
+};
 use crate::isa::{Row, by_form, codes, plain_handler, row};
 use crate::op::{Exact, Form, Handler, Machine, Op, Semantics, To, attempt, handler};
 
@@ -50,8 +52,9 @@ macro_rules! float {
 pub(super) use float;
 
 /// `impl Float` for `op xmm, xmm/mem, imm8`, with one host instruction for each of the `N` immediates that differ.
+/// `$steps`: its [`Float::has_tiny_step`].
 macro_rules! float_imm_impl {
-    ($I:ident, $name:literal, $tiny:ident, $N:literal, $table:ident) => {
+    ($I:ident, $name:literal, $tiny:ident, $N:literal, $table:ident $(, $steps:expr)?) => {
         pub(super) struct $I;
         const _: () = {
             struct One<const IMM: u8>;
@@ -72,6 +75,9 @@ macro_rules! float_imm_impl {
                 fn is_tiny(out: V) -> bool {
                     host_simd::tiny::$tiny(out)
                 }
+                $(fn has_tiny_step(a: V, b: V, imm: u8, run: u32) -> bool {
+                    $steps(a, b, imm, run)
+                })?
             }
         };
     };
@@ -152,9 +158,39 @@ float_imm_impl!(Roundps, "roundps", never, 16, table_16);
 float_imm_impl!(Roundpd, "roundpd", never, 16, table_16);
 float_imm_impl!(Roundss, "roundss", never, 16, table_16);
 float_imm_impl!(Roundsd, "roundsd", never, 16, table_16);
-float_imm_impl!(Dpps, "dpps", ps, 256, table_256);
-float_imm_impl!(Dppd, "dppd", pd, 256, table_256);
+float_imm_impl!(Dpps, "dpps", ps, 256, table_256, tiny_step::<Mulps, Haddps, 4>);
+float_imm_impl!(Dppd, "dppd", pd, 256, table_256, tiny_step::<Mulpd, Haddpd, 2>);
 float_imm_impl!(Mpsadbw, "mpsadbw", never, 8, table_8);
+
+struct Mulps;
+struct Mulpd;
+struct Haddps;
+struct Haddpd;
+float_xmm_impl!([] Mulps, ps, "mulps", "");
+float_xmm_impl!([] Mulpd, pd, "mulpd", "");
+float_xmm_impl!([] Haddps, ps, "haddps", "");
+float_xmm_impl!([] Haddpd, pd, "haddpd", "");
+
+/// Whether a product or a sum of a dot product is denormal: those of the lanes that the immediate's upper half chooses, then
+/// neighbours added, then these (SDM Vol. 2 "DPPS", DP_primitive). The host has HADDPS where it has DPPS.
+#[cold]
+fn tiny_step<Mul, Hadd, const LANES: u32>(a: V, b: V, imm: u8, run: u32) -> bool
+where
+    Mul: Float<In = V, Out = V>,
+    Hadd: Float<In = V, Out = V>,
+{
+    let mut under = Under { run, found: 0, back: DEFAULT };
+    let bits = 128 / LANES;
+    let lane = |i: u32| u128::MAX >> (128 - bits) << (bits * i);
+    let chosen = (0..LANES).filter(|i| imm >> (4 + i) & 1 != 0).fold(0, |mask, i| mask | lane(i));
+    let mut terms = from_u128(to_u128(Mul::eval_under(a, b, 0, &mut under)) & chosen);
+    let mut tiny = Mul::is_tiny(terms);
+    for _ in 0..LANES.ilog2() {
+        terms = Hadd::eval_under(terms, terms, 0, &mut under);
+        tiny |= Hadd::is_tiny(terms);
+    }
+    tiny
+}
 
 pub(in crate::isa) const ROWS: &[Row] = &[
     row(M::Addps, float!("addps", M128, ps)),
@@ -224,7 +260,8 @@ const PE: u32 = 1 << 5;
 pub(super) fn careful<I: Float>(cpu: &mut Cpu, a: V, b: I::In, imm: u8) -> Result<I::Out, Stop> {
     let mut under = under(cpu);
     let out = I::eval_under(a, b, imm, &mut under);
-    settle(cpu, under.found, || I::is_tiny(out), |mxcsr| I::is_inexact_unbounded(a, b, mxcsr))?;
+    let tiny = || I::is_tiny(out) || I::has_tiny_step(a, b, imm, under.run);
+    settle(cpu, under.found, tiny, |mxcsr| I::is_inexact_unbounded(a, b, mxcsr))?;
     Ok(out)
 }
 

@@ -45,7 +45,7 @@ pub(super) fn place(
             };
             fill(rng, case, address, size, around);
             let mxcsr = match instruction.mnemonic() {
-                Mnemonic::Ldmxcsr => address,
+                Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => address,
                 Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => address.wrapping_add(24),
                 _ => continue,
             };

@@ -219,6 +219,9 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     vex(M::Vmpsadbw, |d| plain(d, plain_handler(by_halves::<Mpsadbw, 3>))),
 ];
 
+/// MXCSR.UM.
+const UNDERFLOW_MASK: u32 = 1 << 11;
+
 /// `I` on each half; the upper one's immediate starts at bit `SHIFT`. Exceptions are those of both.
 fn by_halves<I: Float<In = V, Out = V>, const SHIFT: u32>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_avx()?;
@@ -229,10 +232,12 @@ fn by_halves<I: Float<In = V, Out = V>, const SHIFT: u32>(cpu: &mut Cpu, op: &Op
     let mut out: Halves = [0; 2];
     let mut found = 0;
     let mut is_tiny = false;
+    let unmasked_underflow = cpu.fpu.mxcsr & UNDERFLOW_MASK == 0;
     for half in 0..if op.imm & super::WIDE != 0 { 2 } else { 1 } {
-        let value = I::eval_under(from_u128(a[half]), from_u128(b[half]), imm >> (SHIFT * half as u32), &mut under);
+        let (a, b, imm) = (from_u128(a[half]), from_u128(b[half]), imm >> (SHIFT * half as u32));
+        let value = I::eval_under(a, b, imm, &mut under);
         found |= under.found;
-        is_tiny |= I::is_tiny(value);
+        is_tiny |= I::is_tiny(value) || unmasked_underflow && I::has_tiny_step(a, b, imm, under.run);
         out[half] = to_u128(value);
     }
     settle(cpu, found, || is_tiny, |_| None)?;
