@@ -47,6 +47,17 @@ impl DirtyLog {
         self.dirty.iter().map(take).collect()
     }
 
+    /// The dirty bits, 64 pages to a word; they stay.
+    pub fn bits(&self) -> Vec<u64> {
+        self.dirty.iter().map(|word| word.load(Ordering::Acquire)).collect()
+    }
+
+    /// Clears the bits of `mask`, whose first word is that of page `64 * first`. Whether any was set.
+    pub fn clear(&self, first: usize, mask: &[u64]) -> bool {
+        let words = self.dirty.iter().skip(first).zip(mask);
+        words.fold(false, |any, (word, &mask)| any | (mask != 0 && word.fetch_and(!mask, Ordering::AcqRel) & mask != 0))
+    }
+
     /// Whether `page` is marked.
     pub fn is_dirty(&self, page: u64) -> bool {
         self.dirty.get((page / 64) as usize).is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 != 0)

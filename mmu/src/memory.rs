@@ -101,6 +101,16 @@ impl Memory {
         Ok(bits)
     }
 
+    /// Clears dirty bits of a slot as [`DirtyLog::clear`](crate::DirtyLog::clear) has them. As [`Memory::take_dirty`].
+    pub fn clear_dirty(&self, id: u32, first: usize, mask: &[u64]) -> Result<(), SlotError> {
+        let current = self.current.write();
+        let dirty = current.by_id(id).and_then(|slot| slot.dirty()).ok_or(SlotError::NotFound)?;
+        if dirty.clear(first, mask) {
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
     /// Blocks until every view is outside of guest execution or works with `generation` or a newer one. Kick the vCPUs
     /// first; never call it from a thread whose own view is inside.
     pub fn wait_until_seen(&self, generation: u64) {

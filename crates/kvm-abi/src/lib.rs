@@ -13,7 +13,7 @@ pub use kvm_bindings::{
     kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_regs, kvm_run, kvm_segment, kvm_signal_mask,
     kvm_sregs, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs, kvm_xsave,
 };
-pub use plain::{DirtyLog, Plain, kvm_coalesced_mmio_zone};
+pub use plain::{ClearDirtyLog, DirtyLog, Plain, kvm_coalesced_mmio_zone};
 
 /// Capabilities, exit reasons, flags: the constants of today's header under their own names.
 pub mod consts {

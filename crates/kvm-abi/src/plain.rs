@@ -119,6 +119,22 @@ pub struct DirtyLog {
 const _: () = assert!(size_of::<DirtyLog>() == size_of::<kvm_dirty_log>());
 plain! { DirtyLog { slot, padding1, dirty_bitmap } }
 
+/// `kvm_clear_dirty_log` likewise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ClearDirtyLog {
+    /// As in [`DirtyLog`].
+    pub slot: u32,
+    /// How many pages the bitmap is for.
+    pub num_pages: u32,
+    /// The first of them.
+    pub first_page: u64,
+    /// Client address of the bitmap.
+    pub dirty_bitmap: u64,
+}
+const _: () = assert!(size_of::<ClearDirtyLog>() == size_of::<kvm_clear_dirty_log>());
+plain! { ClearDirtyLog { slot, num_pages, first_page, dirty_bitmap } }
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -82,6 +82,7 @@ requests! {
     KVM_GET_PIT2 = ior 0x9f kvm_pit_state2;
     KVM_SET_PIT2 = iow 0xa0 kvm_pit_state2;
     KVM_ENABLE_CAP = iow 0xa3 kvm_enable_cap;
+    KVM_CLEAR_DIRTY_LOG = iowr 0xc0 kvm_clear_dirty_log;
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
     // vCPU
     KVM_RUN = io 0x80;

@@ -5,7 +5,7 @@
 use kvm_abi::consts::*;
 use nix::unistd::{SysconfVar, sysconf};
 
-use crate::{kvmclock, mce, nested, run_page};
+use crate::{kvmclock, mce, memory, nested, run_page, sync_regs};
 
 /// `KVM_CAP_MAX_VCPUS`: vCPUs in one VM. Linux 6.1 has the same.
 pub(crate) const MAX_VCPUS: u32 = 1024;
@@ -81,6 +81,7 @@ capabilities! {
     GetTscKhz                    = KVM_CAP_GET_TSC_KHZ                 => 1;
     MaxVcpus                     = KVM_CAP_MAX_VCPUS                   => MAX_VCPUS;
     TscDeadlineTimer             = KVM_CAP_TSC_DEADLINE_TIMER          => 1;
+    SyncRegs                     = KVM_CAP_SYNC_REGS                   => sync_regs::FIELDS;
     KvmclockCtrl                 = KVM_CAP_KVMCLOCK_CTRL               => 1;
     SignalMsi                    = KVM_CAP_SIGNAL_MSI                  => 1;
     ReadonlyMem                  = KVM_CAP_READONLY_MEM                => 1;
@@ -96,6 +97,7 @@ capabilities! {
     ImmediateExit                = KVM_CAP_IMMEDIATE_EXIT              => 1;
     NestedState                  = KVM_CAP_NESTED_STATE                => nested::BYTES;
     CoalescedPio                 = KVM_CAP_COALESCED_PIO               => 1;
+    ManualDirtyLogProtect2       = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2   => memory::MANUAL_DIRTY_LOG;
 }
 
 /// `KVM_CAP_NR_VCPUS`: vCPUs that the host can well run. Clients that make that many get at least four.

@@ -26,6 +26,7 @@ mod run;
 mod run_page;
 mod state;
 pub mod status;
+mod sync_regs;
 mod system;
 mod vcpu;
 mod vm;

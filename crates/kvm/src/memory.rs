@@ -3,13 +3,17 @@
 //! Today's slots show memory of the client. 2007's were allocated by the kernel and reached through mmap of the VM file:
 //! here each has a file of its own, and [`Vm::ram_window`] says where in mmap of the VM file it shows.
 
-use kvm_abi::consts::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
+use std::sync::atomic::Ordering::Relaxed;
+
+use kvm_abi::consts::{
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+};
 use kvm_abi::legacy::{KVM_ALIAS_SLOTS, kvm_memory_alias, kvm_memory_region};
-use kvm_abi::{DirtyLog, kvm_userspace_memory_region};
+use kvm_abi::{ClearDirtyLog, DirtyLog, kvm_userspace_memory_region};
 use mmu::mapping::Piece;
 use mmu::{Alias, Backing, Change, Mapping, SlotError, SlotFlags, SlotSpec};
 use nix::errno::Errno;
-use x86_defs::{GuestPhysAddr, PAGE_MASK};
+use x86_defs::{GuestPhysAddr, PAGE_BYTES, PAGE_MASK};
 
 use crate::caps::NR_MEMSLOTS;
 use crate::client::{Client, SharedPiece, WindowPiece};
@@ -17,6 +21,9 @@ use crate::vm::Vm;
 
 /// Largest slot of 2007, whose kernel allocated each page at once: more than any host had.
 const MAX_REGION_BYTES: u64 = 64 << 30;
+
+/// Options of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: the answer to `KVM_CHECK_EXTENSION`.
+pub(crate) const MANUAL_DIRTY_LOG: u32 = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
 
 /// First client address that no slot may reach: the kernel's half.
 const CLIENT_END: u64 = 1 << 47;
@@ -65,8 +72,14 @@ impl Vm {
                     slots.by_id(slot).expect("only an existing slot changes").backing().clone()
                 }
             };
+            let logs_from_now = flags.log_dirty && slots.by_id(slot).is_none_or(|old| old.dirty().is_none());
             let spec = SlotSpec { id: slot, gpa, len: memory_size, flags, userspace_addr, backing };
             self.memory.set_slot(spec).map_err(errno)?;
+            if logs_from_now && self.manual_dirty_log.load(Relaxed) & KVM_DIRTY_LOG_INITIALLY_SET != 0 {
+                let pages = memory_size / PAGE_BYTES;
+                let word = |at: u64| u64::MAX >> 64u64.saturating_sub(pages - 64 * at);
+                self.mark_dirty(slot, &(0..pages.div_ceil(64)).map(word).collect::<Vec<_>>());
+            }
         }
         self.quiesce();
         drop(layout);
@@ -80,6 +93,12 @@ impl Vm {
             return Err(Errno::EINVAL);
         }
         let layout = self.layout.lock();
+        if self.manual_dirty_log.load(Relaxed) != 0 {
+            let slots = self.memory.slots();
+            let dirty = slots.by_id(log.slot).and_then(mmu::Slot::dirty).ok_or(Errno::ENOENT)?;
+            let bytes: Vec<u8> = dirty.bits().iter().flat_map(|word| word.to_le_bytes()).collect();
+            return client.write(log.dirty_bitmap, &bytes);
+        }
         let words = self.memory.take_dirty(log.slot).map_err(errno)?;
         self.quiesce();
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -89,6 +108,42 @@ impl Vm {
         }
         drop(layout);
         stored
+    }
+
+    /// `KVM_CLEAR_DIRTY_LOG`, the checks in the order of `kvm_clear_dirty_log_protect`.
+    pub(crate) fn clear_dirty_log(&self, client: &dyn Client, log: &ClearDirtyLog) -> Result<(), Errno> {
+        let &ClearDirtyLog { slot, num_pages, first_page, dirty_bitmap } = log;
+        if slot >= NR_MEMSLOTS || first_page % 64 != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let _layout = self.layout.lock();
+        let pages = {
+            let slots = self.memory.slots();
+            let slot = slots.by_id(slot).filter(|slot| slot.dirty().is_some()).ok_or(Errno::ENOENT)?;
+            slot.len() / PAGE_BYTES
+        };
+        let (count, after) = (u64::from(num_pages), pages.checked_sub(first_page).ok_or(Errno::EINVAL)?);
+        if count > after || count < after && count % 64 != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let mut bytes = vec![0; count.div_ceil(64) as usize * 8];
+        client.read(dirty_bitmap, &mut bytes)?;
+        let mask: Vec<u64> =
+            bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes"))).collect();
+        self.memory.clear_dirty(slot, (first_page / 64) as usize, &mask).map_err(errno)?;
+        self.quiesce();
+        Ok(())
+    }
+
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`. EINVAL: an unknown option, or one that needs the first.
+    pub(crate) fn set_manual_dirty_log(&self, options: u64) -> Result<(), Errno> {
+        let enable = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
+        let allowed = if options & enable != 0 { u64::from(MANUAL_DIRTY_LOG) } else { enable };
+        if options & !allowed != 0 {
+            return Err(Errno::EINVAL);
+        }
+        self.manual_dirty_log.store(options as u32, Relaxed);
+        Ok(())
     }
 
     /// Marks pages of a slot that logs, 64 to a word.

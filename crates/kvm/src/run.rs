@@ -40,6 +40,9 @@ impl Vcpu {
             self.page.set_flags(0);
         }
         let result = self.run_once(client, immediate_exit);
+        if self.era.has_new_run_fields() {
+            self.store_synced()?;
+        }
         if result != Ok(Shown::Before) {
             self.show_state();
         }
@@ -51,8 +54,8 @@ impl Vcpu {
     }
 
     fn run_once(&mut self, client: &dyn Client, immediate_exit: bool) -> Result<Shown, Errno> {
-        if self.era.has_new_run_fields() && self.page.sync_regs() != (0, 0) {
-            return Err(Errno::EINVAL);
+        if self.era.has_new_run_fields() {
+            self.load_synced()?;
         }
         self.take_cr8()?;
         // What the last exit waits for comes before everything else, so no return loses or repeats it.

@@ -11,7 +11,8 @@ use std::sync::atomic::{
     Ordering::{Relaxed, Release},
 };
 
-use kvm_abi::kvm_run;
+use kvm_abi::consts::kvm_sync_regs;
+use kvm_abi::{Plain, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events};
 use mmu::Mapping;
 
 /// Bytes per page.
@@ -26,6 +27,8 @@ pub(crate) const RING_PAGE: usize = 2;
 const RING: usize = RING_PAGE * PAGE;
 const RING_ENTRIES: u32 = ((PAGE - 8) / RING_ENTRY) as u32;
 const RING_ENTRY: usize = 24;
+/// Where `struct kvm_sync_regs` starts.
+const SYNCED: usize = offset_of!(kvm_run, s);
 /// First byte of the union of exits.
 const EXIT: usize = offset_of!(kvm_run, __bindgen_anon_1);
 const _: () = assert!(EXIT == 32 && size_of::<kvm_run>() <= PAGE);
@@ -48,6 +51,31 @@ pub(crate) struct IoExit {
     pub(crate) port: u16,
     /// Elements.
     pub(crate) count: u32,
+}
+
+/// Getters and setters of `struct kvm_sync_regs`, whose parts are copied as a whole: user space does not run the vCPU while it
+/// writes them.
+macro_rules! synced {
+    ($($get:ident $show:ident $field:ident $type:ident;)*) => {
+        impl RunPage {$(
+            pub(crate) fn $get(&self) -> $type {
+                let mut bytes = [0; size_of::<$type>()];
+                self.mapping.read((SYNCED + offset_of!(kvm_sync_regs, $field)) as u64, &mut bytes).expect(INSIDE);
+                $type::from_bytes(&bytes).expect("as many bytes as it has")
+            }
+
+            pub(crate) fn $show(&self, value: &$type) {
+                let at = SYNCED + offset_of!(kvm_sync_regs, $field);
+                self.mapping.write(at as u64, value.as_bytes()).expect(INSIDE);
+            }
+        )*}
+    };
+}
+
+synced! {
+    synced_regs   show_regs   regs   kvm_regs;
+    synced_sregs  show_sregs  sregs  kvm_sregs;
+    synced_events show_events events kvm_vcpu_events;
 }
 
 impl RunPage {
@@ -99,6 +127,11 @@ impl RunPage {
     pub(crate) fn sync_regs(&self) -> (u64, u64) {
         let field = |offset| self.u64(offset).load(Relaxed);
         (field(offset_of!(kvm_run, kvm_valid_regs)), field(offset_of!(kvm_run, kvm_dirty_regs)))
+    }
+
+    /// User space's changes of a field have been taken.
+    pub(crate) fn synced(&self, field: u32) {
+        self.u64(offset_of!(kvm_run, kvm_dirty_regs)).fetch_and(!u64::from(field), Relaxed);
     }
 
     /// `mmio.data` as a little-endian number.

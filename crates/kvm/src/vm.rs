@@ -4,7 +4,7 @@
 //! running vCPUs.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -55,6 +55,8 @@ pub(crate) struct Vm {
     chip: OnceLock<Arc<Chip>>,
     /// Writes that signal eventfds.
     pub(crate) ioeventfds: Ioeventfds,
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: its options.
+    pub(crate) manual_dirty_log: AtomicU32,
     /// Writes that wait in a ring.
     pub(crate) coalesced: Zones,
 }
@@ -76,6 +78,7 @@ impl Vm {
             time: VmClock::new(),
             chip: OnceLock::new(),
             ioeventfds: Ioeventfds::default(),
+            manual_dirty_log: AtomicU32::new(0),
             coalesced: Zones::default(),
         })
     }

@@ -1,15 +1,20 @@
-//! What VMMs may ask for and can do without: coalesced I/O, feature MSRs, the empty state of nested guests. What must happen is
+//! What VMMs may ask for and can do without: coalesced I/O, feature MSRs, the empty state of nested guests, registers in
+//! `kvm_run`, dirty logs that are cleared by hand. What must happen is
 //! api.rst's, and virt/kvm/coalesced_mmio.c of Linux 6.1.
 
 mod common;
 
+use std::mem::offset_of;
 use std::sync::Arc;
 
 use common::{BASE, FakeClient};
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{Plain, kvm_coalesced_mmio_zone, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
+use kvm_abi::{
+    ClearDirtyLog, DirtyLog, Plain, kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_regs, kvm_sregs,
+    kvm_userspace_memory_region,
+};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -172,4 +177,90 @@ fn nested_state_is_a_header_that_says_off() {
     // A VMXON region.
     (state[2], state[3]) = (0x1000, 0);
     assert_eq!(machine.client.set(machine.vcpu, KVM_SET_NESTED_STATE, &state), Err(Errno::EINVAL));
+}
+
+#[test]
+fn registers_travel_in_kvm_run() {
+    let machine = Machine::new(|a| {
+        a.inc(eax)?;
+        a.hlt()
+    });
+    let (valid, dirty) = (offset_of!(kvm_run, kvm_valid_regs) as u64, offset_of!(kvm_run, kvm_dirty_regs) as u64);
+    let synced = offset_of!(kvm_run, s) as u64;
+    let sregs_at = synced + offset_of!(kvm_sync_regs, sregs) as u64;
+    for field in [valid, dirty] {
+        machine.page.store_u64(field, 1 << 3).unwrap();
+        assert_eq!(machine.client.ioctl(machine.vcpu, KVM_RUN, 0), Err(Errno::EINVAL));
+        machine.page.store_u64(field, 0).unwrap();
+    }
+    // Nobody wants them: they stay as they are.
+    machine.page.store_u64(synced, 0x1234).unwrap();
+    assert_eq!(machine.run(), KVM_EXIT_HLT);
+    assert_eq!(machine.page.load_u64(synced), Some(0x1234));
+    // What is changed goes in, and all that is wanted comes out.
+    let regs = kvm_regs { rip: CODE, rflags: 2, rax: 0x10, ..machine.client.get(machine.vcpu, KVM_GET_REGS) };
+    machine.page.write(synced, regs.as_bytes()).unwrap();
+    machine.page.store_u64(valid, u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS)).unwrap();
+    machine.page.store_u64(dirty, KVM_SYNC_X86_REGS.into()).unwrap();
+    assert_eq!(machine.run(), KVM_EXIT_HLT);
+    assert_eq!(machine.page.load_u64(dirty), Some(0));
+    assert_eq!(machine.page.load_u64(synced), Some(0x11), "RAX is the first");
+    let mut sregs = vec![0; size_of::<kvm_sregs>()];
+    machine.page.read(sregs_at, &mut sregs).unwrap();
+    assert_eq!(sregs, machine.client.get::<kvm_sregs>(machine.vcpu, KVM_GET_SREGS).as_bytes());
+    // What KVM_SET_SREGS refuses.
+    machine.page.write(sregs_at, &[0xff; size_of::<kvm_sregs>()]).unwrap();
+    machine.page.store_u64(dirty, KVM_SYNC_X86_SREGS.into()).unwrap();
+    assert_eq!(machine.client.ioctl(machine.vcpu, KVM_RUN, 0), Err(Errno::EINVAL));
+}
+
+#[test]
+fn a_dirty_log_can_be_cleared_by_hand() {
+    let machine = Machine::new(|a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.inc(byte_ptr(0x3000))?;
+        a.hlt()?;
+        a.jmp(top)
+    });
+    let enable = |options: u64| {
+        let mut cap: kvm_enable_cap = Plain::zeroed();
+        (cap.cap, cap.args[0]) = (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, options);
+        machine.client.set(machine.vm, KVM_ENABLE_CAP, &cap)
+    };
+    for (options, result) in [(2, Err(Errno::EINVAL)), (4, Err(Errno::EINVAL)), (0, Ok(0)), (3, Ok(0))] {
+        assert_eq!(enable(options), result, "{options}");
+    }
+    let bitmap = BASE + 0x10_0000;
+    let log = DirtyLog { dirty_bitmap: bitmap, ..Plain::zeroed() };
+    let get = || {
+        machine.client.set(machine.vm, KVM_GET_DIRTY_LOG, &log).unwrap();
+        machine.client.memory.load_u64(bitmap - BASE).unwrap()
+    };
+    let clear = |first_page, num_pages, bits| {
+        machine.client.memory.store_u64(bitmap - BASE, bits).unwrap();
+        let argument = ClearDirtyLog { slot: 0, num_pages, first_page, dirty_bitmap: bitmap };
+        machine.client.set(machine.vm, KVM_CLEAR_DIRTY_LOG, &argument)
+    };
+    assert_eq!(clear(0, 16, 0), Err(Errno::ENOENT), "it does not log yet");
+    let region = kvm_userspace_memory_region {
+        flags: KVM_MEM_LOG_DIRTY_PAGES,
+        memory_size: 0x1_0000,
+        userspace_addr: BASE,
+        ..Plain::zeroed()
+    };
+    machine.client.set(machine.vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+    assert_eq!((get(), get()), (0xffff, 0xffff), "all are, until they are cleared");
+    for (first, count) in [(1, 15), (0, 17), (64, 1), (0, 8)] {
+        assert_eq!(clear(first, count, 0), Err(Errno::EINVAL), "{first} {count}");
+    }
+    assert_eq!(clear(0, 16, 0xfff0), Ok(0));
+    assert_eq!(get(), 0x000f);
+    assert_eq!(clear(0, 16, u64::MAX), Ok(0), "bits beyond the slot mean nothing");
+    for _ in 0..3 {
+        assert_eq!(machine.run(), KVM_EXIT_HLT);
+        assert_eq!(get() & 1 << 3, 1 << 3);
+        assert_eq!(clear(0, 16, 1 << 3), Ok(0));
+        assert_eq!(get() & 1 << 3, 0);
+    }
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use irqchip::{Route, ioapic, pic, router};
 use kvm_abi::consts::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY,
 };
 use kvm_abi::{kvm_enable_cap, kvm_msi};
 use nix::errno::Errno;
@@ -43,14 +43,19 @@ pub(super) fn create_irqchip(vm: &Caller<'_, Vm>, _: &dyn Client, _: u64) -> Res
     vm.create_chip(None)
 }
 
-/// `KVM_CAP_SPLIT_IRQCHIP`: local APICs only; `args[0]`: how many inputs user space's I/O APICs have. api.rst
-/// `KVM_ENABLE_CAP`. EINVAL: another capability, flags, too many inputs, vCPUs. EEXIST: there are interrupt controllers.
+/// `KVM_CAP_SPLIT_IRQCHIP`: local APICs only; `args[0]`: how many inputs user space's I/O APICs have.
+/// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: bits stay until they are cleared. api.rst `KVM_ENABLE_CAP`. EINVAL: another
+/// capability, flags, too many inputs, vCPUs, unknown options. EEXIST: there are interrupt controllers.
 pub(super) fn enable_cap(vm: &Caller<'_, Vm>, cap: &kvm_enable_cap) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
-    if cap.flags != 0 || cap.cap != KVM_CAP_SPLIT_IRQCHIP || cap.args[0] > MAX_IRQ_ROUTES.into() {
+    if cap.flags != 0 {
         return Err(Errno::EINVAL);
     }
-    vm.create_chip(Some(cap.args[0] as u32))
+    match cap.cap {
+        KVM_CAP_SPLIT_IRQCHIP if cap.args[0] <= MAX_IRQ_ROUTES.into() => vm.create_chip(Some(cap.args[0] as u32)),
+        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => vm.set_manual_dirty_log(cap.args[0]),
+        _ => Err(Errno::EINVAL),
+    }
 }
 
 /// Raises or lowers a line. api.rst `KVM_IRQ_LINE`. ENXIO: the chips are user space's.

@@ -4,7 +4,7 @@ mod chip;
 mod plan;
 mod system;
 mod table;
-mod vcpu;
+pub(crate) mod vcpu;
 mod vm;
 
 use std::ops::Deref;

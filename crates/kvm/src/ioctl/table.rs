@@ -2,10 +2,10 @@
 
 use kvm_abi::request;
 use kvm_abi::{
-    DirtyLog, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2,
-    kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry,
-    kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs, kvm_translation, kvm_userspace_memory_region,
-    kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
+    ClearDirtyLog, DirtyLog, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2,
+    kvm_cpuid2, kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi,
+    kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs, kvm_translation,
+    kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
     legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
 };
 use nix::errno::Errno;
@@ -114,6 +114,7 @@ ioctls! {
     KVM_GET_PIT2               0x9f Vm     Out<[u32; 28]>,                         PitState2,      Full => chip::get_pit2;
     KVM_SET_PIT2               0xa0 Vm     In<[u32; 28]>,                          PitState2,      Full => chip::set_pit2;
     KVM_ENABLE_CAP             0xa3 Vm     In<kvm_enable_cap>,                     EnableCapVm,    Full => chip::enable_cap;
+    KVM_CLEAR_DIRTY_LOG        0xc0 Vm     InOut<ClearDirtyLog>,                   ManualDirtyLogProtect2, Full => vm::clear_dirty_log;
     KVM_SIGNAL_MSI             0xa5 Vm     In<kvm_msi>,                            SignalMsi,      Full => chip::signal_msi;
 
     KVM_RUN                    0x80 Vcpu   Value,                                  Basic,          Full => vcpu::run;

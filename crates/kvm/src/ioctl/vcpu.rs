@@ -36,7 +36,7 @@ pub(super) fn run(vcpu: &mut Vcpu, client: &dyn Client, arg: u64) -> Result<(), 
 }
 
 /// Reads RAX–R15, RIP and RFLAGS. api.rst `KVM_GET_REGS`. TF and RF of a debugger are hidden.
-pub(super) fn get_regs(vcpu: &mut Vcpu) -> Result<kvm_regs, Errno> {
+pub(crate) fn get_regs(vcpu: &mut Vcpu) -> Result<kvm_regs, Errno> {
     let mut regs = state::from_core_regs(&vcpu.cpu.regs());
     regs.rip = vcpu.rip_behind_io().unwrap_or(regs.rip);
     regs.rflags &= !debug::hidden_flags(vcpu);
@@ -45,7 +45,7 @@ pub(super) fn get_regs(vcpu: &mut Vcpu) -> Result<kvm_regs, Errno> {
 
 /// Loads RAX–R15, RIP and RFLAGS. api.rst `KVM_SET_REGS`. RFLAGS bit 1 is forced to 1; a pending exception is dropped, as
 /// `__set_regs` does. A VM of 2007 may carry VM86 flags that hide real mode: they are masked there.
-pub(super) fn set_regs(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<(), Errno> {
+pub(crate) fn set_regs(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<(), Errno> {
     let mut regs = state::to_core_regs(regs);
     if vcpu.era.drops_vm_flag_in_real_mode() && !vcpu.cpu.sregs().cr0.contains(Cr0::PE) {
         regs.rflags &= !Rflags::VM.bits();
@@ -69,7 +69,7 @@ pub(super) fn set_regs(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<(), Errno> {
 }
 
 /// Reads segments, tables, control registers, APIC base and queued vectors. api.rst `KVM_GET_SREGS`.
-pub(super) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
+pub(crate) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
     let events = vcpu.cpu.events();
     vcpu.load_cr8();
     let mut queued = vcpu.interrupts;
@@ -81,7 +81,7 @@ pub(super) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
 
 /// Loads what [`get_sregs`] reads. api.rst `KVM_SET_SREGS`. EINVAL: what `kvm_is_valid_sregs` refuses; 2007 refuses
 /// nothing. Of several vectors today's KVM queues the lowest, 2007's all.
-pub(super) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno> {
+pub(crate) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno> {
     let mut loaded = state::to_core_sregs(sregs);
     if vcpu.era.validates_sregs() {
         if !is_valid_sregs(vcpu, sregs) || !msr::is_apic_base(&vcpu.machine, sregs.apic_base) {
@@ -404,13 +404,13 @@ pub(super) fn set_mce(vcpu: &mut Vcpu, error: &kvm_x86_mce) -> Result<(), Errno>
 }
 
 /// Reads events between instructions. api.rst `KVM_GET_VCPU_EVENTS`. Pending and injected exceptions show as injected.
-pub(super) fn get_vcpu_events(vcpu: &mut Vcpu) -> Result<kvm_vcpu_events, Errno> {
+pub(crate) fn get_vcpu_events(vcpu: &mut Vcpu) -> Result<kvm_vcpu_events, Errno> {
     Ok(state::from_core_events(&vcpu.cpu.events()))
 }
 
 /// Loads events between instructions. api.rst `KVM_SET_VCPU_EVENTS`. EINVAL: a flag of a capability that is not offered, an
 /// exception that is none.
-pub(super) fn set_vcpu_events(vcpu: &mut Vcpu, events: &kvm_vcpu_events) -> Result<(), Errno> {
+pub(crate) fn set_vcpu_events(vcpu: &mut Vcpu, events: &kvm_vcpu_events) -> Result<(), Errno> {
     const FLAGS: u32 = KVM_VCPUEVENT_VALID_NMI_PENDING
         | KVM_VCPUEVENT_VALID_SIPI_VECTOR
         | KVM_VCPUEVENT_VALID_SHADOW

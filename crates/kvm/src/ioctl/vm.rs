@@ -2,7 +2,7 @@
 
 use kvm_abi::consts::KVM_CLOCK_REALTIME;
 use kvm_abi::legacy::{kvm_memory_alias, kvm_memory_region};
-use kvm_abi::{DirtyLog, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_userspace_memory_region};
+use kvm_abi::{ClearDirtyLog, DirtyLog, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_userspace_memory_region};
 use nix::errno::Errno;
 
 use super::Caller;
@@ -103,4 +103,11 @@ pub(super) fn register_coalesced_mmio(vm: &Caller<'_, Vm>, zone: &kvm_coalesced_
 pub(super) fn unregister_coalesced_mmio(vm: &Caller<'_, Vm>, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
     vm.coalesced.remove(zone)
+}
+
+/// Clears bits of the dirty log, those that the bitmap has. api.rst `KVM_CLEAR_DIRTY_LOG`. EINVAL: no such slot number, a first
+/// page that begins no word, a range that is not the slot's. ENOENT: no slot, or it does not log. EFAULT.
+pub(super) fn clear_dirty_log(vm: &Caller<'_, Vm>, log: &mut ClearDirtyLog) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    vm.file.clear_dirty_log(vm.client, log)
 }
