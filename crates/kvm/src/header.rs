@@ -94,7 +94,10 @@ pub const LINES: &[Line] = &[
             "more_than_four_slots_may_be_used",
         ],
     )
-    .but("509 slots of up to 64 GiB; one that is deleted blocks no other"),
+    .but(
+        "509 slots of up to 64 GiB; one that is deleted blocks no other; mmap works from the first of these on, and a child \
+         of fork keeps what it has of a deleted slot",
+    ),
     ioctl("KVM_CREATE_VCPU", &["create_vcpu_makes_any_number_once_each", "fresh_vcpus_are_all_alike"])
         .but("1024 of them; no pages at the end of slot 0"),
     ioctl(
@@ -134,7 +137,8 @@ pub const LINES: &[Line] = &[
             "ioctls_of_a_running_vcpu_wait_until_run_returns",
             "an_exit_goes_before_a_signal",
         ],
-    ),
+    )
+    .but("also ends with EINTR when another thread is the first to touch a slot, or deletes one that was touched"),
     ioctl("KVM_GET_REGS", &["get_regs_and_set_regs_take_anything", "debug_guest_steps_and_hides_tf_and_rf"])
         .but("real mode shows its own RFLAGS, as AMD's did"),
     ioctl(
