@@ -90,13 +90,26 @@ systemctl stop plain
 sed -i s/0640/0660/ $rule
 udevadm control --reload
 
-# All processes of the unit are killed while a client is in KVM_RUN; the manager starts it again.
-starts
-legacy --seconds 1000 spin >/tmp/client 2>&1 &
-client=$!
+# spins: a client that is in KVM_RUN.
+spins() {
+    starts
+    legacy --seconds 1000 spin >/tmp/client 2>&1 &
+    client=$!
+    within 20 running
+    check 'a guest runs' 0 $?
+}
 running() { softkvm status | grep -q running; }
-within 20 running
-check 'a guest runs' 0 $?
+
+# The unit is stopped while a client is in KVM_RUN.
+spins
+systemctl stop softkvm
+check 'stop with a guest' '0 none success' "$? $(device) $(property Result)"
+ends
+check 'client of a unit stopped in KVM_RUN' '1 1' "$outcome"
+check 'left behind with a guest' '' "$(left)"
+
+# All processes of the unit are killed while a client is in KVM_RUN; the manager starts it again.
+spins
 before=$(property NRestarts)
 systemctl kill --signal=KILL softkvm
 ends
