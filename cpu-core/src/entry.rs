@@ -17,7 +17,7 @@ type Check = (&'static str, fn(&Cpu) -> bool);
 /// Descriptor-Table Registers", "… on Guest RIP, RFLAGS, and SSP", "… on Guest Non-Register State". What the API cannot load has
 /// no rule here: activity state and pending debug exceptions, which the core keeps itself; reserved bits of PDPTEs and of MSRs but
 /// EFER, which the KVM layer refuses or masks, as it does RFLAGS bit 1; an event to be injected, which waits until the guest
-/// can take it. Reserved bits of CR0[31:0] are not checked, nor loaded (IA32_VMX_CR0_FIXED1 is FFFFFFFFH).
+/// can take it. Reserved bits 31:0 of CR0 are not checked, nor loaded (IA32_VMX_CR0_FIXED1 is FFFFFFFFH).
 const CHECKS: &[Check] = &[
     ("CR0 has 32 bits", |cpu| cpu.cr0.bits() >> 32 == 0),
     ("CR0.PG needs PE", |cpu| !cpu.cr0.contains(Cr0::PG) || cpu.cr0.contains(Cr0::PE)),

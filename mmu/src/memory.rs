@@ -101,7 +101,7 @@ impl Memory {
         Ok(bits)
     }
 
-    /// Clears dirty bits of a slot as [`DirtyLog::clear`](crate::DirtyLog::clear) has them. As [`Memory::take_dirty`].
+    /// Clears dirty bits of a slot as `DirtyLog::clear` has them. As [`Memory::take_dirty`].
     pub fn clear_dirty(&self, id: u32, first: usize, mask: &[u64]) -> Result<(), SlotError> {
         let current = self.current.write();
         let dirty = current.by_id(id).and_then(|slot| slot.dirty()).ok_or(SlotError::NotFound)?;

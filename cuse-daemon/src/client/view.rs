@@ -1,6 +1,6 @@
 //! What the file of a 2007 VM shows at which offset, and what clients have of it.
 //!
-//! Up to [`LOTS`] an offset is a guest-physical address. What lies beyond belongs to [`Lot`]s.
+//! Up to `LOTS` an offset is a guest-physical address. What lies beyond belongs to `Lot`s.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

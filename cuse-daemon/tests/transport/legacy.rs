@@ -321,7 +321,7 @@ pub fn signal_mask() {
         .collect();
     let first_of_all = latencies.remove(0);
     latencies.sort();
-    let (median, slowest) = (latencies[latencies.len() / 2], latencies.last());
+    let (median, slowest) = (latencies[latencies.len() / 2], latencies[latencies.len() - 1]);
     eprintln!("tgkill to the end of KVM_RUN: median {median:?}, slowest {slowest:?}, the first {first_of_all:?}");
     assert_eq!(HANDLED.load(Ordering::SeqCst), 0, "no handler ran");
 
