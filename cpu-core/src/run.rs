@@ -532,6 +532,24 @@ mod tests {
         assert_eq!(machine.cpu.instructions(), 3 + 1000 * 10 + 2);
     }
 
+    /// Both run by themselves, for they lie across page ends, and the second in the ops of the first.
+    #[test]
+    fn a_call_returns_behind_another_single_instruction() {
+        const CALL: u64 = 0x3_0ffd;
+        const FUNCTION: u64 = 0x3_1ffd;
+        let mut machine = Machine::new_64bit(|a| {
+            a.mov(rax, CALL).unwrap();
+            a.jmp(rax).unwrap();
+        });
+        let distance = (FUNCTION - (CALL + 5)) as u32;
+        machine.write(CALL, &[&[0xe8][..], &distance.to_le_bytes()].concat());
+        machine.write(CALL + 5, &[&[0xbb, 42, 0, 0, 0][..], &END].concat()); // mov ebx, 42
+        machine.write(FUNCTION, &[0xb9, 7, 0, 0, 0, 0xc3]); // mov ecx, 7; ret
+        run_to_end(&mut machine);
+        assert_eq!((machine.cpu.reg(Gpr::Rcx), machine.cpu.reg(Gpr::Rbx)), (7, 42));
+        assert_eq!(machine.cpu.reg(Gpr::Rsp), 0x7_0000);
+    }
+
     #[test]
     fn store_into_the_next_instruction_is_seen() {
         let mut machine = Machine::new_64bit(|a| {

@@ -90,6 +90,8 @@ pub(crate) struct Traces {
     /// By host address, so that it does not matter by which guest-physical address a store comes (aliases of 2007).
     pages: Map<u64, CodePage>,
     singles: Vec<Option<Single>>,
+    /// The ops of the last single instruction hold a predicted return.
+    single_is_call: bool,
     /// How often the arena was emptied.
     pub(crate) flushes: u64,
     /// How many traces were decoded.
@@ -143,6 +145,7 @@ impl Traces {
             by_address: Map::default(),
             pages: Map::default(),
             singles: vec![None; SINGLES],
+            single_is_call: false,
             flushes: 0,
             decoded: 0,
         }
@@ -458,8 +461,9 @@ impl Cpu {
                 lowered
             }
         };
-        if matches!(lowered.branch, Some(Branch::Call(_) | Branch::CallIndirect)) {
-            // The call will push a predicted return that lies in ops which the next single instruction overwrites.
+        // A call pushes a predicted return that lies in its ops, which are overwritten here.
+        let is_call = matches!(lowered.branch, Some(Branch::Call(_) | Branch::CallIndirect));
+        if std::mem::replace(&mut self.traces.single_is_call, is_call) {
             self.forget_jumps();
         }
         self.gpr[17] = ip;
