@@ -120,7 +120,8 @@ if [ "$long" ]; then
         echo "python $module: $?"
     done
     cat >script.py <<'PYTHON'
-import decimal, hashlib, math
+import decimal, hashlib, math, sys
+sys.set_int_max_str_digits(0)
 decimal.getcontext().prec = 2000
 print(decimal.Decimal(2).sqrt(), decimal.Decimal(1).exp())
 print(sum(math.sin(i) * math.exp(-i / 1e4) for i in range(200000)).hex())
