@@ -596,7 +596,7 @@ impl Cpu {
     }
 
     /// Drops all translations and what was found through them.
-    pub(crate) fn flush_tlb(&mut self) {
+    pub fn flush_tlb(&mut self) {
         self.tlb.flush();
         self.flush_generation += 1;
         self.code_context = self.flush_generation << 8 | self.code_context & 0xff;

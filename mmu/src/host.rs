@@ -151,6 +151,15 @@ impl Span {
         Some(())
     }
 
+    /// Stores a byte and returns the one that was there; `None` as for a store.
+    #[inline]
+    pub(crate) fn swap_u8(&self, offset: u64, new: u8) -> Option<u8> {
+        if !self.writable {
+            return None;
+        }
+        Some(self.atomic_u8(offset)?.swap(new, Ordering::SeqCst))
+    }
+
     /// Compares 4 bytes with `old` and, if equal, stores `new`. Whether it did; `None` as for a store.
     #[inline]
     pub(crate) fn compare_exchange_u32(&self, offset: u64, old: u32, new: u32) -> Option<bool> {

@@ -180,6 +180,17 @@ impl View {
         Tables { view: self, slot: self.slots.direct(self.hints[User::Tables as usize].get()) }
     }
 
+    /// Puts `new` at `gpa` and returns what was there, atomically, and marks the page dirty. `None` if it is not writable RAM.
+    pub fn swap_u8(&self, gpa: GuestPhysAddr, new: u8) -> Option<u8> {
+        let (slot, offset) = self.locate(gpa.0, User::Data)?;
+        if !slot.writable() {
+            return None;
+        }
+        let old = slot.span().swap_u8(offset, new)?;
+        slot.log(offset, true);
+        Some(old)
+    }
+
     /// Puts `new` at `gpa` if `old` is there, atomically, and marks the page dirty. `None` if it is not writable RAM or not
     /// aligned, otherwise whether `old` was there.
     #[inline]

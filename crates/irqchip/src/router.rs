@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Mutex, RwLock};
 
 use crate::ioapic::{self, IoApic, Target};
-use crate::lapic::{Bus, Lapic, Shorthand};
+use crate::lapic::{Bus, Lapic, Shorthand, event};
 use crate::pic::{self, Pic};
 use crate::pit::Pit;
 use crate::{DeliveryMode, Message};
@@ -165,6 +165,23 @@ impl Irqchip {
     pub fn signal_msi(&self, address: u32, data: u32) -> i32 {
         let accepted = Message::of_msi(address, data).and_then(|message| self.send_message(&message));
         accepted.map_or(-1, |accepted| accepted as i32)
+    }
+
+    /// `KVM_HC_KICK_CPU`: ends HLT of the vCPU with this APIC id.
+    pub fn unhalt(&self, dest: u32) {
+        self.any(|lapic| {
+            if lapic.is_addressed(dest, false, true) {
+                lapic.put_event(event::UNHALT);
+            }
+            false
+        });
+    }
+
+    /// `KVM_HC_SEND_IPI`: to those of `bitmap`, whose first bit is APIC id `first`. How many took it.
+    pub fn send_ipis(&self, bitmap: u64, first: u32, message: &Message) -> u32 {
+        let named = (0..64).filter(|bit| bitmap >> bit & 1 != 0);
+        let lapics = named.filter_map(|bit| self.lapic(first.checked_add(bit)?));
+        lapics.map(|lapic| u32::from(lapic.accept(message))).sum()
     }
 
     // Lines

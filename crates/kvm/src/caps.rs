@@ -5,7 +5,8 @@
 use kvm_abi::consts::*;
 use nix::unistd::{SysconfVar, sysconf};
 
-use crate::{kvmclock, mce, memory, nested, run_page, sync_regs};
+use crate::exit::hypercall;
+use crate::{kvmclock, mce, memory, nested, run_page, steal, sync_regs};
 
 /// `KVM_CAP_MAX_VCPUS`: vCPUs in one VM. Linux 6.1 has the same.
 pub(crate) const MAX_VCPUS: u32 = 1024;
@@ -77,6 +78,7 @@ capabilities! {
     Xsave                        = KVM_CAP_XSAVE                       => 1;
     Xcrs                         = KVM_CAP_XCRS                        => 1;
     TscControl                   = KVM_CAP_TSC_CONTROL                 => 1;
+    EnableCap                    = KVM_CAP_ENABLE_CAP                  => 1;
     InternalErrorData            = KVM_CAP_INTERNAL_ERROR_DATA         => 1;
     GetTscKhz                    = KVM_CAP_GET_TSC_KHZ                 => 1;
     MaxVcpus                     = KVM_CAP_MAX_VCPUS                   => MAX_VCPUS;
@@ -97,6 +99,9 @@ capabilities! {
     ImmediateExit                = KVM_CAP_IMMEDIATE_EXIT              => 1;
     NestedState                  = KVM_CAP_NESTED_STATE                => nested::BYTES;
     CoalescedPio                 = KVM_CAP_COALESCED_PIO               => 1;
+    StealTime                    = KVM_CAP_STEAL_TIME                  => steal::is_measured();
+    EnforcePvFeatureCpuid        = KVM_CAP_ENFORCE_PV_FEATURE_CPUID    => 1;
+    ExitHypercall                = KVM_CAP_EXIT_HYPERCALL              => hypercall::EXITS;
     ManualDirtyLogProtect2       = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2   => memory::MANUAL_DIRTY_LOG;
 }
 

@@ -1,9 +1,9 @@
 //! The seam to the front ends: what the KVM objects see of a client, and what a front end sees of an open file.
 
-use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fmt, fs};
 
 use mmu::Mapping;
 use nix::errno::Errno;
@@ -31,6 +31,16 @@ pub trait Client {
 
     /// Whose memory the addresses above mean.
     fn address_space(&self) -> AddressSpace;
+
+    /// The thread's id, as the daemon sees it.
+    fn thread(&self) -> u32 {
+        0
+    }
+
+    /// What the scheduler tells of the thread: its `schedstat` file (proc_pid_schedstat(5)). `None`: nothing.
+    fn schedstat(&self) -> Option<fs::File> {
+        None
+    }
 
     /// Registers, or with `None` withdraws, what a signal to the thread does from now on. Called through
     /// `on_interrupt`. Once it returns from withdrawing, the action runs no more.

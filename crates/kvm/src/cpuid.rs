@@ -10,7 +10,7 @@ use kvm_abi::consts::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
 use kvm_abi::{Plain, kvm_cpuid_entry, kvm_cpuid_entry2};
 use x86_defs::cpuid::{self as bit, Feature, Register};
 
-use crate::xsave;
+use crate::{steal, xsave};
 
 /// `KVM_MAX_CPUID_ENTRIES`
 pub(crate) const MAX_ENTRIES: u32 = 256;
@@ -104,6 +104,13 @@ pub const OFFERED: &[Feature] = &[
     bit::KVM_CLOCKSOURCE,
     bit::KVM_NOP_IO_DELAY,
     bit::KVM_CLOCKSOURCE2,
+    bit::KVM_STEAL_TIME,
+    bit::KVM_PV_EOI,
+    bit::KVM_PV_UNHALT,
+    bit::KVM_PV_TLB_FLUSH,
+    bit::KVM_PV_SEND_IPI,
+    bit::KVM_POLL_CONTROL,
+    bit::KVM_PV_SCHED_YIELD,
     bit::KVM_CLOCKSOURCE_STABLE,
     bit::AVX,
     bit::F16C,
@@ -125,7 +132,11 @@ fn is_offered_here(feature: &Feature) -> bool {
         let vex = ![bit::AESNI, bit::PCLMULQDQ, bit::SHA].contains(feature);
         return feature.is_in(host(feature.leaf, feature.subleaf)) && (!vex || xsave::has_avx());
     }
-    *feature != bit::PKU || xsave::pkru_at().is_some()
+    match *feature {
+        bit::PKU => xsave::pkru_at().is_some(),
+        bit::KVM_STEAL_TIME => steal::is_measured(),
+        _ => true,
+    }
 }
 
 /// AMD repeats these bits of 1.EDX in 8000_0001H.EDX; Intel leaves them 0 there.
@@ -285,6 +296,17 @@ pub(crate) fn find(table: &[kvm_cpuid_entry2], function: u32, index: u32) -> Opt
 pub(crate) fn has(table: &[kvm_cpuid_entry2], feature: Feature) -> bool {
     find(table, feature.leaf, feature.subleaf)
         .is_some_and(|entry| feature.is_in([entry.eax, entry.ebx, entry.ecx, entry.edx]))
+}
+
+/// EAX of KVM's leaf of features, which follows its signature: leaf 4000_0000H or, where another hypervisor's are there, one
+/// further up (`kvm_find_kvm_cpuid_features`).
+pub(crate) fn kvm_features(table: &[kvm_cpuid_entry2]) -> u32 {
+    let is_signature = |entry: &kvm_cpuid_entry2| {
+        [entry.ebx, entry.ecx, entry.edx].map(u32::to_le_bytes).as_flattened() == KVM_SIGNATURE
+    };
+    let mut bases = (KVM_SIGNATURE_LEAF..KVM_SIGNATURE_LEAF + 0x1_0000).step_by(0x100);
+    let base = bases.find(|&base| find(table, base, 0).is_some_and(is_signature));
+    base.and_then(|base| find(table, base | 1, 0)).map_or(0, |entry| entry.eax)
 }
 
 /// The guest's MAXPHYADDR: leaf 8000_0008H if the table has it, else 36 (SDM Vol. 3 "Enumeration of Paging Features").

@@ -14,17 +14,16 @@ use kvm_abi::{Plain, kvm_clock_data};
 use mmu::View;
 use nix::time::{ClockId, clock_gettime};
 use parking_lot::Mutex;
-use x86_defs::GuestPhysAddr;
+use x86_defs::{GuestPhysAddr, msr};
 
 use crate::machine::{host_tsc, host_tsc_khz};
+use crate::paravirt::ENABLE;
 use crate::vcpu::Vcpu;
 
 /// `MSR_KVM_WALL_CLOCK`, of before 2010, and its later number.
-pub(crate) const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+const WALL_CLOCK: [u32; 2] = [msr::MSR_KVM_WALL_CLOCK, msr::MSR_KVM_WALL_CLOCK_NEW];
 /// `MSR_KVM_SYSTEM_TIME` likewise.
-pub(crate) const SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
-/// Bit of the system time MSR: the rest is the page's address.
-const ENABLE: u64 = 1;
+const SYSTEM_TIME: [u32; 2] = [msr::MSR_KVM_SYSTEM_TIME, msr::MSR_KVM_SYSTEM_TIME_NEW];
 
 /// Flags of the page.
 const TSC_STABLE: u8 = 1 << 0;
@@ -147,6 +146,12 @@ impl PvTime {
             return None;
         }
         Some(())
+    }
+
+    /// INIT: the guest has no page.
+    pub(crate) fn reset(&self) {
+        self.system_time.store(0, Relaxed);
+        self.counter_changed();
     }
 
     /// The vCPU's counter no longer is what its page says.

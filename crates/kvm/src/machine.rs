@@ -14,6 +14,7 @@ use crate::era::Era;
 use crate::kvmclock::{PvTime, VmClock};
 use crate::mce::Mce;
 use crate::msr::{self as msrs, Bank, is_apic_base};
+use crate::paravirt::Paravirt;
 
 /// Fraction bits of the TSC ratio, as VMX's multiplier has.
 const RATIO_BITS: u32 = 48;
@@ -86,6 +87,8 @@ pub(crate) struct Machine {
     apic: OnceLock<VcpuApic>,
     /// The paravirtual clock.
     pub(crate) time: PvTime,
+    /// Other services of KVM to its guests.
+    pub(crate) pv: Paravirt,
     /// Brings the vCPU's owner back from the guest.
     kick: OnceLock<Arc<Kick>>,
     /// MSRs without a meaning of their own here.
@@ -107,6 +110,7 @@ impl Machine {
             x2apic: AtomicBool::new(false),
             apic: OnceLock::new(),
             time: PvTime::new(time),
+            pv: Paravirt::new(),
             kick: OnceLock::new(),
             msrs: Bank::new(),
         };
@@ -133,7 +137,7 @@ impl Machine {
     }
 
     /// The guest has changed what the loop of `KVM_RUN` sees to before the next instruction.
-    fn come_back(&self) {
+    pub(crate) fn come_back(&self) {
         if let Some(kick) = self.kick.get() {
             kick.kick();
         }
@@ -225,7 +229,7 @@ impl Platform for VcpuPlatform {
             msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => self.0.read_apic_msr(index),
             _ if Mce::has(index) => self.0.mce.lock().read(index, true),
             _ => {
-                let held = self.0.msrs.read(index).or_else(|| self.0.time.read_msr(index));
+                let held = self.0.msrs.read(index).or_else(|| self.0.read_pv_msr(index));
                 held.or_else(|| msrs::constant_of(self.0.era, index))
             }
         }
@@ -247,7 +251,7 @@ impl Platform for VcpuPlatform {
                 return self.0.msrs.write(index, value, true);
             }
             _ if Mce::has(index) => return self.0.mce.lock().write(index, value, true),
-            _ if self.0.time.write_msr(index, value).is_some() => self.0.come_back(),
+            _ if self.0.write_pv_msr(index, value).is_some() => {}
             _ if msrs::constant_of(self.0.era, index).is_some() => {}
             _ => return self.0.msrs.write(index, value, true),
         }

@@ -10,9 +10,9 @@ use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
 use x86_defs::{Cr0, Efer, vector};
 
 use crate::era::Era;
-use crate::kvmclock;
 use crate::machine::Machine;
 use crate::mce::Mce;
+use crate::paravirt;
 use crate::vcpu::Vcpu;
 
 /// What a write may do.
@@ -165,8 +165,7 @@ const IN_SREGS: [u32; 3] = [msr::IA32_EFER, msr::IA32_FS_BASE, msr::IA32_GS_BASE
 pub(crate) fn index_list() -> Vec<u32> {
     let core = Cpu::msr_indices().filter(|index| !IN_SREGS.contains(index));
     let rows = ROWS.iter().filter(|row| row.listed).map(|row| row.index);
-    let clock = kvmclock::WALL_CLOCK.into_iter().chain(kvmclock::SYSTEM_TIME);
-    core.chain([msr::IA32_MCG_STATUS, msr::IA32_TSC_DEADLINE]).chain(clock).chain(rows).collect()
+    core.chain([msr::IA32_MCG_STATUS, msr::IA32_TSC_DEADLINE]).chain(paravirt::indices()).chain(rows).collect()
 }
 
 fn has_type(types: u8, byte: u8) -> bool {

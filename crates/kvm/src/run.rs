@@ -76,6 +76,7 @@ impl Vcpu {
         }
         let _guard = client.on_interrupt(self.on_signal.clone(), self.signal_mask);
         self.counters.running.store(true, Relaxed);
+        self.begin_steal();
         let result = if self.era.enters_despite_signal() {
             self.run_legacy(client)
         } else if self.machine.apic().is_some() {
@@ -84,6 +85,7 @@ impl Vcpu {
             self.run_modern(client)
         };
         self.counters.running.store(false, Relaxed);
+        self.mark_preempted();
         result.map(|()| Shown::Now)
     }
 
@@ -173,6 +175,7 @@ impl Vcpu {
     pub(crate) fn enter_guest(&mut self, client: &dyn Client) -> Exit {
         self.write_clock();
         let start = Instant::now();
+        self.take_steal(client, start);
         let exit = match client.poll_interval() {
             None => self.cpu.run(),
             Some(every) => self.cpu.run_polled(Poll { every, stop: &mut || client.interrupted() }),

@@ -171,6 +171,11 @@ impl RunPage {
         true
     }
 
+    /// `hypercall.ret`
+    pub(crate) fn hypercall_ret(&self) -> u64 {
+        self.u64(EXIT + 56).load(Relaxed)
+    }
+
     /// Return value of a 2007 hypercall.
     pub(crate) fn legacy_hypercall_ret(&self) -> u64 {
         self.u64(kvm_abi::legacy::hypercall::RET).load(Relaxed)
@@ -251,6 +256,16 @@ impl RunPage {
         for (word, &value) in data.iter().take(16).enumerate() {
             self.u64(EXIT + 8 + 8 * word).store(value, Relaxed);
         }
+    }
+
+    /// `hypercall`: number, six arguments, result, flags.
+    pub(crate) fn set_hypercall(&self, number: u64, args: &[u64], longmode: bool) {
+        self.u64(EXIT).store(number, Relaxed);
+        for (word, &value) in args.iter().take(6).enumerate() {
+            self.u64(EXIT + 8 + 8 * word).store(value, Relaxed);
+        }
+        self.u64(EXIT + 56).store(0, Relaxed);
+        self.u32(EXIT + 64).store(longmode.into(), Relaxed);
     }
 
     /// 2007's `hypercall`.

@@ -23,6 +23,7 @@ use crate::ioctl::{self, Call, Target};
 use crate::machine::Machine;
 use crate::run_page::RunPage;
 use crate::status::Counters;
+use crate::steal::StealTime;
 use crate::vm::{VcpuEntry, Vm};
 
 /// The file of a vCPU. Its lock is held for the whole of every ioctl, `KVM_RUN` included, as the kernel's is.
@@ -62,6 +63,10 @@ pub(crate) struct Vcpu {
     /// The guest has been entered: its CPUID is fixed from now on.
     pub(crate) has_run: bool,
     pub(crate) guest_debug: kvm_guest_debug,
+    /// The guest may use what its CPUID has, and no more of KVM's services.
+    pub(crate) enforces_pv: bool,
+    /// What the guest is told of its vCPU's waiting.
+    pub(crate) steal: StealTime,
     /// What a signal to the client's thread does while it is in `KVM_RUN`.
     pub(crate) on_signal: Arc<dyn Fn() + Send + Sync>,
 }
@@ -88,7 +93,7 @@ impl VcpuFile {
         vcpus.insert(id, VcpuEntry { kick, counters: counters.clone() });
         if let Some(chip) = vm.chip() {
             let base = machine.apic_base.load(Relaxed);
-            machine.set_apic(VcpuApic::new(chip, id, base, waker.clone()).ok_or(Errno::EEXIST)?);
+            machine.set_apic(VcpuApic::new(chip, id, base, waker.clone(), &vm.memory).ok_or(Errno::EEXIST)?);
         }
         drop(vcpus);
         let waits_for_init = machine.apic().is_some() && id != 0;
@@ -112,6 +117,8 @@ impl VcpuFile {
             cpuid: Vec::new(),
             has_run: false,
             guest_debug: Plain::zeroed(),
+            enforces_pv: false,
+            steal: StealTime::new(&vm.memory),
             on_signal: Arc::new(move || waker.wake()),
         };
         Ok(Arc::new(Self { vm, id, pages, vcpu: Mutex::new(vcpu) }))
@@ -146,6 +153,7 @@ impl Vcpu {
         let table: Vec<_> = self.cpuid.iter().map(crate::state::to_core_cpuid).collect();
         self.cpu.set_cpuid(&table);
         self.machine.x2apic.store(cpuid::has(&self.cpuid, bit::X2APIC), Relaxed);
+        self.machine.pv.enforce(self.enforces_pv.then_some(&self.cpuid));
         let phys_bits = cpuid::phys_bits(&self.cpuid);
         self.machine.phys_bits.store(phys_bits, Relaxed);
         self.cpu.set_phys_bits(phys_bits);

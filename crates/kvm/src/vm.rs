@@ -17,6 +17,7 @@ use crate::chip::Chip;
 use crate::client::{AddressSpace, Client, File, FileKind, Reply, WindowPiece};
 use crate::coalesced::Zones;
 use crate::era::Era;
+use crate::exit::hypercall;
 use crate::ioctl::{self, Call, Target};
 use crate::ioeventfd::Ioeventfds;
 use crate::kvmclock::VmClock;
@@ -57,6 +58,8 @@ pub(crate) struct Vm {
     pub(crate) ioeventfds: Ioeventfds,
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: its options.
     pub(crate) manual_dirty_log: AtomicU32,
+    /// `KVM_CAP_EXIT_HYPERCALL`: bit n, user space answers hypercall n.
+    hypercall_exits: AtomicU64,
     /// Writes that wait in a ring.
     pub(crate) coalesced: Zones,
 }
@@ -79,6 +82,7 @@ impl Vm {
             chip: OnceLock::new(),
             ioeventfds: Ioeventfds::default(),
             manual_dirty_log: AtomicU32::new(0),
+            hypercall_exits: AtomicU64::new(0),
             coalesced: Zones::default(),
         })
     }
@@ -127,6 +131,20 @@ impl Vm {
             vcpu.kick.refresh();
         }
         self.memory.wait_until_seen(self.memory.generation());
+    }
+
+    /// User space answers this hypercall, which has a bit in [`hypercall::EXITS`].
+    pub(crate) fn exits_on_hypercall(&self, number: u64) -> bool {
+        self.hypercall_exits.load(Ordering::Relaxed) >> number & 1 != 0
+    }
+
+    /// `KVM_CAP_EXIT_HYPERCALL`. EINVAL: one that is always answered here.
+    pub(crate) fn set_hypercall_exits(&self, numbers: u64) -> Result<(), Errno> {
+        if numbers & !hypercall::EXITS != 0 {
+            return Err(Errno::EINVAL);
+        }
+        self.hypercall_exits.store(numbers, Ordering::Relaxed);
+        Ok(())
     }
 
     /// For `softkvm status`.

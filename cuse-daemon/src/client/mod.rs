@@ -302,6 +302,14 @@ impl Client for Caller<'_> {
         self.space().map_or(AddressSpace { pid: 0, generation: u64::MAX }, |space| space.id)
     }
 
+    fn thread(&self) -> u32 {
+        self.call.header.pid
+    }
+
+    fn schedstat(&self) -> Option<std::fs::File> {
+        std::fs::File::open(format!("/proc/{}/schedstat", self.call.header.pid)).ok()
+    }
+
     fn set_interrupt_action(&self, action: Option<InterruptAction>) {
         self.masked.replace(None);
         let Some(InterruptAction { run, mask }) = action else { return self.call.on_interrupt(None) };

@@ -164,6 +164,8 @@ pub mod event {
     pub const NMI: u32 = 1 << 2;
     /// An SMI came.
     pub const SMI: u32 = 1 << 3;
+    /// Another vCPU ends this one's HLT (`KVM_HC_KICK_CPU`), the one under way or the next.
+    pub const UNHALT: u32 = 1 << 4;
 }
 
 /// The local APIC of one vCPU.
@@ -326,6 +328,18 @@ impl Lapic {
         self.set_bit(at::IRR, vector, false);
         self.set_bit(at::ISR, vector, true);
         Some(vector)
+    }
+
+    /// The end of the interrupt under way would have no effect but that: no other waits, no I/O APIC hears of it.
+    pub fn eoi_is_silent(&self) -> bool {
+        self.highest(at::ISR).is_some_and(|vector| !self.bit(at::TMR, vector)) && self.highest(at::IRR).is_none()
+    }
+
+    /// The interrupt under way ended without a write of EOI.
+    pub fn end_silently(&self) {
+        if let Some(vector) = self.highest(at::ISR) {
+            self.set_bit(at::ISR, vector, false);
+        }
     }
 
     /// The PIC's INTR comes through: LINT0 is ExtINT, or the APIC is disabled.

@@ -8,6 +8,7 @@
 pub(crate) mod alarm;
 mod bus;
 pub(crate) mod irqfd;
+mod pv_eoi;
 mod run;
 pub(crate) mod state;
 mod vcpu;

@@ -53,17 +53,21 @@ impl Vcpu {
             }
             let halted = matches!(self.mp_state, KVM_MP_STATE_HALTED | KVM_MP_STATE_AP_RESET_HOLD);
             if halted && self.is_woken(apic) {
+                apic.lapic.take_events(event::UNHALT);
                 self.mp_state = KVM_MP_STATE_RUNNABLE;
             }
             if self.mp_state != KVM_MP_STATE_RUNNABLE {
+                self.mark_preempted();
                 sleep(apic, &machine, client.poll_interval());
             } else {
                 let waits = self.inject(apic);
                 let wanted = self.wants_interrupt_window() && self.has_room_for_interrupt();
                 self.cpu.set_interrupt_window_exiting(waits || wanted);
                 self.cpu.set_cr8(apic.lapic.cr8());
+                apic.offer_pv_eoi(machine.pv.pv_eoi.load(Relaxed));
                 apic.arm(&machine);
                 let exit = self.enter_guest(client);
+                apic.take_pv_eoi(machine.pv.pv_eoi.load(Relaxed));
                 if exit::handle(self, &exit) == Outcome::User {
                     return Ok(());
                 }
@@ -110,6 +114,7 @@ impl Vcpu {
         self.cpu.set_events(Events::default());
         self.pending = None;
         self.external_vector = None;
+        self.machine.reset_pv();
         apic.lapic.init();
     }
 
@@ -133,7 +138,8 @@ impl Vcpu {
     /// `kvm_vcpu_has_events`: what ends a HLT.
     fn is_woken(&self, apic: &VcpuApic) -> bool {
         let events = self.cpu.events();
-        events.exception.is_some()
+        apic.lapic.events() & event::UNHALT != 0
+            || events.exception.is_some()
             || events.nmi_pending && !events.nmi_masked
             || events.interrupt.is_some() && self.cpu.rflags() & x86_defs::Rflags::IF.bits() != 0
             || self.cpu.interrupt_window_open() && self.has_interrupt(apic)

@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use irqchip::lapic::Deadline;
 use irqchip::{Lapic, Now, Wake};
+use mmu::Memory;
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
 
 use super::alarm::{Who, monotonic_ns};
+use super::pv_eoi::PvEoi;
 use super::{Chip, Waker};
 use crate::machine::Machine;
 
@@ -22,20 +24,21 @@ pub(crate) struct VcpuApic {
     pub(crate) waker: Arc<Waker>,
     /// What the alarm is set to. Only the owner looks.
     armed: Mutex<Deadline>,
+    pub(super) pv_eoi: PvEoi,
     /// IA32_APIC_BASE was written by the guest: CPUID follows.
     pub(crate) cpuid_is_stale: AtomicBool,
 }
 
 impl VcpuApic {
     /// `base`: IA32_APIC_BASE. `None`: the id is taken.
-    pub(crate) fn new(chip: &Arc<Chip>, id: u32, base: u64, waker: Arc<Waker>) -> Option<Self> {
+    pub(crate) fn new(chip: &Arc<Chip>, id: u32, base: u64, waker: Arc<Waker>, memory: &Arc<Memory>) -> Option<Self> {
         let lapic = Arc::new(Lapic::new(id, base, waker.clone()));
         if !chip.wires.add_lapic(lapic.clone()) {
             return None;
         }
         chip.wakers.write().insert(id, waker.clone());
-        let (chip, armed) = (chip.clone(), Mutex::new(Deadline::Never));
-        Some(Self { lapic, chip, waker, armed, cpuid_is_stale: AtomicBool::new(false) })
+        let (chip, armed, pv_eoi) = (chip.clone(), Mutex::new(Deadline::Never), PvEoi::new(memory));
+        Some(Self { lapic, chip, waker, armed, pv_eoi, cpuid_is_stale: AtomicBool::new(false) })
     }
 
     /// Where its registers are in memory.
@@ -112,9 +115,17 @@ impl Machine {
         Some(())
     }
 
+    /// What the guest ended by a bit in memory has ended.
+    fn look_at_pv_eoi(&self) {
+        if let Some(apic) = self.apic() {
+            apic.take_pv_eoi(self.pv.pv_eoi.load(Relaxed));
+        }
+    }
+
     /// The registers that are MSRs: those of x2APIC mode, and the timer's deadline, which reads 0 without an APIC here.
     /// `None`: #GP(0).
     pub(crate) fn read_apic_msr(&self, index: u32) -> Option<u64> {
+        self.look_at_pv_eoi();
         match (self.apic(), index) {
             (apic, msr::IA32_TSC_DEADLINE) => Some(apic.map_or(0, |apic| apic.lapic.tsc_deadline())),
             (Some(apic), _) => apic.lapic.read_msr(index, &apic.chip.wires, self.now()),
@@ -127,6 +138,7 @@ impl Machine {
         let Some(apic) = self.apic() else {
             return (index == msr::IA32_TSC_DEADLINE).then_some(());
         };
+        self.look_at_pv_eoi();
         match index {
             msr::IA32_TSC_DEADLINE => apic.lapic.set_tsc_deadline(value),
             _ => apic.lapic.write_msr(index, value, &apic.chip.wires, self.now())?,

@@ -7,7 +7,7 @@ mod debug;
 mod entry_failure;
 mod external_interrupt;
 mod hlt;
-mod hypercall;
+pub(crate) mod hypercall;
 mod interrupt_window;
 mod io;
 mod mmio;
@@ -36,6 +36,8 @@ pub(crate) enum Pending {
     MmioRead { rip: u64 },
     /// A write to it, done but for further parts.
     MmioWrite,
+    /// A hypercall; RIP is still at it. Wherever user space moves it, the answer counts (`complete_hypercall_exit`).
+    Hypercall,
 }
 
 /// One basic exit reason and what becomes of it.
@@ -125,6 +127,7 @@ pub(crate) fn complete(vcpu: &mut Vcpu, pending: Pending) -> Outcome {
         Pending::Io { input, .. } => io::complete(vcpu, input),
         Pending::MmioRead { .. } => mmio::complete_read(vcpu),
         Pending::MmioWrite => mmio::complete_write(vcpu),
+        Pending::Hypercall => hypercall::complete(vcpu),
     }
 }
 

@@ -152,6 +152,7 @@ ioctls! {
     KVM_SET_XSAVE              0xa5 Vcpu   In<[u32; 1024]>,                        Xsave,          Full => vcpu::set_xsave;
     KVM_GET_XCRS               0xa6 Vcpu   Out<kvm_xcrs>,                          Xcrs,           Full => vcpu::get_xcrs;
     KVM_SET_XCRS               0xa7 Vcpu   In<kvm_xcrs>,                           Xcrs,           Full => vcpu::set_xcrs;
+    KVM_ENABLE_CAP             0xa3 Vcpu   In<kvm_enable_cap>,                     EnableCap,      Full => vcpu::enable_cap;
     KVM_KVMCLOCK_CTRL          0xad Vcpu   Value,                                  KvmclockCtrl,   Full => vcpu::kvmclock_ctrl;
     KVM_GET_NESTED_STATE       0xbe Vcpu   InOut<[u32; 32]>,                       NestedState,    Full => vcpu::get_nested_state;
     KVM_SET_NESTED_STATE       0xbf Vcpu   In<[u32; 32]>,                          NestedState,    Full => vcpu::set_nested_state;

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use kvm_abi::consts::*;
 use kvm_abi::legacy::kvm_debug_guest;
 use kvm_abi::{
-    KVM_NR_INTERRUPTS, Plain, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug,
-    kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_x86_mce,
-    kvm_xcrs,
+    KVM_NR_INTERRUPTS, Plain, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_debugregs, kvm_enable_cap, kvm_fpu,
+    kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_vcpu_events,
+    kvm_x86_mce, kvm_xcrs,
 };
 use nix::errno::Errno;
 use x86_defs::cpuid as bit;
@@ -436,6 +436,10 @@ pub(super) fn get_mp_state(vcpu: &mut Vcpu) -> Result<kvm_mp_state, Errno> {
     let machine = vcpu.machine.clone();
     if let Some(apic) = machine.apic() {
         vcpu.accept_events(apic);
+        let halted = matches!(vcpu.mp_state, KVM_MP_STATE_HALTED | KVM_MP_STATE_AP_RESET_HOLD);
+        if halted && apic.lapic.events() & irqchip::lapic::event::UNHALT != 0 {
+            return Ok(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE });
+        }
     }
     Ok(kvm_mp_state { mp_state: vcpu.mp_state })
 }
@@ -457,6 +461,17 @@ pub(super) fn set_mp_state(vcpu: &mut Vcpu, state: &kvm_mp_state) -> Result<(), 
         ) => state,
         _ => return Err(Errno::EINVAL),
     };
+    Ok(())
+}
+
+/// `KVM_CAP_ENFORCE_PV_FEATURE_CPUID`: the guest has those of KVM's services that its CPUID tells. api.rst `KVM_ENABLE_CAP`.
+/// EINVAL: another capability, flags.
+pub(super) fn enable_cap(vcpu: &mut Vcpu, cap: &kvm_enable_cap) -> Result<(), Errno> {
+    if cap.flags != 0 || cap.cap != KVM_CAP_ENFORCE_PV_FEATURE_CPUID {
+        return Err(Errno::EINVAL);
+    }
+    vcpu.enforces_pv = cap.args[0] != 0;
+    vcpu.load_cpuid();
     Ok(())
 }
 

@@ -3,7 +3,8 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use kvm_abi::Plain;
 use kvm_abi::request::{READ, WRITE, direction, size};
 use mmu::Mapping;
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use parking_lot::Mutex;
 
 /// Client address of the first byte of its memory.
@@ -53,6 +55,8 @@ pub struct FakeClient {
     pub memory: Arc<Mapping>,
     pub files: Mutex<Vec<Arc<dyn File>>>,
     pub pid: u32,
+    /// The thread's id.
+    tid: AtomicU32,
     pub signal: AtomicBool,
     /// Close-on-exec of the descriptors, from 1.
     pub cloexec: Mutex<Vec<bool>>,
@@ -61,6 +65,8 @@ pub struct FakeClient {
     /// The mask of every action that was registered.
     pub masks: Mutex<Vec<Option<SignalMask>>>,
     action: Mutex<Option<InterruptAction>>,
+    /// `/proc/PID/schedstat`; `None`: nobody measures.
+    schedstat: Mutex<Option<std::fs::File>>,
     /// Descriptors that are no files of KVM, from [`FIRST_EVENT`].
     events: Mutex<Vec<OwnedFd>>,
 }
@@ -79,11 +85,13 @@ impl FakeClient {
             memory: Mapping::create("client", BYTES).unwrap(),
             files: Mutex::new(vec![system_file(kvm)]),
             pid: 1000,
+            tid: AtomicU32::new(1000),
             signal: AtomicBool::new(false),
             silent: AtomicBool::new(false),
             cloexec: Mutex::default(),
             masks: Mutex::default(),
             action: Mutex::default(),
+            schedstat: Mutex::default(),
             events: Mutex::default(),
         });
         // A guest that never ends is called back, and its test fails.
@@ -103,11 +111,13 @@ impl FakeClient {
             memory: self.memory.clone(),
             files: Mutex::new(self.files.lock().clone()),
             pid: self.pid + 1,
+            tid: AtomicU32::new(self.pid + 1),
             signal: AtomicBool::new(false),
             silent: AtomicBool::new(false),
             cloexec: Mutex::default(),
             masks: Mutex::default(),
             action: Mutex::default(),
+            schedstat: Mutex::default(),
             events: Mutex::default(),
         })
     }
@@ -115,6 +125,13 @@ impl FakeClient {
     /// Another thread of the process: signals are its own.
     pub fn thread(&self) -> Arc<Self> {
         Arc::new(Self { pid: self.pid, ..Arc::into_inner(self.fork()).unwrap() })
+    }
+
+    /// As [`thread`](Self::thread), with an id of its own.
+    pub fn thread_numbered(&self, tid: u32) -> Arc<Self> {
+        let thread = Arc::into_inner(self.thread()).unwrap();
+        thread.tid.store(tid, Ordering::SeqCst);
+        Arc::new(thread)
     }
 
     /// Gives it a descriptor of what `fd` is.
@@ -136,6 +153,13 @@ impl FakeClient {
         {
             (action.run)();
         }
+    }
+
+    /// The thread has waited for a CPU for so long since it began.
+    pub fn set_waited(&self, ns: u64) {
+        let mut schedstat = self.schedstat.lock();
+        let file = schedstat.get_or_insert_with(|| memfd_create("schedstat", MFdFlags::empty()).unwrap().into());
+        file.write_all_at(format!("1000 {ns:020} 1\n").as_bytes(), 0).unwrap();
     }
 
     pub fn consume_signal(&self) {
@@ -282,6 +306,14 @@ impl Client for FakeClient {
 
     fn address_space(&self) -> AddressSpace {
         AddressSpace { pid: self.pid, generation: 0 }
+    }
+
+    fn thread(&self) -> u32 {
+        self.tid.load(Ordering::SeqCst)
+    }
+
+    fn schedstat(&self) -> Option<std::fs::File> {
+        self.schedstat.lock().as_ref()?.try_clone().ok()
     }
 
     fn set_interrupt_action(&self, action: Option<InterruptAction>) {
