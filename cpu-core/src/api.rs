@@ -9,6 +9,16 @@ impl Cpu {
         self.seg_base[Seg::Cs as usize].wrapping_add(self.rip)
     }
 
+    /// RIP of the instruction that the last [`crate::Exit::Mmio`] is of; that of a write is over.
+    pub fn mmio_rip(&self) -> u64 {
+        self.mmio.rip
+    }
+
+    /// Device accesses of an instruction were answered that it still has to be run with.
+    pub fn is_inside_instruction(&self) -> bool {
+        !self.mmio.answered.is_empty() || !self.io_elements.is_empty()
+    }
+
     /// Task priority, bits 3:0.
     pub fn cr8(&self) -> u64 {
         self.cr8

@@ -229,6 +229,8 @@ pub(crate) struct MmioLog {
     pub(crate) waiting: Option<(u64, u8)>,
     /// Writes to be reported, in order.
     pub(crate) writes: std::collections::VecDeque<Mmio>,
+    /// RIP of the instruction that was run by itself last, as whatever accesses a device is.
+    pub(crate) rip: u64,
 }
 
 /// Makes a running CPU come back. Any thread may hold one.

@@ -23,9 +23,10 @@ pub trait Platform: Send {
         None
     }
 
-    /// Current CR8, where a local APIC owns the TPR.
-    fn cr8_written(&mut self, value: u64) {
-        let _ = value;
+    /// MOV to CR8 changed it, where a local APIC owns the TPR. True: [`crate::Exit::CrAccess`] follows.
+    fn cr8_written(&mut self, old: u64, value: u64) -> bool {
+        let _ = (old, value);
+        false
     }
 }
 

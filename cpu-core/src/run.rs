@@ -247,6 +247,7 @@ impl Cpu {
     /// Executes one instruction by itself: under TF, in a shadow, at a page end, while device reads are answered.
     fn run_one(&mut self) -> Option<Exit> {
         let traced = self.rflags & Rflags::TF.bits() != 0;
+        self.mmio.rip = self.rip;
         self.begin(1);
         self.budget = 0;
         if let Some(exit) = self.instruction_breakpoint() {

@@ -20,6 +20,8 @@ pub enum Exit {
     Hlt,
     /// Reason 18. RIP is behind the VMCALL or VMMCALL.
     Vmcall,
+    /// Reason 28, for a MOV to CR8 that the platform wants an exit for. RIP is behind it.
+    CrAccess,
     /// Reason 30. IN and INS wait for [`crate::Cpu::complete_io_in`], OUT and OUTS for [`crate::Cpu::complete_io_out`].
     Io(Io),
     /// Reason 33: guest state that VM entry refuses.

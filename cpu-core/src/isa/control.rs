@@ -208,8 +208,10 @@ fn mov_to_cr(cpu: &mut Cpu, op: &Op) -> Done {
             if value & !0xf != 0 {
                 return Err(cpu.fault(Fault::gp(0)));
             }
-            cpu.cr8 = value;
-            cpu.platform.cr8_written(value);
+            let old = std::mem::replace(&mut cpu.cr8, value);
+            if cpu.platform.cr8_written(old, value) {
+                let Stop = cpu.exit(crate::vmx::Exit::CrAccess);
+            }
             return Ok(Then::Leave);
         }
     }

@@ -103,6 +103,7 @@ requests! {
     KVM_SET_LAPIC = iow 0x8f kvm_lapic_state;
     KVM_SET_CPUID2 = iow 0x90 kvm_cpuid2;
     KVM_GET_CPUID2 = iowr 0x91 kvm_cpuid2;
+    KVM_TPR_ACCESS_REPORTING = iowr 0x92 kvm_tpr_access_ctl;
     KVM_SET_VAPIC_ADDR = iow 0x93 kvm_vapic_addr;
     KVM_GET_MP_STATE = ior 0x98 kvm_mp_state;
     KVM_SET_MP_STATE = iow 0x99 kvm_mp_state;

@@ -82,6 +82,11 @@ impl Era {
         self == Self::Legacy
     }
 
+    /// A task priority that is lowered by MOV to CR8 ends `KVM_RUN`, if the local APIC is user space's. 2.6.22 does not tell.
+    pub(crate) fn reports_tpr(self) -> bool {
+        self == Self::Modern
+    }
+
     /// IA32_APIC_BASE is looked at: reserved bits are refused, and CPUID's APIC bit follows its enable bit.
     pub(crate) fn decodes_apic_base(self) -> bool {
         self == Self::Modern

@@ -219,8 +219,8 @@ impl Platform for VcpuPlatform {
         HostPlatform::default().random()
     }
 
-    fn cr8_written(&mut self, value: u64) {
-        self.0.cr8_written(value);
+    fn cr8_written(&mut self, old: u64, value: u64) -> bool {
+        self.0.guest_sets_tpr(old, value)
     }
 
     fn read_msr(&mut self, index: u32) -> Option<u64> {

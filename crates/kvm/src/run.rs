@@ -196,7 +196,7 @@ impl Vcpu {
         exit
     }
 
-    fn step_guest(&mut self) -> Option<Exit> {
+    pub(crate) fn step_guest(&mut self) -> Option<Exit> {
         self.write_clock();
         let start = Instant::now();
         let exit = self.cpu.step();

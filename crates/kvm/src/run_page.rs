@@ -244,6 +244,12 @@ impl RunPage {
         self.u8(EXIT + 20).store(data.is_some().into(), Relaxed);
     }
 
+    /// `tpr_access`: `KVM_EXIT_TPR_ACCESS`.
+    pub(crate) fn set_tpr_access(&self, rip: u64, is_write: bool) {
+        self.u64(EXIT).store(rip, Relaxed);
+        self.u32(EXIT + 8).store(is_write.into(), Relaxed);
+    }
+
     /// `eoi`: `KVM_EXIT_IOAPIC_EOI`.
     pub(crate) fn set_ioapic_eoi(&self, vector: u8) {
         self.u8(EXIT).store(vector, Relaxed);

@@ -67,8 +67,19 @@ pub(crate) struct Vcpu {
     pub(crate) enforces_pv: bool,
     /// What the guest is told of its vCPU's waiting.
     pub(crate) steal: StealTime,
+    /// `KVM_TPR_ACCESS_REPORTING`
+    pub(crate) reports_tpr: bool,
+    /// The guest accessed the task priority in memory, and user space is to hear of it.
+    pub(crate) tpr_access: Option<TprAccess>,
     /// What a signal to the client's thread does while it is in `KVM_RUN`.
     pub(crate) on_signal: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// An access to the task priority: RIP of the instruction, and whether it wrote.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TprAccess {
+    pub(crate) rip: u64,
+    pub(crate) write: bool,
 }
 
 impl VcpuFile {
@@ -118,6 +129,8 @@ impl VcpuFile {
             has_run: false,
             guest_debug: Plain::zeroed(),
             enforces_pv: false,
+            reports_tpr: false,
+            tpr_access: None,
             steal: StealTime::new(&vm.memory),
             on_signal: Arc::new(move || waker.wake()),
         };

@@ -27,6 +27,8 @@ pub use timer::Deadline;
 const STEP: u32 = 0x10;
 /// Bytes of memory that it decodes.
 pub const LEN: u64 = 0x1000;
+/// Offset of the task priority.
+pub const TPR: u64 = at::TPR as u64;
 /// Version 14H, six LVT entries.
 const VERSION: u32 = 0x0005_0014;
 /// Version register: EOI broadcast can be suppressed.
@@ -347,6 +349,17 @@ impl Lapic {
         let lint0 = self.load(at::LVT_LINT0);
         let extint = lint0 >> lvt::MODE_SHIFT & 7 == DeliveryMode::ExtInt as u32;
         !self.is_enabled() || lint0 & lvt::MASKED == 0 && extint
+    }
+
+    /// Task priority, and in the three bytes above it: nothing, priority class in service, highest vector that waits.
+    pub fn priorities(&self) -> u32 {
+        let [serving, waiting] = [at::ISR, at::IRR].map(|first| u32::from(self.highest(first).unwrap_or(0)));
+        self.load(at::TPR) & 0xff | (serving & 0xf0) << 8 | waiting << 24
+    }
+
+    /// Loads the task priority.
+    pub fn set_tpr(&self, value: u8) {
+        self.store(at::TPR, value.into());
     }
 
     /// Task priority as CR8 has it.

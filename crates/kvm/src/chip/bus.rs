@@ -6,7 +6,7 @@ use irqchip::{ioapic, lapic, pic, pit};
 
 use super::Chip;
 use super::alarm::monotonic_ns;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{TprAccess, Vcpu};
 
 /// What a read of nothing shows.
 const FLOATING: u64 = u64::MAX;
@@ -68,13 +68,15 @@ fn offset(gpa: u64, base: u64, len: u64) -> Option<u64> {
 }
 
 /// Reads memory that is a chip's. `None`: it is nobody's here.
-pub(crate) fn read_memory(vcpu: &Vcpu, gpa: u64, len: u8) -> Option<u64> {
-    let apic = vcpu.machine.apic()?;
+pub(crate) fn read_memory(vcpu: &mut Vcpu, gpa: u64, len: u8) -> Option<u64> {
+    let machine = vcpu.machine.clone();
+    let apic = machine.apic()?;
     if let Some(offset) = apic.page_address().and_then(|base| offset(gpa, base, lapic::LEN)) {
         // Nothing is there in x2APIC mode; Linux keeps a hole that guests may touch.
         if apic.lapic.is_x2apic() {
             return Some(FLOATING);
         }
+        report_tpr(vcpu, offset, false);
         return Some(apic.lapic.read(offset as u32, len, &apic.chip.wires, vcpu.machine.now()).into());
     }
     read_ioapic(&apic.chip, gpa)
@@ -84,11 +86,22 @@ fn read_ioapic(chip: &Chip, gpa: u64) -> Option<u64> {
     chip.wires.with_ioapic(|ioapic| offset(gpa, ioapic.base(), ioapic::LEN).map(|offset| ioapic.read(offset).into()))?
 }
 
+/// `KVM_TPR_ACCESS_REPORTING`: any part of the register that is read, the whole that is written.
+fn report_tpr(vcpu: &mut Vcpu, offset: u64, write: bool) {
+    if vcpu.reports_tpr && offset & !0xf == lapic::TPR {
+        vcpu.tpr_access = Some(TprAccess { rip: vcpu.cpu.mmio_rip(), write });
+    }
+}
+
 /// Writes memory that is a chip's. False: it is nobody's here.
-pub(crate) fn write_memory(vcpu: &Vcpu, gpa: u64, len: u8, value: u64) -> bool {
-    let Some(apic) = vcpu.machine.apic() else { return false };
+pub(crate) fn write_memory(vcpu: &mut Vcpu, gpa: u64, len: u8, value: u64) -> bool {
+    let machine = vcpu.machine.clone();
+    let Some(apic) = machine.apic() else { return false };
     if let Some(offset) = apic.page_address().and_then(|base| offset(gpa, base, lapic::LEN)) {
         if !apic.lapic.is_x2apic() {
+            if len == 4 && offset == lapic::TPR {
+                report_tpr(vcpu, offset, true);
+            }
             apic.lapic.write(offset as u32, len, value as u32, &apic.chip.wires, vcpu.machine.now());
         }
         return true;

@@ -8,7 +8,7 @@
 pub(crate) mod alarm;
 mod bus;
 pub(crate) mod irqfd;
-mod pv_eoi;
+mod pages;
 mod run;
 pub(crate) mod state;
 mod vcpu;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use cpu_core::{Events, Seg};
 use irqchip::lapic::event;
 use kvm_abi::consts::{
-    KVM_EXIT_IOAPIC_EOI, KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
-    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+    KVM_EXIT_IOAPIC_EOI, KVM_EXIT_TPR_ACCESS, KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
 };
 use nix::errno::Errno;
 use x86_defs::Cr0;
@@ -47,6 +47,21 @@ impl Vcpu {
                 self.page.set_exit_reason(KVM_EXIT_IOAPIC_EOI);
                 return Ok(());
             }
+            if let Some(access) = self.tpr_access {
+                if !self.cpu.is_inside_instruction() {
+                    self.tpr_access = None;
+                    self.page.set_tpr_access(access.rip, access.write);
+                    self.page.set_exit_reason(KVM_EXIT_TPR_ACCESS);
+                    return Ok(());
+                }
+                // It is told of behind the instruction.
+                if let Some(exit) = self.step_guest()
+                    && exit::handle(self, &exit) == Outcome::User
+                {
+                    return Ok(());
+                }
+                continue;
+            }
             let came = self.accept_events(apic);
             if waits_for_init && came {
                 return Err(Errno::EAGAIN);
@@ -64,10 +79,10 @@ impl Vcpu {
                 let wanted = self.wants_interrupt_window() && self.has_room_for_interrupt();
                 self.cpu.set_interrupt_window_exiting(waits || wanted);
                 self.cpu.set_cr8(apic.lapic.cr8());
-                apic.offer_pv_eoi(machine.pv.pv_eoi.load(Relaxed));
+                apic.show_pages(machine.pv.pv_eoi.load(Relaxed));
                 apic.arm(&machine);
                 let exit = self.enter_guest(client);
-                apic.take_pv_eoi(machine.pv.pv_eoi.load(Relaxed));
+                apic.take_pages(machine.pv.pv_eoi.load(Relaxed));
                 if exit::handle(self, &exit) == Outcome::User {
                     return Ok(());
                 }

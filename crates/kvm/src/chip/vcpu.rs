@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
 
 use super::alarm::{Who, monotonic_ns};
-use super::pv_eoi::PvEoi;
+use super::pages::Pages;
 use super::{Chip, Waker};
 use crate::machine::Machine;
 
@@ -24,7 +24,7 @@ pub(crate) struct VcpuApic {
     pub(crate) waker: Arc<Waker>,
     /// What the alarm is set to. Only the owner looks.
     armed: Mutex<Deadline>,
-    pub(super) pv_eoi: PvEoi,
+    pub(super) pages: Pages,
     /// IA32_APIC_BASE was written by the guest: CPUID follows.
     pub(crate) cpuid_is_stale: AtomicBool,
 }
@@ -37,8 +37,8 @@ impl VcpuApic {
             return None;
         }
         chip.wakers.write().insert(id, waker.clone());
-        let (chip, armed, pv_eoi) = (chip.clone(), Mutex::new(Deadline::Never), PvEoi::new(memory));
-        Some(Self { lapic, chip, waker, armed, pv_eoi, cpuid_is_stale: AtomicBool::new(false) })
+        let (chip, armed, pages) = (chip.clone(), Mutex::new(Deadline::Never), Pages::new(memory));
+        Some(Self { lapic, chip, waker, armed, pages, cpuid_is_stale: AtomicBool::new(false) })
     }
 
     /// Where its registers are in memory.
@@ -115,17 +115,12 @@ impl Machine {
         Some(())
     }
 
-    /// What the guest ended by a bit in memory has ended.
-    fn look_at_pv_eoi(&self) {
-        if let Some(apic) = self.apic() {
-            apic.take_pv_eoi(self.pv.pv_eoi.load(Relaxed));
-        }
-    }
-
     /// The registers that are MSRs: those of x2APIC mode, and the timer's deadline, which reads 0 without an APIC here.
     /// `None`: #GP(0).
     pub(crate) fn read_apic_msr(&self, index: u32) -> Option<u64> {
-        self.look_at_pv_eoi();
+        if let Some(apic) = self.apic() {
+            apic.take_pages(self.pv.pv_eoi.load(Relaxed));
+        }
         match (self.apic(), index) {
             (apic, msr::IA32_TSC_DEADLINE) => Some(apic.map_or(0, |apic| apic.lapic.tsc_deadline())),
             (Some(apic), _) => apic.lapic.read_msr(index, &apic.chip.wires, self.now()),
@@ -138,11 +133,12 @@ impl Machine {
         let Some(apic) = self.apic() else {
             return (index == msr::IA32_TSC_DEADLINE).then_some(());
         };
-        self.look_at_pv_eoi();
+        apic.take_pages(self.pv.pv_eoi.load(Relaxed));
         match index {
             msr::IA32_TSC_DEADLINE => apic.lapic.set_tsc_deadline(value),
             _ => apic.lapic.write_msr(index, value, &apic.chip.wires, self.now())?,
         }
+        apic.show_pages(self.pv.pv_eoi.load(Relaxed));
         if index == X2APIC_TPR {
             // CR8 is another name for it: the loop around the guest loads it.
             apic.waker.wake();
@@ -151,12 +147,20 @@ impl Machine {
         Some(())
     }
 
-    /// MOV to CR8.
-    pub(crate) fn cr8_written(&self, value: u64) {
-        if let Some(apic) = self.apic()
-            && apic.lapic.set_cr8(value)
-        {
+    /// CR8 has this value now.
+    pub(crate) fn set_tpr(&self, value: u64) {
+        let Some(apic) = self.apic() else { return };
+        apic.take_pages(self.pv.pv_eoi.load(Relaxed));
+        let waits = apic.lapic.set_cr8(value);
+        apic.show_pages(self.pv.pv_eoi.load(Relaxed));
+        if waits {
             apic.waker.wake();
         }
+    }
+
+    /// The guest's MOV to CR8. True: user space's local APIC is to hear of it, which it is of lower priorities.
+    pub(crate) fn guest_sets_tpr(&self, old: u64, value: u64) -> bool {
+        self.set_tpr(value);
+        self.apic().is_none() && self.era.reports_tpr() && value < old
     }
 }

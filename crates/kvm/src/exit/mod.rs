@@ -3,6 +3,7 @@
 //! A handler either answers the exit here and resumes the guest, or fills `kvm_run` and returns to user space. What user
 //! space must answer first is kept as `Pending` and finished by the next `KVM_RUN`, before anything else.
 
+mod cr_access;
 mod debug;
 mod entry_failure;
 mod external_interrupt;
@@ -74,6 +75,7 @@ reasons! {
     InterruptWindow   "PENDING_INTERRUPT"  interrupt_window;
     Hlt               "HLT"                hlt;
     Vmcall            "VMCALL"             hypercall;
+    CrAccess          "CR_ACCESS"          cr_access;
     IoInstruction     "IO_INSTRUCTION"     io;
     EntryFailure      "INVALID_STATE"      entry_failure;
     EptViolation      "EPT_VIOLATION"      mmio;
@@ -105,6 +107,7 @@ pub(crate) fn handle(vcpu: &mut Vcpu, exit: &Exit) -> Outcome {
         Exit::InterruptWindow => (&interrupt_window::ROW, interrupt_window::handle(vcpu)),
         Exit::Hlt => (&hlt::ROW, hlt::handle(vcpu)),
         Exit::Vmcall => (&hypercall::ROW, hypercall::handle(vcpu)),
+        Exit::CrAccess => (&cr_access::ROW, cr_access::handle(vcpu)),
         Exit::Io(ref io) => (&io::ROW, io::handle(vcpu, io)),
         Exit::EntryFailure => (&entry_failure::ROW, entry_failure::handle(vcpu)),
         Exit::Mmio(ref mmio) => (&mmio::ROW, mmio::handle(vcpu, mmio)),

@@ -185,12 +185,19 @@ pub(super) fn set_lapic(vcpu: &mut Vcpu, page: &[u32; 256]) -> Result<(), Errno>
     Ok(())
 }
 
-/// Where a 32-bit guest's patched instructions keep the task priority. Nothing is kept there, for `KVM_CAP_VAPIC` is not
-/// offered; clients tell the address, 0, at reset. api.rst `KVM_SET_VAPIC_ADDR`. EINVAL: the local APIC is user space's, or
-/// an address.
+/// Where a 32-bit guest's patched instructions keep the task priority; 0: nowhere. api.rst `KVM_SET_VAPIC_ADDR`. EINVAL: the local
+/// APIC is user space's, or no memory is there.
 pub(super) fn set_vapic_addr(vcpu: &mut Vcpu, addr: &u64) -> Result<(), Errno> {
-    match vcpu.machine.apic() {
-        Some(_) if *addr == 0 => Ok(()),
-        _ => Err(Errno::EINVAL),
+    vcpu.machine.apic().ok_or(Errno::EINVAL)?.set_vapic(*addr)
+}
+
+/// Accesses to the task priority in memory end in `KVM_EXIT_TPR_ACCESS`, behind the instruction; `struct kvm_tpr_access_ctl`:
+/// enabled, flags. Linux's x86.c `vcpu_ioctl_tpr_access_reporting`. EINVAL: flags.
+pub(super) fn tpr_access_reporting(vcpu: &mut Vcpu, control: &mut [u32; 10]) -> Result<(), Errno> {
+    let &mut [enabled, flags, ..] = control;
+    if flags != 0 {
+        return Err(Errno::EINVAL);
     }
+    vcpu.reports_tpr = enabled != 0;
+    Ok(())
 }

@@ -74,7 +74,6 @@ macro_rules! ioctls {
 const NO_NULL_MASK: Support = Partial(
     "a null pointer, which ends the mask, is EFAULT: the kernel reads 4 bytes there for a file of FUSE before it asks anybody",
 );
-const NO_VAPIC: Support = Partial("the page is not kept up, so only 0 is taken: KVM_CAP_VAPIC is not offered");
 
 ioctls! {
     // request                  nr   file   argument                               capability      support => handler
@@ -135,7 +134,8 @@ ioctls! {
     KVM_SET_LAPIC              0x8f Vcpu   In<[u32; 256]>,                         Irqchip,        Full => chip::set_lapic;
     KVM_SET_CPUID2             0x90 Vcpu   InFam<kvm_cpuid2, kvm_cpuid_entry2>,    ExtCpuid,       Full => vcpu::set_cpuid2;
     KVM_GET_CPUID2             0x91 Vcpu   InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, ExtCpuid,       Full => vcpu::get_cpuid2;
-    KVM_SET_VAPIC_ADDR         0x93 Vcpu   In<u64>,                                Irqchip,        NO_VAPIC => chip::set_vapic_addr;
+    KVM_TPR_ACCESS_REPORTING   0x92 Vcpu   InOut<[u32; 10]>,                       Vapic,          Full => chip::tpr_access_reporting;
+    KVM_SET_VAPIC_ADDR         0x93 Vcpu   In<u64>,                                Vapic,          Full => chip::set_vapic_addr;
     KVM_GET_MP_STATE           0x98 Vcpu   Out<kvm_mp_state>,                      MpState,        Full => vcpu::get_mp_state;
     KVM_SET_MP_STATE           0x99 Vcpu   In<kvm_mp_state>,                       MpState,        Full => vcpu::set_mp_state;
     KVM_NMI                    0x9a Vcpu   Value,                                  UserNmi,        Full => vcpu::nmi;

@@ -96,7 +96,7 @@ pub(crate) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno>
         let regs = vcpu.cpu.regs();
         vcpu.cpu.set_regs(&cpu_core::Regs { rflags: regs.rflags & !Rflags::VM.bits(), ..regs });
     }
-    vcpu.machine.cr8_written(vcpu.cpu.cr8());
+    vcpu.machine.set_tpr(vcpu.cpu.cr8());
     vcpu.load_cpuid();
     let mut queue = InterruptQueue::of_bitmap(sregs.interrupt_bitmap);
     if vcpu.era.collects_interrupts() {
