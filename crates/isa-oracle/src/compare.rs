@@ -82,17 +82,18 @@ fn from_iced(bits: u32) -> u64 {
     BITS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum()
 }
 
-/// The instruction that ended the case: of several, the one that faulted.
-fn responsible(case: &Case, expected: &Outcome) -> Instruction {
-    let at_fault = |instruction: &Instruction| instruction.ip() == expected.state.rip;
+/// The instruction that ended the case: of several, the one that faulted, on either side.
+fn responsible(case: &Case, expected: &Outcome, actual: &Outcome) -> Instruction {
+    let faulted = if expected.end == End::Done { actual } else { expected };
+    let at_fault = |instruction: &Instruction| instruction.ip() == faulted.state.rip;
     stop::instructions(case).find(at_fault).unwrap_or_else(|| decode(case))
 }
 
 /// Where `actual` differs from `expected`; empty where they agree.
 pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Difference> {
-    let instruction = responsible(case, expected);
+    let instruction = responsible(case, expected, actual);
     let mut found = Vec::new();
-    if vendor::is_open(&instruction, expected.end, actual.end) {
+    if vendor::is_open(&instruction, expected, actual.end) {
         return found;
     }
     let mut report = |what: &str, expected: String, actual: String| {
@@ -100,12 +101,14 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
             found.push(Difference { what: what.to_owned(), expected, actual });
         }
     };
-    if !vendor::is_same_end(&instruction, expected.end, actual.end) {
+    if !vendor::is_same_end(case.mode, &instruction, expected.end, actual.end) {
         report("end", end_text(expected.end), end_text(actual.end));
     }
     let (e, a) = (&expected.state, &actual.state);
     let done = expected.end == End::Done && actual.end == End::Done;
-    let mut mask = Mask::of(case, &instruction, done);
+    // Between two iterations the flags are those of a fault.
+    let between = e.rip == case.state.rip && instruction.is_string_instruction();
+    let mut mask = Mask::of(case, &instruction, done && !between);
     mask.mxcsr = vendor::open_mxcsr(&instruction, expected);
     // Outside 64-bit mode the upper halves are undefined (SDM Vol. 1 "General-Purpose Registers in 64-Bit Mode"), and so for
     // what has just left it.
@@ -135,7 +138,12 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
         }
     }
     report("mxcsr", hex((e.mxcsr & !mask.mxcsr).into()), hex((a.mxcsr & !mask.mxcsr).into()));
-    for (at, (e, a)) in e.ymm.iter().zip(&a.ymm).enumerate() {
+    let mut vectors = (e.ymm, a.ymm);
+    if !done {
+        vendor::settle_mask(&instruction, &mut vectors.0);
+        vendor::settle_mask(&instruction, &mut vectors.1);
+    }
+    for (at, (e, a)) in vectors.0.iter().zip(&vectors.1).enumerate() {
         report(&format!("xmm{at}"), format!("{:032x}", e[0]), format!("{:032x}", a[0]));
         report(&format!("ymmh{at}"), format!("{:032x}", e[1]), format!("{:032x}", a[1]));
     }

@@ -23,8 +23,23 @@ enum Open {
     X87FromMemory,
     /// All general-purpose registers, where the instruction faults.
     Registers,
+    /// The destination in memory, where the instruction faults.
+    DestinationAtFault,
+    /// What lies below the stack pointer, where the instruction faults.
+    StackAtFault,
     /// Something that the note's own arm in `widen` decides by operand values.
     ByValue,
+}
+
+impl Open {
+    fn only_at_fault(self) -> bool {
+        match self {
+            Self::FlagsAtFault | Self::X87AtFault | Self::Registers | Self::DestinationAtFault | Self::StackAtFault => {
+                true
+            }
+            Self::Flags(_) | Self::Environment | Self::X87FromMemory | Self::ByValue => false,
+        }
+    }
 }
 
 /// A difference or an undefined result.
@@ -61,6 +76,31 @@ const NOTES: &[Note] = &[
         mnemonics: &[M::Shld, M::Shrd],
         open: Open::ByValue,
         note: "count above the operand size: result and all flags undefined (SDM Vol. 2)",
+    },
+    Note {
+        mnemonics: &[M::Rcl, M::Rcr],
+        open: Open::ByValue,
+        note: "OF is defined for counts of 1 only (SDM Vol. 2), also where a count of 9 or 17 leaves the operand as it was",
+    },
+    Note {
+        mnemonics: &[M::Push],
+        open: Open::ByValue,
+        note: "a segment register: the upper bytes are zeros or are not written (SDM Vol. 2 \"PUSH\")",
+    },
+    Note {
+        mnemonics: &[M::Call],
+        open: Open::StackAtFault,
+        note: "a target outside the code segment: Intel's CPUs have written the return address by then",
+    },
+    Note {
+        mnemonics: &[M::Fstp, M::Fbstp],
+        open: Open::DestinationAtFault,
+        note: "across a page end: Intel's CPUs have written eight bytes when the other two fault",
+    },
+    Note {
+        mnemonics: &[M::Movq, M::Movd, M::Movntq],
+        open: Open::X87AtFault,
+        note: "Intel's CPUs enter MMX state even where the store faults",
     },
     Note {
         mnemonics: &[M::Bsf, M::Bsr],
@@ -100,6 +140,17 @@ pub fn is_approximate(mnemonic: M) -> bool {
         M::Fyl2xp1,
     ];
     APPROXIMATE.contains(&mnemonic)
+}
+
+/// Whether the result holds a NaN whose payload is comparable on the CPU that recorded it only: of several NaNs, sums keep
+/// the first operand's (SDM Vol. 1 "Rules for Handling NaNs"), and which operand of its sums is the first, DPPS does not say.
+pub fn is_either_nan(instruction: &Instruction, expected: &Outcome) -> bool {
+    let register = instruction.op0_register();
+    matches!(instruction.mnemonic(), M::Dpps | M::Vdpps)
+        && register.is_vector_register()
+        && expected.state.ymm[register.number()]
+            .iter()
+            .any(|half| (0..4).any(|lane| f32::from_bits((half >> (32 * lane)) as u32).is_nan()))
 }
 
 /// Whether something about `mnemonic` is open beyond the flags that the decoder knows of.
@@ -152,13 +203,25 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
 }
 
 /// Whether two exceptions are equally good: the manuals rank them differently, or not at all.
-pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End) -> bool {
+pub(crate) fn is_same_end(mode: Mode, instruction: &Instruction, expected: End, actual: End) -> bool {
     let (End::Exception(expected), End::Exception(actual)) = (expected, actual) else { return false };
     // #PF and #AC are in one class of SDM Vol. 3 "Priority Among Concurrent Events".
     if matches!((expected.vector, actual.vector), (14, 17) | (17, 14)) {
         return true;
     }
+    // An access that wraps around at 4 GiB "may or may not cause the indicated exceptions" (SDM Vol. 3 "Limit Checking").
+    if mode == Mode::Bits32
+        && expected.vector == 14
+        && matches!(actual.vector, 12 | 13)
+        && (expected.cr2 as u32).wrapping_add(WIDEST) < 2 * WIDEST
+    {
+        return true;
+    }
     match instruction.mnemonic() {
+        // The conversion's exceptions and the store's (SDM Vol. 3 "Priority Among Concurrent Events" has them in one class).
+        M::Vcvtps2ph => expected.vector == 19 && matches!(actual.vector, 12..=14 | 17),
+        // Intel's CPUs compare with the lower bound before they read the upper one.
+        M::Bound => expected.vector == 5 && matches!(actual.vector, 12..=14 | 17),
         // A bad target and a bad stack at once: Intel's CPUs look at the target first (SDM Vol. 2 "CALL"), AMD's last.
         // How much of the frame is looked at before what it holds, and in what order, is up to the CPU.
         // CMPS, both operands faulting: Zen 3 looks at ES:rDI first, Zen 5 at DS:rSI; SDM Vol. 2 "CMPS" only names the
@@ -179,8 +242,11 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
         M::Call => matches!(expected.vector, 12 | 14 | 17) && actual.vector == 13,
         // AMD's CPUs look at the address before they look at the mask (SDM Vol. 2 "VMASKMOV": nothing that it leaves out
         // faults).
-        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {
+        // Of an element across a page end, Intel's show the last byte in CR2.
+        mask if MASKED.contains(&mask) => {
             matches!(expected.vector, 12 | 13) && actual.vector == 14
+                || (expected.vector, expected.error, expected.cr2 >> 12)
+                    == (actual.vector, actual.error, actual.cr2 >> 12)
         }
         // Misaligned and outside the stack segment at once.
         _ if instruction.memory_size().size() >= 16 => {
@@ -190,18 +256,41 @@ pub(crate) fn is_same_end(instruction: &Instruction, expected: End, actual: End)
     }
 }
 
-/// Whether nothing can be said.
-pub(crate) fn is_open(instruction: &Instruction, expected: End, actual: End) -> bool {
+/// Bytes of the longest operand.
+const WIDEST: u32 = 64;
+
+const MASKED: [M; 4] = [M::Vmaskmovps, M::Vmaskmovpd, M::Vpmaskmovd, M::Vpmaskmovq];
+
+/// Whether nothing can be said of an instruction that ends so on the host, and `actual` elsewhere.
+pub(crate) fn is_open(instruction: &Instruction, outcome: &Outcome, actual: End) -> bool {
+    let expected = outcome.end;
+    let raised =
+        |vectors: &[u8]| matches!(actual, End::Exception(e) if vectors.contains(&e.vector)) && expected != actual;
+    // #AC "may or may not be generated" (SDM Vol. 2 "MOVUPS"): AMD's CPUs check the alignment of vectors, Intel's do not.
+    // The same of the 8 bytes of VCVTPH2PS, though its class of exceptions has #AC.
+    if (instruction.memory_size().size() >= 16 || instruction.mnemonic() == M::Vcvtph2ps) && raised(&[17]) {
+        return true;
+    }
     match instruction.mnemonic() {
+        // Whether a segment register's stack slot is accessed as a whole (SDM Vol. 2 "PUSH").
+        M::Push | M::Pop if instruction.op0_register().is_segment_register() => raised(&[12, 14, 17]),
+        // An unmasked exception leaves the destination alone (SDM Vol. 1 "Floating-Point Exception Handling"); whether it is
+        // looked at is up to the CPU: AMD's do, Intel's do not.
+        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp => {
+            const ES: u16 = 1 << 7;
+            expected == End::Done && outcome.state.x87.fsw & ES != 0 && raised(&[12, 13, 14, 17])
+        }
+        // The limit is that of the whole operand on CPUs of both vendors; SDM Vol. 2 "VMASKMOV" says nothing of it.
+        mask if MASKED.contains(&mask) => {
+            matches!(expected, End::Exception(Exception { vector: 12 | 13, .. })) && expected != actual
+        }
         // Where a masked store faults, and on bytes that it does not store, is up to the CPU (SDM Vol. 2 "MASKMOVDQU").
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => expected != End::Done,
-        sha if SHA.contains(&sha) => {
-            matches!(actual, End::Exception(Exception { vector: 13, .. })) && expected != actual
-        }
+        sha if SHA.contains(&sha) => raised(&[13]),
         // Whether a destination that stays as it is must be writable.
         M::Arpl => expected == End::Done && actual != End::Done,
         // With a source in memory, Intel's CPUs raise a pending #MF and AMD's do not (SDM Vol. 2 "CVTPI2PS").
-        M::Cvtpi2ps => matches!(actual, End::Exception(Exception { vector: 16, .. })) && expected != actual,
+        M::Cvtpi2ps => raised(&[16]),
         // AMD's CPUs raise #UD without fetching what follows the opcode.
         M::Ud1 => {
             matches!((expected, actual), (End::Exception(e), End::Exception(a)) if e.vector == 6 && a.vector == 14)
@@ -218,11 +307,31 @@ pub(crate) fn is_open(instruction: &Instruction, expected: End, actual: End) -> 
     }
 }
 
-/// MXCSR flags: at #XM a dot product may have stopped behind its multiplications, or show its additions' flags too.
+/// MXCSR flags: at #XM a dot product may have stopped behind its multiplications, or show its additions' flags too. Where
+/// the store of a conversion faults, Intel's CPUs have set its flags.
 pub(crate) fn open_mxcsr(instruction: &Instruction, expected: &Outcome) -> u32 {
     const FLAGS: u32 = 0x3f;
-    let xm = matches!(expected.end, End::Exception(Exception { vector: 19, .. }));
-    if xm && matches!(instruction.mnemonic(), M::Dpps | M::Dppd | M::Vdpps | M::Vdppd) { FLAGS } else { 0 }
+    let End::Exception(exception) = expected.end else { return 0 };
+    let open = match instruction.mnemonic() {
+        M::Dpps | M::Dppd | M::Vdpps | M::Vdppd => exception.vector == 19,
+        M::Vcvtps2ph => matches!(exception.vector, 12..=14 | 17 | 19),
+        _ => false,
+    };
+    if open { FLAGS } else { 0 }
+}
+
+/// The vectors after a gather that faulted, as far as something is known. AMD's CPUs leave the mask's other elements as they
+/// were, Intel's have made each all ones or zeros, and zeros of what is beyond them (SDM Vol. 2 "VGATHERDPS", Operation).
+pub(crate) fn settle_mask(instruction: &Instruction, ymm: &mut [[u128; 2]; 16]) {
+    let mask = instruction.op2_register();
+    if !instruction.is_vsib() || !mask.is_vector_register() {
+        return;
+    }
+    let bits = 8 * instruction.memory_size().element_size() as u32;
+    let sign = (0..128 / bits).fold(0, |signs, at| signs | 1u128 << (at * bits + bits - 1));
+    let [low, high] = &mut ymm[mask.number()];
+    *low &= sign;
+    *high &= if mask.is_ymm() { sign } else { 0 };
 }
 
 /// MXCSR bits that AMD's CPUs have and Intel's reserve: MM.
@@ -231,7 +340,7 @@ pub(crate) const MXCSR_AMD: u32 = 1 << 17;
 /// Adds to `mask` what `instruction` leaves open; `done`: it ran to its end.
 pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction, done: bool) {
     for note in NOTES.iter().filter(|note| note.mnemonics.contains(&instruction.mnemonic())) {
-        if matches!(note.open, Open::Registers | Open::FlagsAtFault | Open::X87AtFault) == done {
+        if note.open.only_at_fault() == done {
             continue;
         }
         match note.open {
@@ -242,11 +351,51 @@ pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction, don
             Open::X87AtFault => mask.x87 = true,
             Open::X87FromMemory => mask.x87 |= instruction.op1_kind() == OpKind::Memory,
             Open::Registers => mask.gpr.extend(0..16),
+            Open::DestinationAtFault => {
+                if instruction.op0_kind() == OpKind::Memory {
+                    open_destination(mask, case, instruction, instruction.memory_size().size() as u64);
+                }
+            }
+            Open::StackAtFault => {
+                let stack = stack_pointer(case);
+                mask.memory.push((stack.wrapping_sub(8), stack));
+            }
         }
     }
 }
 
+/// Linear address of the stack's top.
+fn stack_pointer(case: &Case) -> u64 {
+    let rsp = case.state.gpr[4];
+    match case.mode {
+        Mode::Bits64 => rsp,
+        Mode::Bits32 => u64::from(rsp as u32),
+        Mode::Bits16 => case.mode.data_base() + u64::from(rsp as u16),
+    }
+}
+
 fn by_value(mask: &mut Mask, case: &Case, instruction: &Instruction) {
+    match instruction.mnemonic() {
+        M::Rcl | M::Rcr => {
+            let count = if instruction.op1_kind() == OpKind::Register {
+                case.state.gpr[1] as u8
+            } else {
+                instruction.immediate8()
+            };
+            mask.rflags |= if matches!(count & 31, 0 | 1) { 0 } else { flag::OF };
+        }
+        M::Push => {
+            if instruction.op0_register().is_segment_register() {
+                let bytes = instruction.stack_pointer_increment().unsigned_abs();
+                let bottom = stack_pointer(case).wrapping_sub(u64::from(bytes));
+                mask.memory.push((bottom.wrapping_add(2), bottom.wrapping_add(bytes.into())));
+            }
+        }
+        _ => double_shift(mask, case, instruction),
+    }
+}
+
+fn double_shift(mask: &mut Mask, case: &Case, instruction: &Instruction) {
     let count = match instruction.op2_kind() {
         OpKind::Register => case.state.gpr[1],
         _ => u64::from(instruction.immediate8()),
