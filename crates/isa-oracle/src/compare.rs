@@ -82,11 +82,11 @@ fn from_iced(bits: u32) -> u64 {
     BITS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum()
 }
 
-/// The instruction that ended the case: of several, the one that faulted, on either side.
+/// The instruction that ended the case: of several, the first that faulted on either side.
 fn responsible(case: &Case, expected: &Outcome, actual: &Outcome) -> Instruction {
-    let faulted = if expected.end == End::Done { actual } else { expected };
-    let at_fault = |instruction: &Instruction| instruction.ip() == faulted.state.rip;
-    stop::instructions(case).find(at_fault).unwrap_or_else(|| decode(case))
+    let faulted = |outcome: &&Outcome| outcome.end != End::Done;
+    let first = [expected, actual].into_iter().filter(faulted).map(|outcome| outcome.state.rip).min();
+    stop::instructions(case).find(|instruction| Some(instruction.ip()) == first).unwrap_or_else(|| decode(case))
 }
 
 /// Where `actual` differs from `expected`; empty where they agree.
@@ -140,8 +140,8 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
     report("mxcsr", hex((e.mxcsr & !mask.mxcsr).into()), hex((a.mxcsr & !mask.mxcsr).into()));
     let mut vectors = (e.ymm, a.ymm);
     if !done {
-        vendor::settle_mask(&instruction, &mut vectors.0);
-        vendor::settle_mask(&instruction, &mut vectors.1);
+        vendor::settle_gather(&instruction, &mut vectors.0);
+        vendor::settle_gather(&instruction, &mut vectors.1);
     }
     for (at, (e, a)) in vectors.0.iter().zip(&vectors.1).enumerate() {
         report(&format!("xmm{at}"), format!("{:032x}", e[0]), format!("{:032x}", a[0]));

@@ -278,7 +278,8 @@ pub(crate) fn is_open(instruction: &Instruction, outcome: &Outcome, actual: End)
         // looked at is up to the CPU: AMD's do, Intel's do not.
         M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp => {
             const ES: u16 = 1 << 7;
-            expected == End::Done && outcome.state.x87.fsw & ES != 0 && raised(&[12, 13, 14, 17])
+            let done = expected == End::Done || outcome.state.rip != instruction.ip();
+            done && outcome.state.x87.fsw & ES != 0 && raised(&[12, 13, 14, 17])
         }
         // The limit is that of the whole operand on CPUs of both vendors; SDM Vol. 2 "VMASKMOV" says nothing of it.
         mask if MASKED.contains(&mask) => {
@@ -320,18 +321,20 @@ pub(crate) fn open_mxcsr(instruction: &Instruction, expected: &Outcome) -> u32 {
     if open { FLAGS } else { 0 }
 }
 
-/// The vectors after a gather that faulted, as far as something is known. AMD's CPUs leave the mask's other elements as they
-/// were, Intel's have made each all ones or zeros, and zeros of what is beyond them (SDM Vol. 2 "VGATHERDPS", Operation).
-pub(crate) fn settle_mask(instruction: &Instruction, ymm: &mut [[u128; 2]; 16]) {
-    let mask = instruction.op2_register();
+/// Makes equal what is equally good after a gather that faulted. AMD's CPUs leave the mask's other elements and what lies
+/// above the vectors as they were, Intel's have made each element all ones or zeros, and zeros of what lies above (SDM Vol. 2
+/// "VGATHERDPS", Operation).
+pub(crate) fn settle_gather(instruction: &Instruction, ymm: &mut [[u128; 2]; 16]) {
+    let (destination, mask) = (instruction.op0_register(), instruction.op2_register());
     if !instruction.is_vsib() || !mask.is_vector_register() {
         return;
     }
     let bits = 8 * instruction.memory_size().element_size() as u32;
     let sign = (0..128 / bits).fold(0, |signs, at| signs | 1u128 << (at * bits + bits - 1));
-    let [low, high] = &mut ymm[mask.number()];
-    *low &= sign;
-    *high &= if mask.is_ymm() { sign } else { 0 };
+    ymm[mask.number()].iter_mut().for_each(|half| *half &= sign);
+    for register in [destination, mask].into_iter().filter(|register| register.is_xmm()) {
+        ymm[register.number()][1] = 0;
+    }
 }
 
 /// MXCSR bits that AMD's CPUs have and Intel's reserve: MM.

@@ -59,9 +59,10 @@ fn masked<W: HostWord>(d: &Digest<'_>) -> Option<Lowered> {
 }
 
 impl Cpu {
-    /// Linear address of element `i` behind the op's operand.
+    /// Linear address of element `i` of the op's operand, which does not wrap around inside: its start alone is of the address
+    /// size.
     fn element_address<W: HostWord>(&mut self, op: &Op, i: u32, write: bool) -> Result<u64, Stop> {
-        let offset = self.ea(op).wrapping_add((i * W::BYTES).into()) & op.address_mask();
+        let offset = self.ea(op).wrapping_add((i * W::BYTES).into());
         self.linear(op.segment(), offset, W::BYTES, write)
     }
 
