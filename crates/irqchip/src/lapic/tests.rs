@@ -431,6 +431,37 @@ fn page_travels() {
     assert_eq!((page[0x20 / 4], page[0xd0 / 4]), (0x21 << 24, 0x0002_0002));
 }
 
+/// What `set_target_expiration` in lapic.c makes of the current count when `KVM_SET_LAPIC` loads it.
+#[test]
+fn a_loaded_timer_that_ran_out_unseen_fires_at_once() {
+    let mut machine = Machine::enabled();
+    machine.write(at::LVT_TIMER, 0x50);
+    machine.write(at::DIVIDE, 0xb);
+    machine.write(at::INITIAL_COUNT, 1000);
+    // Its time passes while the vCPU does not run, so nobody has asked for the interrupt when the page is read.
+    machine.now.ns += 5000;
+    let mut page = machine.apic.page(machine.now);
+    assert_eq!((page[0x390 / 4], machine.apic.pending()), (0, None));
+    let load = |page: &[u32; 256]| {
+        let other = Machine::new(3, DEFAULT | EN);
+        other.apic.load_page(page, Now { ns: 100, tsc: 0 });
+        other
+    };
+    let other = load(&page);
+    assert_eq!(other.apic.deadline(), Deadline::Ns(100));
+    other.apic.advance(Now { ns: 100, tsc: 0 });
+    assert_eq!((other.apic.acknowledge(), other.apic.deadline()), (Some(0x50), Deadline::Never));
+    // More than the initial count is the initial count.
+    page[0x390 / 4] = 4000;
+    assert_eq!(load(&page).apic.deadline(), Deadline::Ns(100 + 1000));
+    // A periodic one begins a period, a stopped one stays so.
+    page[0x320 / 4] = 0x2_0050;
+    (page[0x380 / 4], page[0x390 / 4]) = (1_000_000, 0);
+    assert_eq!(load(&page).apic.deadline(), Deadline::Ns(100 + 1_000_000));
+    page[0x380 / 4] = 0;
+    assert_eq!(load(&page).apic.deadline(), Deadline::Never);
+}
+
 #[test]
 fn init_keeps_the_id_and_drops_the_rest() {
     let machine = Machine::enabled();

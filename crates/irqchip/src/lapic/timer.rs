@@ -106,16 +106,23 @@ impl Lapic {
         }
     }
 
-    /// From a saved page: `left` counts remain of the initial count.
+    /// From a saved page: `left` counts remain of the initial count, at most all. A one-shot timer without any fires at
+    /// once: it may have run out while nobody was there to take the interrupt, and a second one does no harm
+    /// (`set_target_expiration` in lapic.c).
     pub(super) fn resume_timer(&self, left: u32, now: Now) {
         self.timer.stop();
-        let periodic = match mode(self.load(at::LVT_TIMER)) {
+        let mode = mode(self.load(at::LVT_TIMER));
+        let all = match mode {
             Mode::TscDeadline => return,
-            mode => mode == Mode::Periodic,
+            Mode::OneShot => self.counts_to_ns(self.load(at::INITIAL_COUNT)),
+            Mode::Periodic => self.period_ns(),
         };
-        if self.load(at::INITIAL_COUNT) != 0 && (left != 0 || periodic) {
-            let ns = if left == 0 { self.period_ns() } else { self.counts_to_ns(left) };
-            self.timer.deadline_ns.store(now.ns + ns, SeqCst);
+        if self.load(at::INITIAL_COUNT) != 0 {
+            let ns = match self.counts_to_ns(left) {
+                0 if mode == Mode::Periodic => all,
+                left => left.min(all),
+            };
+            self.timer.deadline_ns.store((now.ns + ns).max(1), SeqCst);
         }
     }
 
