@@ -212,17 +212,17 @@ fn store<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Next)
 }
 
-/// 64 bytes from memory to `ES:[dst]`, which is aligned or #GP(0). SDM Vol. 2 "MOVDIR64B". Eight stores: no host without
-/// the instruction has a wider one that is atomic.
+/// 64 bytes from memory to `ES:[dst]`, which is aligned or #GP(0). SDM Vol. 2 "MOVDIR64B". The source is read first, as by the
+/// Operation section and Intel's CPUs. Eight stores: no host without the instruction has a wider one that is atomic.
 fn store_64(cpu: &mut Cpu, op: &Op) -> Done {
     let mut image = [0; 64];
     let from = cpu.ea(op);
+    cpu.read_bytes(op.segment(), from, &mut image)?;
     let to = cpu.get::<u64>(op.dst) & op.address_mask();
     let la = cpu.linear(Seg::Es, to, 64, true)?;
     if la & 63 != 0 {
         return Err(cpu.fault(Fault::gp(0)));
     }
-    cpu.read_bytes(op.segment(), from, &mut image)?;
     cpu.write_bytes(Seg::Es, to, &image)?;
     Ok(Then::Next)
 }
