@@ -43,6 +43,8 @@ pub(crate) mod fp_gate {
     pub(crate) const MP: u8 = 8;
     /// CR4.OSXSAVE or XCR0 is not set up for AVX, or the mode has no VEX prefix: #UD.
     pub(crate) const NO_AVX: u8 = 16;
+    /// The same for AVX-512.
+    pub(crate) const NO_AVX512: u8 = 32;
 }
 
 const RAS_ENTRIES: usize = 32;
@@ -206,12 +208,21 @@ pub(crate) struct Offered {
     pub(crate) smap: bool,
     pub(crate) rdtscp: bool,
     pub(crate) rdpid: bool,
-    /// Place of PKRU in an XSAVE area of the standard format, bytes.
+    /// Places of components in an XSAVE area of the standard format, bytes.
+    pub(crate) opmask_at: u32,
+    pub(crate) zmm_hi256_at: u32,
+    pub(crate) hi16_zmm_at: u32,
     pub(crate) pkru_at: u32,
 }
 
 /// Where the extended region of an XSAVE area begins, bytes.
 const XSAVE_HEADER_END: u32 = 576;
+/// The last place of a component: all of them end in one page.
+const XSAVE_LAST: u32 = 4096 - 1024;
+/// Places of AVX-512's components where CPUID leaf 0DH does not say: as on Intel's CPUs.
+const OPMASK_AT: u32 = 1088;
+const ZMM_HI256_AT: u32 = 1152;
+const HI16_ZMM_AT: u32 = 1664;
 /// Place of PKRU where CPUID leaf 0DH does not say: behind AVX, as on AMD's CPUs.
 const PKRU_AT: u32 = XSAVE_HEADER_END + 256;
 
@@ -338,7 +349,15 @@ impl Cpu {
             memory_vector: VectorRegister::default(),
             events: Events::default(),
             cpuid: Vec::new(),
-            offered: Offered { smap: true, rdtscp: true, rdpid: true, pkru_at: PKRU_AT },
+            offered: Offered {
+                smap: true,
+                rdtscp: true,
+                rdpid: true,
+                opmask_at: OPMASK_AT,
+                zmm_hi256_at: ZMM_HI256_AT,
+                hi16_zmm_at: HI16_ZMM_AT,
+                pkru_at: PKRU_AT,
+            },
             cpl: 0,
             phys_bits,
             page_1gb: true,
@@ -546,9 +565,9 @@ impl Cpu {
         self.write_bound[i] = if long || real || writable { bound } else { 0 };
     }
 
-    /// VEX-encoded vector instructions exist (SDM Vol. 1 "Detection of Intel AVX Instructions").
-    fn avx_enabled(&self) -> bool {
-        let state = x86_defs::XCr0::SSE | x86_defs::XCr0::AVX;
+    /// Vector instructions with a prefix, which need `state`, exist (SDM Vol. 1 "Detection of Intel AVX Instructions",
+    /// "Detection of AVX-512 Foundation Instructions").
+    fn prefix_enabled(&self, state: x86_defs::XCr0) -> bool {
         self.cr4.contains(Cr4::OSXSAVE)
             && x86_defs::XCr0::from_bits_retain(self.fpu.xcr0).contains(state)
             && !self.is_real()
@@ -566,12 +585,15 @@ impl Cpu {
         for seg in Seg::ALL {
             self.derive_segment(seg);
         }
+        let avx = x86_defs::XCr0::SSE | x86_defs::XCr0::AVX;
+        let avx512 = avx | x86_defs::XCr0::OPMASK | x86_defs::XCr0::ZMM_HI256 | x86_defs::XCr0::HI16_ZMM;
         self.fp_gate = [
             (self.cr0.contains(Cr0::TS), fp_gate::TS),
             (self.cr0.contains(Cr0::EM), fp_gate::EM),
             (!self.cr4.contains(Cr4::OSFXSR), fp_gate::NO_OSFXSR),
             (self.cr0.contains(Cr0::MP), fp_gate::MP),
-            (!self.avx_enabled(), fp_gate::NO_AVX),
+            (!self.prefix_enabled(avx), fp_gate::NO_AVX),
+            (!self.prefix_enabled(avx512), fp_gate::NO_AVX512),
         ]
         .iter()
         .fold(0, |gate, (holds, bit)| if *holds { gate | bit } else { gate });
@@ -780,16 +802,21 @@ impl Cpu {
     /// Replaces the CPUID table.
     pub fn set_cpuid(&mut self, entries: &[CpuidEntry]) {
         self.cpuid = entries.to_vec();
+        let place = |component: u32, otherwise: u32| {
+            let found = entries.iter().find(|entry| (entry.function, entry.index) == (0xd, Some(component)));
+            found
+                .map(|entry| entry.regs[1])
+                .filter(|at| (XSAVE_HEADER_END..=XSAVE_LAST).contains(at) && at.is_multiple_of(8))
+                .unwrap_or(otherwise)
+        };
         self.offered = Offered {
             smap: self.offers(&cpuid::SMAP),
             rdtscp: self.offers(&cpuid::RDTSCP),
             rdpid: self.offers(&cpuid::RDPID),
-            pkru_at: entries
-                .iter()
-                .find(|entry| (entry.function, entry.index) == (0xd, Some(9)))
-                .map(|entry| entry.regs[1])
-                .filter(|at| (XSAVE_HEADER_END..4096).contains(at) && at.is_multiple_of(8))
-                .unwrap_or(PKRU_AT),
+            opmask_at: place(5, OPMASK_AT),
+            zmm_hi256_at: place(6, ZMM_HI256_AT),
+            hi16_zmm_at: place(7, HI16_ZMM_AT),
+            pkru_at: place(9, PKRU_AT),
         };
     }
 

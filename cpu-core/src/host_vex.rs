@@ -1,7 +1,7 @@
 //! The host's VEX instructions on vectors in memory.
 //!
 //! Rust code runs without AVX, so a vector of 256 bits has no register in it: an instruction is one asm block from memory
-//! to memory, with the operands in (X|Y)MM0 to 2. It leaves the upper halves of the host's registers zero, as code for
+//! to memory, with the operands in (X|Y)MM0 to 2. Its result has zeros above, up to bit 511. It leaves the upper halves of the host's registers zero, as code for
 //! SSE wants them. Who names a row asks the host first whether it has the instruction.
 #![expect(unsafe_code, reason = "operands are reached by address")]
 
@@ -75,14 +75,29 @@ macro_rules! vex_impl {
             ) {
                 if WIDE {
                     $crate::host_vex::vex_asm!(
-                        ["vmovdqu ymm0, [{a}]", "vmovdqu ymm1, [{b}]", $y, "vmovdqu [{d}], ymm0", "vzeroupper"],
+                        [
+                            "vmovdqu ymm0, [{a}]",
+                            "vmovdqu ymm1, [{b}]",
+                            $y,
+                            "vmovdqu [{d}], ymm0",
+                            "vpxor xmm0, xmm0, xmm0",
+                            "vmovdqu [{d} + 32], ymm0",
+                            "vzeroupper"
+                        ],
                         d,
                         a,
                         b
                     );
                 } else {
                     $crate::host_vex::vex_asm!(
-                        ["vmovdqu xmm0, [{a}]", "vmovdqu xmm1, [{b}]", $x, "vmovdqu [{d}], ymm0"],
+                        [
+                            "vmovdqu xmm0, [{a}]",
+                            "vmovdqu xmm1, [{b}]",
+                            $x,
+                            "vmovdqu [{d}], ymm0",
+                            "vpxor xmm0, xmm0, xmm0",
+                            "vmovdqu [{d} + 32], ymm0"
+                        ],
                         d,
                         a,
                         b
@@ -107,12 +122,12 @@ macro_rules! vex_float_impl {
             ) {
                 if WIDE {
                     $crate::host_vex::vex_asm!(
-                        [$($load_y),*, $y, "vstmxcsr [{mxcsr}]", "vmovdqu [{d}], ymm0", "vzeroupper"],
+                        [$($load_y),*, $y, "vstmxcsr [{mxcsr}]", "vmovdqu [{d}], ymm0", "vpxor xmm0, xmm0, xmm0", "vmovdqu [{d} + 32], ymm0", "vzeroupper"],
                         d, a, b, mxcsr
                     );
                 } else {
                     $crate::host_vex::vex_asm!(
-                        [$($load_x),*, $x, "vstmxcsr [{mxcsr}]", "vmovdqu [{d}], ymm0"],
+                        [$($load_x),*, $x, "vstmxcsr [{mxcsr}]", "vmovdqu [{d}], ymm0", "vpxor xmm0, xmm0, xmm0", "vmovdqu [{d} + 32], ymm0"],
                         d, a, b, mxcsr
                     );
                 }
@@ -127,13 +142,13 @@ macro_rules! vex_float_impl {
                 if WIDE {
                     $crate::host_vex::vex_asm!(
                         [$($load_y),*, "vldmxcsr [{under}]", $y, "vstmxcsr [{under} + 4]", "vldmxcsr [{under} + 8]",
-                         "vmovdqu [{d}], ymm0", "vzeroupper"],
+                         "vmovdqu [{d}], ymm0", "vpxor xmm0, xmm0, xmm0", "vmovdqu [{d} + 32], ymm0", "vzeroupper"],
                         d, a, b, under
                     );
                 } else {
                     $crate::host_vex::vex_asm!(
                         [$($load_x),*, "vldmxcsr [{under}]", $x, "vstmxcsr [{under} + 4]", "vldmxcsr [{under} + 8]",
-                         "vmovdqu [{d}], ymm0"],
+                         "vmovdqu [{d}], ymm0", "vpxor xmm0, xmm0, xmm0", "vmovdqu [{d} + 32], ymm0"],
                         d, a, b, under
                     );
                 }
@@ -153,15 +168,16 @@ macro_rules! two_operands {
 }
 pub(crate) use two_operands;
 
-/// Copies 32 bytes from a host address into a vector register, in one access.
+/// Copies 32 bytes from a host address into a vector register, in one access; zeros above.
 ///
 /// # Safety
 /// `host` is 32 bytes of mapped guest RAM, `to` a vector register of ours. The host has AVX.
 #[inline(always)]
 pub(crate) unsafe fn load_32(host: u64, to: *mut VectorRegister) {
-    // SAFETY: the caller's. The instruction before the last only reads, the last writes what is ours.
+    // SAFETY: the caller's. The first instruction only reads, the others write what is ours.
     unsafe {
-        std::arch::asm!("vmovdqu ymm0, [{0}]", "vmovdqu [{1}], ymm0", "vzeroupper", in(reg) host, in(reg) to,
+        std::arch::asm!("vmovdqu ymm0, [{0}]", "vmovdqu [{1}], ymm0", "vpxor xmm0, xmm0, xmm0",
+            "vmovdqu [{1} + 32], ymm0", "vzeroupper", in(reg) host, in(reg) to,
             out("xmm0") _, options(nostack, preserves_flags));
     }
 }

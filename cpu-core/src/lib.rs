@@ -11,6 +11,7 @@ mod event;
 mod fault;
 mod flags;
 mod host;
+mod host_evex;
 mod host_simd;
 mod host_vex;
 mod host_x87;
@@ -28,6 +29,7 @@ mod vmx;
 mod word;
 
 pub use cpu::{Cpu, Kick};
+pub use host_evex::host_has_avx512;
 pub use isa::{FEATURES, families, is_implemented};
 pub use platform::{HostPlatform, Platform};
 pub use run::Poll;

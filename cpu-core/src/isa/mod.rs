@@ -31,7 +31,7 @@ pub(crate) use simd::state::MXCSR_MASK;
 
 use std::sync::LazyLock;
 
-use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic, OpCodeOperandKind};
 
 use crate::cpu::{Cpu, Done};
 use crate::decode::digest::{Digest, Lowered, Select};
@@ -47,6 +47,8 @@ pub(crate) enum Key {
     Mnemonic(Mnemonic),
     /// The VEX encodings of a mnemonic.
     Vex(Mnemonic),
+    /// The EVEX encodings of a mnemonic, or those with an operand of a kind.
+    Evex(Mnemonic, Option<OpCodeOperandKind>),
     /// Single encodings, where a mnemonic names more than one instruction.
     Codes(&'static [Code]),
 }
@@ -94,6 +96,15 @@ const FAMILIES: &[(&str, &[Row])] = families![
     system,
     table,
     simd::convert,
+    simd::evex::compare,
+    simd::evex::convert,
+    simd::evex::element,
+    simd::evex::float,
+    simd::evex::gather,
+    simd::evex::integer,
+    simd::evex::mask,
+    simd::evex::moves,
+    simd::evex::permute,
     simd::float,
     simd::gfni,
     simd::integer,
@@ -120,25 +131,41 @@ const FAMILIES: &[(&str, &[Row])] = families![
 static BY_CODE: LazyLock<Vec<Option<Select>>> = LazyLock::new(|| {
     let mut selectors = vec![None; Code::values().len()];
     for row in FAMILIES.iter().flat_map(|family| family.1) {
-        match row.key {
-            Key::Codes(codes) => codes.iter().for_each(|code| selectors[*code as usize] = Some(row.select)),
-            Key::Mnemonic(mnemonic) => {
-                for code in Code::values().filter(|code| code.mnemonic() == mnemonic) {
-                    selectors[code as usize].get_or_insert(row.select);
-                }
-            }
-            Key::Vex(mnemonic) => {
-                for code in vex_codes(mnemonic) {
-                    selectors[code as usize].get_or_insert(row.select);
-                }
+        for code in row.key.codes() {
+            let selector = &mut selectors[code as usize];
+            // Single encodings may come behind their mnemonic.
+            match row.key {
+                Key::Codes(_) => *selector = Some(row.select),
+                _ => _ = selector.get_or_insert(row.select),
             }
         }
     }
     selectors
 });
 
-fn vex_codes(mnemonic: Mnemonic) -> impl Iterator<Item = Code> {
-    Code::values().filter(move |code| code.mnemonic() == mnemonic && code.op_code().encoding() == EncodingKind::VEX)
+/// iced's codes by mnemonic.
+static CODES: LazyLock<Vec<Vec<Code>>> = LazyLock::new(|| {
+    let mut codes = vec![Vec::new(); Mnemonic::values().len()];
+    Code::values().for_each(|code| codes[code.mnemonic() as usize].push(code));
+    codes
+});
+
+impl Key {
+    /// The encodings that it stands for.
+    fn codes(self) -> Vec<Code> {
+        let of = |mnemonic: Mnemonic, keep: &dyn Fn(Code) -> bool| {
+            CODES[mnemonic as usize].iter().copied().filter(|code| keep(*code)).collect()
+        };
+        match self {
+            Self::Mnemonic(mnemonic) => of(mnemonic, &|_| true),
+            Self::Vex(mnemonic) => of(mnemonic, &|code| code.op_code().encoding() == EncodingKind::VEX),
+            Self::Evex(mnemonic, kind) => of(mnemonic, &|code| {
+                let info = code.op_code();
+                info.encoding() == EncodingKind::EVEX && kind.is_none_or(|kind| info.op_kinds().contains(&kind))
+            }),
+            Self::Codes(codes) => codes.to_vec(),
+        }
+    }
 }
 
 /// Whether the core executes instructions of this encoding.
@@ -149,11 +176,7 @@ pub fn is_implemented(code: Code) -> bool {
 /// The families of the core, and which encodings each has rows for.
 pub fn families() -> impl Iterator<Item = (&'static str, Vec<Code>)> {
     FAMILIES.iter().map(|(name, rows)| {
-        let encodings = rows.iter().flat_map(|row| match row.key {
-            Key::Codes(codes) => codes.to_vec(),
-            Key::Mnemonic(mnemonic) => Code::values().filter(|code| code.mnemonic() == mnemonic).collect(),
-            Key::Vex(mnemonic) => vex_codes(mnemonic).collect(),
-        });
+        let encodings = rows.iter().flat_map(|row| row.key.codes());
         (*name, encodings.collect())
     })
 }

@@ -18,8 +18,8 @@ impl Default for VectorRegister {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub struct Fpu {
-    /// XMM/YMM/ZMM0 to 15.
-    pub vector: [VectorRegister; 16],
+    /// XMM/YMM/ZMM0 to 31; what lies above 15 is EVEX's alone.
+    pub vector: [VectorRegister; 32],
     /// R0 to R7: 80-bit values in the low 10 bytes, the rest zero; MMn is the low 8 bytes of Rn.
     pub st: [[u8; 16]; 8],
     /// x87 control word.
@@ -44,13 +44,15 @@ pub struct Fpu {
     pub xcr0: u64,
     /// PKRU: two bits a protection key, access disable and write disable.
     pub pkru: u32,
+    /// Opmask registers k0 to k7.
+    pub k: [u64; 8],
 }
 
 impl Default for Fpu {
     /// SDM Vol. 3 "Processor State After Reset", as FNINIT leaves the x87 part.
     fn default() -> Self {
         Self {
-            vector: [VectorRegister::default(); 16],
+            vector: [VectorRegister::default(); 32],
             st: [[0; 16]; 8],
             fcw: 0x37f,
             fsw: 0,
@@ -63,6 +65,7 @@ impl Default for Fpu {
             mxcsr: 0x1f80,
             xcr0: 1,
             pkru: 0,
+            k: [0; 8],
         }
     }
 }
@@ -92,7 +95,7 @@ impl Fpu {
         for i in 0..8 {
             image[32 + 16 * i..][..10].copy_from_slice(&self.st[self.physical(i as u8)][..10]);
         }
-        for (i, register) in self.vector.iter().enumerate() {
+        for (i, register) in self.vector[..16].iter().enumerate() {
             image[160 + 16 * i..][..16].copy_from_slice(&register.0[..16]);
         }
         image
@@ -115,7 +118,7 @@ impl Fpu {
             self.st[register] = [0; 16];
             self.st[register][..10].copy_from_slice(&image[32 + 16 * i..][..10]);
         }
-        for (i, register) in self.vector.iter_mut().enumerate() {
+        for (i, register) in self.vector[..16].iter_mut().enumerate() {
             register.0[..16].copy_from_slice(&image[160 + 16 * i..][..16]);
         }
     }

@@ -147,6 +147,18 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
         report(&format!("xmm{at}"), format!("{:032x}", e[0]), format!("{:032x}", a[0]));
         report(&format!("ymmh{at}"), format!("{:032x}", e[1]), format!("{:032x}", a[1]));
     }
+    if e.avx512 != a.avx512 {
+        let (e, a) = (&e.avx512, &a.avx512);
+        for (at, (e, a)) in e.upper.iter().flatten().zip(a.upper.iter().flatten()).enumerate() {
+            report(&format!("zmm{}.{}", at / 2, at % 2 + 2), format!("{e:032x}"), format!("{a:032x}"));
+        }
+        for (at, (e, a)) in e.high.iter().flatten().zip(a.high.iter().flatten()).enumerate() {
+            report(&format!("zmm{}.{}", at / 4 + 16, at % 4), format!("{e:032x}"), format!("{a:032x}"));
+        }
+        for (at, (e, a)) in e.k.iter().zip(&a.k).enumerate() {
+            report(&format!("k{at}"), hex(*e), hex(*a));
+        }
+    }
     if e.memory != a.memory {
         for (at, (e, a)) in e.memory.iter().zip(a.memory.iter()).enumerate() {
             let address = DATA_BASE + at as u64;

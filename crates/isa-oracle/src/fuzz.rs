@@ -235,6 +235,9 @@ type Simplify = Box<dyn Fn(&mut State, &State)>;
 fn simplifications() -> Vec<Simplify> {
     let mut ways: Vec<Simplify> = vec![
         Box::new(|state, plain| state.ymm = plain.ymm),
+        Box::new(|state, plain| state.avx512 = plain.avx512),
+        Box::new(|state, plain| state.avx512.upper = plain.avx512.upper),
+        Box::new(|state, plain| state.avx512.high = plain.avx512.high),
         Box::new(|state, plain| state.x87 = plain.x87),
         Box::new(|state, plain| state.memory = plain.memory.clone()),
         Box::new(|state, plain| state.rflags = plain.rflags),
@@ -250,9 +253,12 @@ fn simplifications() -> Vec<Simplify> {
         ways.push(Box::new(move |state, plain| state.gpr[at] = plain.gpr[at]));
         ways.push(Box::new(move |state, plain| state.ymm[at] = plain.ymm[at]));
         ways.push(Box::new(move |state, _| state.ymm[at][1] = 0));
+        ways.push(Box::new(move |state, _| state.avx512.upper[at] = [0; 2]));
+        ways.push(Box::new(move |state, _| state.avx512.high[at] = [0; 4]));
     }
     for at in 0..8 {
         ways.push(Box::new(move |state, _| state.x87.st[at] = 0));
+        ways.push(Box::new(move |state, _| state.avx512.k[at] = 0));
     }
     for bit in 0..22 {
         ways.push(Box::new(move |state, plain| state.rflags &= !(1u64 << bit) | plain.rflags));

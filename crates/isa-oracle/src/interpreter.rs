@@ -11,7 +11,7 @@ use x86_defs::{Cr0, Cr4, Efer, GuestPhysAddr};
 
 use crate::layout::{CODE_BASE, CODE_BYTES, DATA_BASE, DATA_BYTES, PAGE, READONLY_BASE, readonly_page};
 use crate::segments;
-use crate::state::{CS, Case, End, Exception, Outcome, State, flag};
+use crate::state::{Avx512, CS, Case, End, Exception, Outcome, State, flag};
 use crate::stop::{self, Stop};
 
 /// Where the kernel's pages appear: the canonical upper half, as supervisor.
@@ -85,8 +85,8 @@ impl Interpreter {
         let _ = view.refresh(); // nothing of an older picture is held
         write_kernel(&view);
         let mut cpu = Cpu::new(memory, Box::new(HostPlatform::default()), 46);
-        // x87, SSE and AVX state.
-        cpu.set_xcr0(7);
+        // x87, SSE and AVX state, and AVX-512's where the host executes it.
+        cpu.set_xcr0(if cpu_core::host_has_avx512() { 0xe7 } else { 7 });
         let kernel = kernel_sregs(cpu.sregs());
         Self { view, cpu, kernel, dirty_code: (0, 0) }
     }
@@ -138,6 +138,13 @@ impl Interpreter {
             bytes.0[16..32].copy_from_slice(&high.to_le_bytes());
             *register = bytes;
         }
+        for (register, lanes) in fpu.vector.iter_mut().zip(&state.avx512.upper) {
+            put_lanes(&mut register.0[32..], lanes);
+        }
+        for (register, lanes) in fpu.vector[16..].iter_mut().zip(&state.avx512.high) {
+            put_lanes(&mut register.0, lanes);
+        }
+        fpu.k = state.avx512.k;
     }
 
     fn outcome(&mut self, case: &Case, exit: Exit) -> Outcome {
@@ -156,6 +163,11 @@ impl Interpreter {
         };
         let half = |bytes: &[u8]| u128::from_le_bytes(bytes.try_into().expect("sixteen bytes were taken"));
         state.ymm = std::array::from_fn(|i| [half(&fpu.vector[i].0[..16]), half(&fpu.vector[i].0[16..32])]);
+        state.avx512 = Avx512 {
+            upper: std::array::from_fn(|i| [half(&fpu.vector[i].0[32..48]), half(&fpu.vector[i].0[48..])]),
+            high: std::array::from_fn(|i| std::array::from_fn(|j| half(&fpu.vector[16 + i].0[16 * j..][..16]))),
+            k: fpu.k,
+        };
         let top = usize::from(fpu.fsw >> 11 & 7);
         state.x87.st = std::array::from_fn(|i| half(&fpu.st[(top + i) & 7]));
         state.x87.fcw = fpu.fcw;
@@ -208,6 +220,12 @@ impl Interpreter {
 
     fn read(&self, gpa: u64, bytes: &mut [u8]) {
         self.view.read(GuestPhysAddr(gpa), bytes).expect("kernel stack and data are inside the slot");
+    }
+}
+
+fn put_lanes(to: &mut [u8], lanes: &[u128]) {
+    for (to, lane) in to.chunks_exact_mut(16).zip(lanes) {
+        to.copy_from_slice(&lane.to_le_bytes());
     }
 }
 

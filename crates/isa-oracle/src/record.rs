@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use iced_x86::{Code, Mnemonic};
+use iced_x86::{Code, EncodingKind, Mnemonic};
 
 use crate::compare::differences;
 use crate::generate::{self, Breadth, Generator};
@@ -22,7 +22,7 @@ pub fn mnemonics() -> BTreeMap<String, Vec<(Code, Mode)>> {
     let mut found: BTreeMap<String, Vec<(Code, Mode)>> = BTreeMap::new();
     let mut put = |mode: Mode, keep: &dyn Fn(Code) -> bool| {
         for code in generate::all(mode, keep) {
-            found.entry(file_stem(code.mnemonic())).or_default().push((code, mode));
+            found.entry(stem_of(code)).or_default().push((code, mode));
         }
     };
     put(Mode::Bits64, &|_| true);
@@ -30,6 +30,12 @@ pub fn mnemonics() -> BTreeMap<String, Vec<(Code, Mode)>> {
     put(Mode::Bits32, &|code| !generate::is_tested(code, Mode::Bits64) || matches!(code, Code::Iretw | Code::Retfw));
     put(Mode::Bits16, &|code| code.op_code().address_size() == 16);
     found
+}
+
+/// Stem of the file with vectors of `code`: EVEX encodings, most of which share their mnemonic, have a file beside it.
+pub fn stem_of(code: Code) -> String {
+    let evex = code.op_code().encoding() == EncodingKind::EVEX;
+    format!("{}{}", file_stem(code.mnemonic()), if evex { ".evex" } else { "" })
 }
 
 /// `add` for ADD.

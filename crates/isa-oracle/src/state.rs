@@ -81,6 +81,17 @@ impl Default for X87 {
     }
 }
 
+/// AVX-512 state beyond AVX's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Avx512 {
+    /// Bits 511:256 of ZMM0 to 15, 128 bits at a time.
+    pub upper: [[u128; 2]; 16],
+    /// ZMM16 to 31, 128 bits at a time.
+    pub high: [[u128; 4]; 16],
+    /// k0 to k7.
+    pub k: [u64; 8],
+}
+
 /// Registers and the two writable data pages.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct State {
@@ -102,6 +113,8 @@ pub struct State {
     pub mxcsr: u32,
     /// YMM registers: `[low half (XMM), high half]`.
     pub ymm: [[u128; 2]; 16],
+    /// AVX-512; all zero where the CPU has none.
+    pub avx512: Avx512,
     /// What lies at `DATA_BASE..DATA_BASE + DATA_BYTES`.
     pub memory: Box<[u8; DATA_BYTES]>,
 }
@@ -121,6 +134,7 @@ impl Default for State {
             x87: X87::default(),
             mxcsr: 0x1f80,
             ymm: [[0; 2]; 16],
+            avx512: Avx512::default(),
             memory: Box::new([0; DATA_BYTES]),
         }
     }

@@ -109,6 +109,10 @@ fn assign(state: &mut State, token: &str) -> Result<(), LineError> {
         state.ymm[at][0] = value;
     } else if let Some(at) = register("ymmh", 16) {
         state.ymm[at][1] = value;
+    } else if let Some(at) = register("k", 8) {
+        state.avx512.k[at] = value as u64;
+    } else if let Some(lane) = zmm_lane(state, name) {
+        *lane = value;
     } else if let Some(at) = register("st", 8) {
         state.x87.st[at] = value;
     } else {
@@ -124,6 +128,17 @@ fn assign(state: &mut State, token: &str) -> Result<(), LineError> {
         }
     }
     Ok(())
+}
+
+/// `zmm3.2`: bits 383:256 of ZMM3. Of ZMM0 to 15 the lower two lanes are XMM's and YMM's.
+fn zmm_lane<'a>(state: &'a mut State, name: &str) -> Option<&'a mut u128> {
+    let (number, lane) = name.strip_prefix("zmm")?.split_once('.')?;
+    let (number, lane): (usize, usize) = (number.parse().ok()?, lane.parse().ok()?);
+    match number {
+        0..16 => state.avx512.upper[number].get_mut(lane.checked_sub(2)?),
+        16..32 => state.avx512.high[number - 16].get_mut(lane),
+        _ => None,
+    }
 }
 
 /// Writes a line.
@@ -184,6 +199,22 @@ fn changes(out: &mut String, from: &State, to: &State) {
     for at in 0..16 {
         put(&format!("xmm{at}"), from.ymm[at][0], to.ymm[at][0]);
         put(&format!("ymmh{at}"), from.ymm[at][1], to.ymm[at][1]);
+    }
+    if from.avx512 != to.avx512 {
+        for at in 0..16 {
+            for lane in 0..2 {
+                let name = format!("zmm{at}.{}", lane + 2);
+                put(&name, from.avx512.upper[at][lane], to.avx512.upper[at][lane]);
+            }
+        }
+        for at in 0..16 {
+            for lane in 0..4 {
+                put(&format!("zmm{}.{lane}", at + 16), from.avx512.high[at][lane], to.avx512.high[at][lane]);
+            }
+        }
+        for at in 0..8 {
+            put(&format!("k{at}"), from.avx512.k[at].into(), to.avx512.k[at].into());
+        }
     }
     for (name, bit) in flag::NAMES {
         put(name, (from.rflags & bit != 0).into(), (to.rflags & bit != 0).into());

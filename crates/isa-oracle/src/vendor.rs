@@ -121,7 +121,7 @@ const NOTES: &[Note] = &[
 
 /// Whether the last bits of the result are up to the CPU's approximation: comparable on the CPU that recorded it only.
 pub fn is_approximate(mnemonic: M) -> bool {
-    const APPROXIMATE: [M; 16] = [
+    const APPROXIMATE: [M; 24] = [
         M::Rcpps,
         M::Rcpss,
         M::Rsqrtps,
@@ -138,6 +138,14 @@ pub fn is_approximate(mnemonic: M) -> bool {
         M::Fsincos,
         M::Fyl2x,
         M::Fyl2xp1,
+        M::Vrcp14ps,
+        M::Vrcp14pd,
+        M::Vrcp14ss,
+        M::Vrcp14sd,
+        M::Vrsqrt14ps,
+        M::Vrsqrt14pd,
+        M::Vrsqrt14ss,
+        M::Vrsqrt14sd,
     ];
     APPROXIMATE.contains(&mnemonic)
 }
@@ -194,7 +202,7 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
         _ if case.state.rflags & flag::AC != 0 && instruction.is_vsib() => true,
         // VEX.W is ignored outside 64-bit mode (SDM Vol. 2 "PEXTRB/PEXTRD/PEXTRQ", "PINSRB/PINSRD/PINSRQ"); AMD's CPUs raise #UD.
         M::Vpextrd | M::Vpinsrd if case.mode != Mode::Bits64 => {
-            bytes.iter().position(|byte| *byte == 0xc4).is_some_and(|at| bytes[at + 2] & 0x80 != 0)
+            bytes.iter().position(|byte| *byte == 0xc4).and_then(|at| bytes.get(at + 2)).is_some_and(|w| w & 0x80 != 0)
         }
         // Whether the final stack pointer is probed, and how wide, is up to the CPU.
         M::Enter => case.state.rflags & flag::AC != 0,
@@ -205,8 +213,8 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
 /// Whether two exceptions are equally good: the manuals rank them differently, or not at all.
 pub(crate) fn is_same_end(mode: Mode, instruction: &Instruction, expected: End, actual: End) -> bool {
     let (End::Exception(expected), End::Exception(actual)) = (expected, actual) else { return false };
-    // #PF and #AC are in one class of SDM Vol. 3 "Priority Among Concurrent Events".
-    if matches!((expected.vector, actual.vector), (14, 17) | (17, 14)) {
+    // They are in one class of SDM Vol. 3 "Priority Among Concurrent Events".
+    if matches!((expected.vector, actual.vector), (14, 17) | (17, 12..=14)) {
         return true;
     }
     // An access that wraps around at 4 GiB "may or may not cause the indicated exceptions" (SDM Vol. 3 "Limit Checking").
@@ -243,7 +251,7 @@ pub(crate) fn is_same_end(mode: Mode, instruction: &Instruction, expected: End, 
         // AMD's CPUs look at the address before they look at the mask (SDM Vol. 2 "VMASKMOV": nothing that it leaves out
         // faults).
         // Of an element across a page end, Intel's show the last byte in CR2.
-        mask if MASKED.contains(&mask) => {
+        _ if is_masked(instruction) => {
             matches!(expected.vector, 12 | 13) && actual.vector == 14
                 || (expected.vector, expected.error, expected.cr2 >> 12)
                     == (actual.vector, actual.error, actual.cr2 >> 12)
@@ -259,7 +267,11 @@ pub(crate) fn is_same_end(mode: Mode, instruction: &Instruction, expected: End, 
 /// Bytes of the longest operand.
 const WIDEST: u32 = 64;
 
-const MASKED: [M; 4] = [M::Vmaskmovps, M::Vmaskmovpd, M::Vpmaskmovd, M::Vpmaskmovq];
+/// Whether a mask says which elements are accessed.
+fn is_masked(instruction: &Instruction) -> bool {
+    const MASKED: [M; 4] = [M::Vmaskmovps, M::Vmaskmovpd, M::Vpmaskmovd, M::Vpmaskmovq];
+    instruction.has_op_mask() || MASKED.contains(&instruction.mnemonic())
+}
 
 /// Whether nothing can be said of an instruction that ends so on the host, and `actual` elsewhere.
 pub(crate) fn is_open(instruction: &Instruction, outcome: &Outcome, actual: End) -> bool {
@@ -282,7 +294,7 @@ pub(crate) fn is_open(instruction: &Instruction, outcome: &Outcome, actual: End)
             done && outcome.state.x87.fsw & ES != 0 && raised(&[12, 13, 14, 17])
         }
         // The limit is that of the whole operand on CPUs of both vendors; SDM Vol. 2 "VMASKMOV" says nothing of it.
-        mask if MASKED.contains(&mask) => {
+        _ if is_masked(instruction) => {
             matches!(expected, End::Exception(Exception { vector: 12 | 13, .. })) && expected != actual
         }
         // Where a masked store faults, and on bytes that it does not store, is up to the CPU (SDM Vol. 2 "MASKMOVDQU").

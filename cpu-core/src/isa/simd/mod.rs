@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "hot semantics run on the dispatch's raw CPU pointer")]
 
 pub(super) mod convert;
+pub(super) mod evex;
 pub(super) mod float;
 pub(super) mod gfni;
 pub(super) mod integer;

@@ -9,7 +9,7 @@ use crate::cpu::{Cpu, Done, Stop, Then, fp_gate};
 use crate::fault::Fault;
 use crate::isa::{Row, plain_handler, row};
 use crate::op::Op;
-use crate::state::{Gpr, Seg};
+use crate::state::{Gpr, Seg, VectorRegister};
 
 pub(in crate::isa) const ROWS: &[Row] = &[
     row(M::Xsave, |d| keeps(d, plain_handler(xsave::<Plain, false>))),
@@ -29,6 +29,9 @@ pub(in crate::isa) const ROWS: &[Row] = &[
 const X87: u64 = 1 << 0;
 const SSE: u64 = 1 << 1;
 const AVX: u64 = 1 << 2;
+const OPMASK: u64 = 1 << 5;
+const ZMM_HI256: u64 = 1 << 6;
+const HI16_ZMM: u64 = 1 << 7;
 const PKRU: u64 = 1 << 9;
 /// XCOMP_BV: the extended region is compacted.
 const COMPACTED: u64 = 1 << 63;
@@ -39,18 +42,20 @@ const XMM_AT: usize = 160;
 const HEADER_AT: usize = 512;
 const EXTENDED_AT: usize = 576;
 /// Bytes of the largest component of [`EXTENDED`].
-const LARGEST: usize = 256;
+const LARGEST: usize = 1024;
 
 /// A component of the extended region.
 struct Component {
     bit: u64,
     bytes: usize,
+    /// Bytes of it that the mode has: outside 64-bit mode registers above 7 are neither saved nor loaded.
+    used: fn(&Cpu) -> usize,
     /// Place in the standard format.
     at: fn(&Cpu) -> usize,
     in_use: fn(&Cpu) -> bool,
+    /// Both move `used` bytes. Zeros are the initial state of each.
     put: fn(&Cpu, &mut [u8]),
     load: fn(&mut Cpu, &[u8]),
-    init: fn(&mut Cpu),
 }
 
 /// SDM Vol. 1 "XSAVE-Supported Features and State-Component Bitmaps": user state beyond the legacy region.
@@ -58,32 +63,51 @@ const EXTENDED: &[Component] = &[
     Component {
         bit: AVX,
         bytes: 256,
+        used: |cpu| 16 * usize::from(cpu.xmm_registers()),
         at: |_| EXTENDED_AT,
-        in_use: |cpu| cpu.fpu.vector.iter().any(|v| v.0[16..32] != [0; 16]),
+        in_use: |cpu| cpu.fpu.vector[..16].iter().any(|v| v.0[16..32] != [0; 16]),
+        put: |cpu, out| cpu.parts(0, out, |v| &v.0[16..32]),
+        load: |cpu, from| cpu.set_parts(0, from, |v| &mut v.0[16..32]),
+    },
+    Component {
+        bit: OPMASK,
+        bytes: 64,
+        used: |_| 64,
+        at: |cpu| cpu.offered.opmask_at as usize,
+        in_use: |cpu| cpu.fpu.k != [0; 8],
         put: |cpu, out| {
-            for n in 0..usize::from(cpu.xmm_registers()) {
-                out[16 * n..][..16].copy_from_slice(&cpu.fpu.vector[n].0[16..32]);
+            for (out, k) in out.chunks_exact_mut(8).zip(&cpu.fpu.k) {
+                out.copy_from_slice(&k.to_le_bytes());
             }
         },
-        load: |cpu, from| {
-            for n in 0..usize::from(cpu.xmm_registers()) {
-                cpu.fpu.vector[n].0[16..32].copy_from_slice(&from[16 * n..][..16]);
-            }
-        },
-        init: |cpu| {
-            for n in 0..usize::from(cpu.xmm_registers()) {
-                cpu.fpu.vector[n].0[16..32].fill(0);
-            }
-        },
+        load: |cpu, from| cpu.fpu.k = std::array::from_fn(|i| word(from, 8 * i)),
+    },
+    Component {
+        bit: ZMM_HI256,
+        bytes: 512,
+        used: |cpu| 32 * usize::from(cpu.xmm_registers()),
+        at: |cpu| cpu.offered.zmm_hi256_at as usize,
+        in_use: |cpu| cpu.fpu.vector[..16].iter().any(|v| v.0[32..] != [0; 32]),
+        put: |cpu, out| cpu.parts(0, out, |v| &v.0[32..]),
+        load: |cpu, from| cpu.set_parts(0, from, |v| &mut v.0[32..]),
+    },
+    Component {
+        bit: HI16_ZMM,
+        bytes: 1024,
+        used: |cpu| if cpu.is_64bit() { 1024 } else { 0 },
+        at: |cpu| cpu.offered.hi16_zmm_at as usize,
+        in_use: |cpu| cpu.fpu.vector[16..].iter().any(|v| v.0 != [0; 64]),
+        put: |cpu, out| cpu.parts(16, out, |v| &v.0[..]),
+        load: |cpu, from| cpu.set_parts(16, from, |v| &mut v.0[..]),
     },
     Component {
         bit: PKRU,
         bytes: 8,
+        used: |_| 8,
         at: |cpu| cpu.offered.pkru_at as usize,
         in_use: |cpu| cpu.fpu.pkru != 0,
         put: |cpu, out| out.copy_from_slice(&u64::from(cpu.fpu.pkru).to_le_bytes()),
         load: |cpu, from| cpu.set_pkru(word(from, 0) as u32),
-        init: |cpu| cpu.set_pkru(0),
     },
 ];
 
@@ -135,6 +159,22 @@ impl Cpu {
     /// XINUSE. x87 and SSE state always count as in use, which the SDM leaves to the processor.
     pub(in crate::isa) fn in_use(&self) -> u64 {
         EXTENDED.iter().filter(|c| (c.in_use)(self)).fold(X87 | SSE, |bits, c| bits | c.bit)
+    }
+
+    /// Copies a part of each vector register from number `first` on, as far as there is room.
+    fn parts(&self, first: usize, out: &mut [u8], part: fn(&VectorRegister) -> &[u8]) {
+        let bytes = part(&self.fpu.vector[first]).len();
+        for (out, register) in out.chunks_exact_mut(bytes).zip(&self.fpu.vector[first..]) {
+            out.copy_from_slice(part(register));
+        }
+    }
+
+    /// Loads what [`Self::parts`] copied.
+    fn set_parts(&mut self, first: usize, from: &[u8], part: fn(&mut VectorRegister) -> &mut [u8]) {
+        let bytes = part(&mut self.fpu.vector[first]).len();
+        for (from, register) in from.chunks_exact(bytes).zip(&mut self.fpu.vector[first..]) {
+            part(register).copy_from_slice(from);
+        }
     }
 
     /// Stores `area[from..to]` at its place behind linear address `la`; the bounds are multiples of 8.
@@ -189,10 +229,10 @@ fn xsave<F: Form, const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Done {
         let at = if F::COMPACTED { compacted_at } else { (component.at)(cpu) };
         compacted_at += component.bytes;
         if written & component.bit != 0 {
-            let used = 16 * usize::from(cpu.xmm_registers());
+            let used = (component.used)(cpu);
             let mut image = [0; LARGEST];
-            (component.put)(cpu, &mut image[..component.bytes]);
-            cpu.store_part(la.wrapping_add(at as u64), &image, 0, component.bytes.min(used), seg)?;
+            (component.put)(cpu, &mut image[..used]);
+            cpu.store_part(la.wrapping_add(at as u64), &image, 0, used, seg)?;
         }
     }
     cpu.store(header, state, seg)?;
@@ -274,12 +314,9 @@ fn xrstor<const WIDE: bool, const SUPERVISOR: bool>(cpu: &mut Cpu, op: &Op) -> D
             cpu.set_xmm(n, u128::from_le_bytes(value));
         }
     }
-    for (component, image) in EXTENDED.iter().zip(&images) {
-        match (requested & component.bit != 0, state & component.bit != 0) {
-            (true, true) => (component.load)(cpu, &image[..component.bytes]),
-            (true, false) => (component.init)(cpu),
-            (false, _) => {}
-        }
+    for (component, image) in EXTENDED.iter().zip(&images).filter(|(component, _)| requested & component.bit != 0) {
+        // Of what the header leaves out, zeros.
+        (component.load)(cpu, &image[..(component.used)(cpu)]);
     }
     Ok(Then::Next)
 }

@@ -66,6 +66,18 @@ pub(crate) const FEATURES: &[CpuidFeature] = {
         F::SHA,
         F::VAES,
         F::VPCLMULQDQ,
+        F::AVX512F,
+        F::AVX512VL,
+        F::AVX512BW,
+        F::AVX512DQ,
+        F::AVX512CD,
+        F::AVX512_IFMA,
+        F::AVX512_VBMI,
+        F::AVX512_VBMI2,
+        F::AVX512_VNNI,
+        F::AVX512_BITALG,
+        F::AVX512_VPOPCNTDQ,
+        F::AVX512_BF16,
     ]
 };
 
@@ -144,6 +156,11 @@ pub(crate) fn host_has(code: Code) -> bool {
     })
 }
 
+/// Whether the core executes `code` here: AVX-512's instructions only where the host has them.
+pub fn is_executed_here(code: Code) -> bool {
+    !code.cpuid_features().iter().any(|feature| format!("{feature:?}").starts_with("AVX512")) || host_has(code)
+}
+
 /// All encodings that tests may run in `mode` and `keep` wants.
 pub(crate) fn all(mode: Mode, keep: impl Fn(Code) -> bool) -> Vec<Code> {
     Code::values().filter(|code| is_tested(*code, mode) && keep(*code)).collect()
@@ -156,6 +173,7 @@ pub(crate) fn bytes(rng: &mut Rng, code: Code, mode: Mode) -> Option<Vec<u8>> {
     match info.encoding() {
         EncodingKind::Legacy => {}
         EncodingKind::VEX => return Some(vex_bytes(rng, info, mode)),
+        EncodingKind::EVEX => return Some(evex_bytes(rng, info, mode)),
         _ => return None,
     }
     let mut out = Vec::with_capacity(15);
@@ -243,6 +261,67 @@ fn vex_bytes(rng: &mut Rng, info: &OpCodeInfo, mode: Mode) -> Vec<u8> {
         let high = u8::from(!r) << 7 | u8::from(!x) << 6 | u8::from(!b) << 5 | map;
         out.extend([0xc4, high, u8::from(w) << 7 | low]);
     }
+    put_opcode(rng, info, &mut out);
+    out
+}
+
+/// The same for EVEX encodings. Broadcast, rounding, mask and zeroing where the encoding has them.
+fn evex_bytes(rng: &mut Rng, info: &OpCodeInfo, mode: Mode) -> Vec<u8> {
+    use OpCodeOperandKind as K;
+    let mut out = Vec::with_capacity(15);
+    if rng.one_in(24) {
+        out.push(0x67);
+    }
+    if rng.one_in(12) {
+        out.push(rng.pick(&[0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65]));
+    }
+    let long = mode == Mode::Bits64;
+    // All of these are inverted. Outside 64-bit mode R and X are 1, or the opcode is BOUND.
+    let [r, x, b, high_r] = [(); 4].map(|()| long && rng.one_in(2));
+    let is_vsib = |kind: &K| {
+        matches!(
+            kind,
+            K::mem_vsib32x | K::mem_vsib32y | K::mem_vsib32z | K::mem_vsib64x | K::mem_vsib64y | K::mem_vsib64z
+        )
+    };
+    let in_vvvv =
+        |kind: &K| matches!(kind, K::k_vvvv | K::xmm_vvvv | K::ymm_vvvv | K::zmm_vvvv | K::xmmp3_vvvv | K::zmmp3_vvvv);
+    let vvvv = match info.op_kinds().iter().any(in_vvvv) {
+        true => rng.below(if long { 32 } else { 8 }) as u8,
+        // The index of a gather has its fifth bit here.
+        false if long && info.op_kinds().iter().any(is_vsib) => (rng.below(2) as u8) << 4,
+        false => 0,
+    };
+    let w = if info.is_wig() || info.is_wig32() && !long { rng.one_in(4) } else { info.w() == 1 };
+    let length = if info.is_lig() { rng.below(3) as u8 } else { info.l() as u8 };
+    let (broadcast, rounding) = (info.can_broadcast(), info.can_use_rounding_control());
+    let set_b = (broadcast || rounding || info.can_suppress_all_exceptions()) && rng.one_in(2);
+    let length = if set_b && rounding && (!broadcast || rng.one_in(2)) { rng.below(4) as u8 } else { length };
+    let mask = match info.can_use_op_mask_register() {
+        true if info.require_op_mask_register() => 1 + rng.below(7) as u8,
+        true if !rng.one_in(3) => rng.below(8) as u8,
+        _ => 0,
+    };
+    let zeroing = mask != 0 && info.can_use_zeroing_masking() && rng.one_in(3);
+    let map = match info.table() {
+        OpCodeTableKind::T0F38 => 2,
+        OpCodeTableKind::T0F3A => 3,
+        OpCodeTableKind::MAP5 => 5,
+        OpCodeTableKind::MAP6 => 6,
+        _ => 1,
+    };
+    let pp = match info.mandatory_prefix() {
+        MandatoryPrefix::P66 => 1,
+        MandatoryPrefix::PF3 => 2,
+        MandatoryPrefix::PF2 => 3,
+        _ => 0,
+    };
+    out.extend([
+        0x62,
+        u8::from(!r) << 7 | u8::from(!x) << 6 | u8::from(!b) << 5 | u8::from(!high_r) << 4 | map,
+        u8::from(w) << 7 | (!vvvv & 15) << 3 | 4 | pp,
+        u8::from(zeroing) << 7 | length << 5 | u8::from(set_b) << 4 | u8::from(vvvv & 16 == 0) << 3 | mask,
+    ]);
     put_opcode(rng, info, &mut out);
     out
 }

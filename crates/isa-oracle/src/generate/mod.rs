@@ -8,12 +8,14 @@ mod sequence;
 mod values;
 
 use iced_x86::{
-    Code, CpuidFeature, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpKind, Register,
+    Code, CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpKind,
+    Register,
 };
 
 pub use rng::Rng;
 
 pub(crate) use address::operand_address;
+pub use forms::is_executed_here;
 pub(crate) use forms::{EXCLUDED, all, host_has, is_tested};
 pub(crate) use sequence::open_flags;
 
@@ -165,7 +167,12 @@ impl Generator {
                 keep_used_stack(state, &used);
             }
         }
-        let is_vector = |r: &Register| r.is_xmm() || r.is_ymm();
+        let is_vector = |r: &Register| r.is_xmm() || r.is_ymm() || r.is_zmm();
+        let encoding = instruction.code().op_code().encoding();
+        let is_evex = encoding == EncodingKind::EVEX;
+        if is_evex || used.iter().any(|r| r.is_k()) || everything && encoding == EncodingKind::VEX && rng.one_in(2) {
+            avx512(rng, state, case.mode, |r| everything || used.iter().any(|used| overlaps(*used, r)));
+        }
         let is_sse = used.iter().any(is_vector) || features.contains(&CpuidFeature::SSE);
         if is_sse || everything && rng.one_in(4) {
             if is_sse && rng.one_in(2) {
@@ -174,7 +181,8 @@ impl Generator {
             let count = if case.mode == Mode::Bits64 { 16 } else { 8 };
             for (at, ymm) in state.ymm.iter_mut().take(count).enumerate() {
                 if everything || used.iter().any(|r| is_vector(r) && r.number() == at) {
-                    let upper = everything || used.iter().any(|r| r.is_ymm() && r.number() == at) || rng.one_in(4);
+                    let is_long = |r: &Register| (r.is_ymm() || r.is_zmm()) && r.number() == at;
+                    let upper = everything || used.iter().any(is_long) || rng.one_in(4);
                     *ymm = [values::vector(rng), if upper { values::vector(rng) } else { 0 }];
                 }
             }
@@ -184,7 +192,11 @@ impl Generator {
             state.gs_base = address::segment_base(rng);
         }
         if instruction.is_vsib() {
-            gather(rng, &instruction, state);
+            if is_evex {
+                evex_gather(rng, &instruction, state);
+            } else {
+                gather(rng, &instruction, state);
+            }
         }
         shape(rng, &instruction, case.mode, state, everything);
         address::place(rng, case, &instruction, &memory, everything);
@@ -279,6 +291,54 @@ fn gather(rng: &mut Rng, instruction: &Instruction, state: &mut State) {
         if rng.one_in(2) {
             *half = u128::MAX;
         }
+    }
+}
+
+/// Registers that EVEX reaches alone, and masks.
+fn avx512(rng: &mut Rng, state: &mut State, mode: Mode, wanted: impl Fn(Register) -> bool) {
+    let count = if mode == Mode::Bits64 { 16 } else { 8 };
+    for at in 0..count {
+        if wanted(Register::ZMM0 + at as u32) {
+            state.avx512.upper[at] = [values::vector(rng), values::vector(rng)];
+        }
+    }
+    for at in 0..16 {
+        if mode == Mode::Bits64 && wanted(Register::ZMM16 + at as u32) {
+            state.avx512.high[at] = std::array::from_fn(|_| values::vector(rng));
+        }
+    }
+    for at in 0..8 {
+        if wanted(Register::K0 + at as u32) {
+            state.avx512.k[at] = match rng.below(6) {
+                0 => 0,
+                1 => u64::MAX,
+                2 => values::integer(rng),
+                _ => rng.bits(),
+            };
+        }
+    }
+}
+
+/// As [`gather`], for the index register of an EVEX encoding; its mask is random as it is.
+fn evex_gather(rng: &mut Rng, instruction: &Instruction, state: &mut State) {
+    let narrow = instruction.is_vsib32();
+    let index = instruction.memory_index().number();
+    for lane in 0..4 {
+        if rng.one_in(12) {
+            continue;
+        }
+        let distance = |rng: &mut Rng| rng.below(32).wrapping_sub(16);
+        let [low, high] = match narrow {
+            true => [(); 2].map(|()| distance(rng) & 0xffff_ffff | distance(rng) << 32),
+            false => [(); 2].map(|()| distance(rng)),
+        };
+        let avx512 = &mut state.avx512;
+        let place = match (index, lane) {
+            (16.., _) => &mut avx512.high[index - 16][lane],
+            (_, 0 | 1) => &mut state.ymm[index][lane],
+            _ => &mut avx512.upper[index][lane - 2],
+        };
+        *place = u128::from(low) | u128::from(high) << 64;
     }
 }
 

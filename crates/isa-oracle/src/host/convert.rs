@@ -1,10 +1,12 @@
 //! Between a case and what the child's signal frame holds.
 
+use std::sync::LazyLock;
+
 use zerocopy::FromZeros;
 
 use super::shared::{CODE_WINDOW, Image, word};
 use crate::layout::CODE_BYTES;
-use crate::state::{Case, End, Exception, Outcome, State, X87, flag};
+use crate::state::{Avx512, Case, End, Exception, Outcome, State, X87, flag};
 use crate::stop::{self, Stop};
 
 pub(super) const INT3: u8 = 0xcc;
@@ -73,6 +75,22 @@ pub(super) fn outcome(case: &Case, image: &Image) -> Outcome {
     Outcome { end, state }
 }
 
+/// Bytes of an image with x87, SSE and AVX: legacy region, header, YMM high halves.
+const AVX_END: usize = 512 + 64 + 256;
+
+/// Places of AVX-512's components in an image of the host: opmask registers, ZMM0 to 15 above YMM, ZMM16 to 31.
+static AVX512_AT: LazyLock<Option<[usize; 3]>> = LazyLock::new(|| {
+    let at = |component| std::arch::x86_64::__cpuid_count(0xd, component).ebx as usize;
+    let places = [at(5), at(6), at(7)];
+    let fits = places[2] + 1024 <= super::shared::XSAVE_BYTES;
+    (is_x86_feature_detected!("avx512f") && fits).then_some(places)
+});
+
+/// 8-byte words of an image that are moved.
+pub(super) fn xsave_words() -> u64 {
+    AVX512_AT.map_or(AVX_END, |[_, _, high]| high + 1024) as u64 / 8
+}
+
 /// XSAVE's standard format: legacy region, header with x87, SSE and AVX in use, YMM high halves.
 fn put_xsave(to: &mut [u8], state: &State) {
     let mut put = |at: usize, bytes: &[u8]| to[at..at + bytes.len()].copy_from_slice(bytes);
@@ -91,7 +109,20 @@ fn put_xsave(to: &mut [u8], state: &State) {
         put(160 + 16 * i, &low.to_le_bytes());
         put(576 + 16 * i, &high.to_le_bytes());
     }
-    put(512, &7u64.to_le_bytes());
+    let Some([opmask, upper, high]) = *AVX512_AT else {
+        put(512, &7u64.to_le_bytes());
+        return;
+    };
+    for (i, k) in state.avx512.k.iter().enumerate() {
+        put(opmask + 8 * i, &k.to_le_bytes());
+    }
+    for (i, lane) in state.avx512.upper.iter().flatten().enumerate() {
+        put(upper + 16 * i, &lane.to_le_bytes());
+    }
+    for (i, lane) in state.avx512.high.iter().flatten().enumerate() {
+        put(high + 16 * i, &lane.to_le_bytes());
+    }
+    put(512, &0xe7u64.to_le_bytes());
 }
 
 fn get_xsave(from: &[u8], state: &mut State) {
@@ -113,6 +144,15 @@ fn get_xsave(from: &[u8], state: &mut State) {
     };
     state.mxcsr = u32::from_le_bytes(get(from, 24));
     // XSAVE of the frame leaves components in their initial state unwritten in memory only where XSTATE_BV says so.
-    let avx_in_use = u64_at(512) & 4 != 0;
+    let in_use = |component: u32| u64_at(512) >> component & 1 != 0;
+    let avx_in_use = in_use(2);
+    if let Some([opmask, upper, high]) = *AVX512_AT {
+        let lane = |component: u32, at: usize| if in_use(component) { u128_at(at) } else { 0 };
+        state.avx512 = Avx512 {
+            k: std::array::from_fn(|i| if in_use(5) { u64_at(opmask + 8 * i) } else { 0 }),
+            upper: std::array::from_fn(|i| std::array::from_fn(|j| lane(6, upper + 32 * i + 16 * j))),
+            high: std::array::from_fn(|i| std::array::from_fn(|j| lane(7, high + 64 * i + 16 * j))),
+        };
+    }
     state.ymm = std::array::from_fn(|i| [u128_at(160 + 16 * i), if avx_in_use { u128_at(576 + 16 * i) } else { 0 }]);
 }

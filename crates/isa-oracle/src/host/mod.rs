@@ -139,6 +139,7 @@ impl Oracle {
         words.program = [filter.len() as u64, control(offset_of!(Control, filter))];
         words.current = BASE + at::SPARE_SLOT;
         words.index = u32::MAX;
+        words.xsave_words = convert::xsave_words();
         self.batch = 1;
         words.go = self.batch;
         self.memory.write(at::CONTROL, words.as_bytes());

@@ -16,8 +16,8 @@ pub(super) const BASE: u64 = 0x3a5c_0000_0000;
 /// Cases in one hand-over to the child. Their slots together stay within a second-level cache.
 pub(super) const BATCH: usize = 64;
 
-/// Bytes of the XSAVE image that are moved: legacy region, header, YMM high halves.
-pub(super) const XSAVE_BYTES: usize = 512 + 64 + 256;
+/// Bytes of the XSAVE image that may be moved: up to the end of AVX-512's components, as far as they go on any CPU.
+pub(super) const XSAVE_BYTES: usize = 2688;
 
 /// Bytes of code that are put down at the case's RIP: the instruction, then INT3.
 pub(super) const CODE_WINDOW: usize = CASE_BYTES;
@@ -111,6 +111,8 @@ pub(super) struct Control {
     pub(super) count: u32,
     /// Case that runs.
     pub(super) index: u32,
+    /// 8-byte words of the XSAVE image that are moved.
+    pub(super) xsave_words: u64,
     /// Slot that runs, as an address in the child.
     pub(super) current: u64,
     /// Negated errno of a step that failed.

@@ -144,7 +144,8 @@ fn to_half(cpu: &mut Cpu, op: &Op) -> Done {
     }
     let tiny = || (0..lanes).any(|i| matches!((result >> (16 * i)) as u16 & 0x7fff, 1..=0x3ff));
     let source = halves(&from);
-    let inexact = |mxcsr: u32| Some((0..lanes).any(|i| is_inexact((source[i / 4] >> (32 * (i % 4))) as u32, mxcsr)));
+    let inexact =
+        |mxcsr: u32| Some((0..lanes).any(|i| is_inexact_half((source[i / 4] >> (32 * (i % 4))) as u32, mxcsr)));
     settle(cpu, under.found, tiny, inexact)?;
     match bytes {
         0 => cpu.set_ymm(op.dst, [result, 0]),
@@ -155,7 +156,7 @@ fn to_half(cpu: &mut Cpu, op: &Op) -> Done {
 }
 
 /// Whether a single has more than the eleven significant bits of a half.
-fn is_inexact(value: u32, mxcsr: u32) -> bool {
+pub(in crate::isa::simd) fn is_inexact_half(value: u32, mxcsr: u32) -> bool {
     const DAZ: u32 = 1 << 6;
     let (exponent, fraction) = (value >> 23 & 0xff, value & 0x7f_ffff);
     let significand = match exponent {

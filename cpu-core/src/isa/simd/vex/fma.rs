@@ -133,13 +133,17 @@ pub(in crate::isa) const ROWS: &[Row] = &[
 ];
 
 /// A float as sign, significand and the exponent of the significand's lowest bit; `None` for infinities and NaNs.
-type Parts = Option<(bool, u64, i32)>;
+pub(in crate::isa::simd) type Parts = Option<(bool, u64, i32)>;
 
-/// Lane `i` of `bits`; denormals are zeros under DAZ.
+/// Lane `i` of `bits`.
 fn lane(from: &VectorRegister, bits: u32, i: u32, mxcsr: u32) -> Parts {
-    const DAZ: u32 = 1 << 6;
     let at = i * bits;
-    let value = (halves(from)[at as usize / 128] >> (at % 128)) as u64;
+    parts((halves(from)[at as usize / 128] >> (at % 128)) as u64, bits, mxcsr)
+}
+
+/// A float of `bits`; denormals are zeros under DAZ.
+pub(in crate::isa::simd) fn parts(value: u64, bits: u32, mxcsr: u32) -> Parts {
+    const DAZ: u32 = 1 << 6;
     let (fraction_bits, exponent_bits) = if bits == 32 { (23, 8) } else { (52, 11) };
     let exponent = (value >> fraction_bits) as i32 & ((1 << exponent_bits) - 1);
     let fraction = value & ((1 << fraction_bits) - 1);
@@ -154,7 +158,7 @@ fn lane(from: &VectorRegister, bits: u32, i: u32, mxcsr: u32) -> Parts {
 }
 
 /// Whether `x × y ± z` has more significant bits than a float of `bits`.
-fn is_inexact(x: Parts, y: Parts, z: Parts, subtract: bool, bits: u32) -> bool {
+pub(in crate::isa::simd) fn is_inexact(x: Parts, y: Parts, z: Parts, subtract: bool, bits: u32) -> bool {
     let (Some(x), Some(y), Some(z)) = (x, y, z) else { return false };
     let precision = if bits == 32 { 24 } else { 53 };
     let odd = |value: u128, exponent: i32| match value {

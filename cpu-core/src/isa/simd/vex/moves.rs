@@ -74,12 +74,12 @@ struct Move<S>(PhantomData<S>);
 struct Load<S, F, const ALIGNED: bool>(PhantomData<(S, F)>);
 struct Store<S, F, const ALIGNED: bool>(PhantomData<(S, F)>);
 
-/// Zeros in the upper half of a YMM register.
+/// Zeros above the XMM part of a vector register.
 #[inline(always)]
 fn clear_upper(to: *mut VectorRegister) {
-    let upper = to.cast::<u128>().wrapping_add(1);
+    let upper = to.cast::<u128>().wrapping_add(1).cast::<[u128; 3]>();
     // SAFETY: a vector register of the CPU, which has four such parts and their alignment.
-    unsafe { upper.write(0) };
+    unsafe { upper.write([0; 3]) };
 }
 
 /// #GP(0) for an access at `la` that is not aligned as `S` is long.
@@ -98,8 +98,8 @@ impl<S: Operand> Semantics for Move<S> {
         let (to, from) = (m.vector(m.op().dst), m.vector(m.op().src));
         // SAFETY: a vector register of the CPU, half of it.
         let value = unsafe { from.cast::<[u128; 2]>().read() };
-        // SAFETY: as above.
-        unsafe { to.cast::<[u128; 2]>().write([value[0], if S::BYTES == 32 { value[1] } else { 0 }]) };
+        // SAFETY: as above, all of it.
+        unsafe { to.cast::<[u128; 4]>().write([value[0], if S::BYTES == 32 { value[1] } else { 0 }, 0, 0]) };
         To::Next
     }
 }
@@ -166,9 +166,9 @@ impl<W: HostWord, F: Form> Semantics for LoadScalar<W, F> {
         // SAFETY: `m` is the dispatch's.
         let la = attempt!(unsafe { F::linear(m, W::BYTES, false) });
         let value = attempt!(m.load::<F, W>(la));
-        let to = m.vector(m.op().dst).cast::<[u128; 2]>();
-        // SAFETY: a vector register of the CPU, half of it.
-        unsafe { to.write([value.zext().into(), 0]) };
+        let to = m.vector(m.op().dst).cast::<[u128; 4]>();
+        // SAFETY: a vector register of the CPU.
+        unsafe { to.write([value.zext().into(), 0, 0, 0]) };
         To::Next
     }
 }
