@@ -115,6 +115,8 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
     let stays = case.mode == Mode::Bits64 && e.seg[CS] == case.state.seg[CS];
     let width = if stays { u64::MAX } else { u64::from(u32::MAX) };
     for (at, name) in GPR_NAMES.iter().enumerate().filter(|(at, _)| !mask.gpr.contains(at)) {
+        let string = matches!(at, 1 | 6 | 7) && vendor::has_narrow_string(&instruction);
+        let width = if string { u64::from(u32::MAX) } else { width };
         report(name, hex(e.gpr[at] & width), hex(a.gpr[at] & width));
     }
     report("rip", hex(e.rip), hex(a.rip));

@@ -283,6 +283,10 @@ pub(crate) fn is_open(instruction: &Instruction, outcome: &Outcome, actual: End)
     if (instruction.memory_size().size() >= 16 || instruction.mnemonic() == M::Vcvtph2ps) && raised(&[17]) {
         return true;
     }
+    // Between two elements of a gather, a single-step trap may come (SDM Vol. 2 "VGATHERDPS").
+    if instruction.is_vsib() && expected == End::Done && outcome.state.rip == instruction.ip() {
+        return true;
+    }
     match instruction.mnemonic() {
         // Whether a segment register's stack slot is accessed as a whole (SDM Vol. 2 "PUSH").
         M::Push | M::Pop if instruction.op0_register().is_segment_register() => raised(&[12, 14, 17]),
@@ -347,6 +351,14 @@ pub(crate) fn settle_gather(instruction: &Instruction, ymm: &mut [[u128; 2]; 16]
     for register in [destination, mask].into_iter().filter(|register| register.is_xmm()) {
         ymm[register.number()][1] = 0;
     }
+}
+
+/// Whether string registers are compared as 32 bits: where nothing is left to do, or at a fault, Intel's CPUs have cleared the
+/// upper halves of those that an address size of 32 bits names, AMD's have not.
+pub(crate) fn has_narrow_string(instruction: &Instruction) -> bool {
+    let kinds = [instruction.op0_kind(), instruction.op1_kind()];
+    instruction.is_string_instruction()
+        && kinds.iter().any(|kind| matches!(kind, OpKind::MemorySegESI | OpKind::MemoryESEDI))
 }
 
 /// MXCSR bits that AMD's CPUs have and Intel's reserve: MM.

@@ -59,10 +59,11 @@ fn masked<W: HostWord>(d: &Digest<'_>) -> Option<Lowered> {
 }
 
 impl Cpu {
-    /// Linear address of element `i` of the op's operand, which does not wrap around inside: its start alone is of the address
-    /// size.
+    /// Linear address of element `i` of the op's operand. The operand's start is of the address size; what is behind it goes on
+    /// in the segment, whose offsets have 32 bits outside 64-bit mode.
     fn element_address<W: HostWord>(&mut self, op: &Op, i: u32, write: bool) -> Result<u64, Stop> {
-        let offset = self.ea(op).wrapping_add((i * W::BYTES).into());
+        let sum = self.ea(op).wrapping_add((i * W::BYTES).into());
+        let offset = if self.is_64bit() { sum } else { u64::from(sum as u32) };
         self.linear(op.segment(), offset, W::BYTES, write)
     }
 
