@@ -66,6 +66,7 @@ const OF_TODAY: &[(u32, u32)] = &[
     (KVM_SET_PIT2, 0x4070_aea0),
     (KVM_GET_LAPIC, 0x8400_ae8e),
     (KVM_SET_LAPIC, 0x4400_ae8f),
+    (KVM_TPR_ACCESS_REPORTING, 0xc028_ae92),
     (KVM_SET_VAPIC_ADDR, 0x4008_ae93),
     (KVM_ENABLE_CAP, 0x4068_aea3),
     (KVM_SIGNAL_MSI, 0x4020_aea5),
