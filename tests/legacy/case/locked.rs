@@ -13,7 +13,7 @@ use crate::vmm::{Kvm, Ram};
 
 /// Threads of the VMM that add, and how often each does.
 const THREADS: u64 = 2;
-const ROUNDS: u64 = 5_000;
+const ROUNDS: u64 = 1_000;
 /// For all CPUs to come to the barrier.
 const ARRIVAL: Duration = Duration::from_secs(60);
 

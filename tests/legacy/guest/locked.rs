@@ -6,7 +6,7 @@ use super::*;
 
 /// Times that each CPU goes round. A kernel that traps bus locks (Intel CPUs, `split_lock_detect`) needs 74 µs for each operand
 /// that crosses a cache line.
-pub(crate) const LOCKED_ROUNDS: u64 = 5_000;
+pub(crate) const LOCKED_ROUNDS: u64 = 1_000;
 
 /// Words that are added to, each by `by` once a round.
 #[derive(Clone, Copy)]
