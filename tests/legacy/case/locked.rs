@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::same;
-use crate::guest::{self, ADDENDS, FAR_HALVES, LOCKED_ROUNDS, race};
+use crate::guest::{self, ADDENDS, FAR_HALVES, locked_rounds, race};
 use crate::kvmctl::{MAX_CPUS, Machine};
 use crate::vmm::{Kvm, Ram};
 
-/// Threads of the VMM that add, and how often each does.
+/// Threads of the VMM that add.
 const THREADS: u64 = 2;
-const ROUNDS: u64 = 1_000;
 /// For all CPUs to come to the barrier.
 const ARRIVAL: Duration = Duration::from_secs(60);
 
@@ -44,19 +43,19 @@ fn once(cpus: usize) -> Result<()> {
     let wrong: Vec<_> = ADDENDS
         .iter()
         .filter_map(|addend| {
-            let rounds = cpus as u64 * LOCKED_ROUNDS + if addend.shared { THREADS * ROUNDS } else { 0 };
+            let rounds = locked_rounds() * (cpus as u64 + if addend.shared { THREADS } else { 0 });
             let (found, expected) = (u64::from_le_bytes(machine.ram.read(addend.at)), rounds * addend.by);
             (found != expected).then(|| format!("{}: {found} is not {expected}", addend.name))
         })
         .collect();
     same!(wrong, Vec::<String>::new(), "sums");
     let [low, high] = FAR_HALVES.map(|at| u64::from(u32::from_le_bytes(machine.ram.read(at))));
-    same!(low | high << 32, cpus as u64 * LOCKED_ROUNDS, "LOCK INC across two frames");
+    same!(low | high << 32, cpus as u64 * locked_rounds(), "LOCK INC across two frames");
     Ok(())
 }
 
 fn add(ram: &Ram) {
-    for _ in 0..ROUNDS {
+    for _ in 0..locked_rounds() {
         for addend in ADDENDS.iter().filter(|addend| addend.shared) {
             match (addend.at % 8, addend.name) {
                 (0, "LOCK CMPXCHG") => {

@@ -9,7 +9,7 @@ mod locked;
 
 pub(crate) use display::{display, mailbox};
 pub(crate) use kvmctl::*;
-pub(crate) use locked::{ADDENDS, FAR_HALVES, LOCKED_ROUNDS, locked, race};
+pub(crate) use locked::{ADDENDS, FAR_HALVES, locked, locked_rounds, race};
 
 use iced_x86::code_asm::*;
 use iced_x86::{Code, IcedError, Instruction};
