@@ -7,14 +7,20 @@ use assets::qemu::{Accel, Machine};
 use crate::console::Console;
 use crate::softkvm;
 
+/// What machines run on: softkvm, or with `SOFTKVM_TEST_ACCEL=tcg` in the environment QEMU's own JIT.
+pub fn accel() -> Accel {
+    let tcg = std::env::var_os("SOFTKVM_TEST_ACCEL").is_some_and(|accel| accel == "tcg");
+    if tcg { Accel::Tcg } else { Accel::Kvm }
+}
+
 /// Starts the machine that `build` makes, on softkvm; its console is the returned one.
 ///
-/// With `SOFTKVM_TEST_ACCEL=tcg` in the environment it runs on QEMU's own JIT instead: what fails there as well is the
-/// test's fault.
+/// See [`accel`]: what fails on QEMU's own JIT as well is the test's fault.
 pub fn start(build: impl FnOnce(Accel) -> Machine) -> Result<Console> {
     packages::ensure(&[QEMU], &assets::Quiet)?;
-    if std::env::var_os("SOFTKVM_TEST_ACCEL").is_some_and(|accel| accel == "tcg") {
-        return Console::start(&mut build(Accel::Tcg).command());
+    let accel = accel();
+    match accel {
+        Accel::Tcg => Console::start(&mut build(accel).command()),
+        Accel::Kvm => Console::start(&mut softkvm::run::<&str, _>(&[], &build(accel).command_line())?),
     }
-    Console::start(&mut softkvm::run::<&str, _>(&[], &build(Accel::Kvm).command_line())?)
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
+use crate::kernel::Kernel;
 use crate::packages::{self, BUSYBOX};
 use crate::{Progress, store};
 
@@ -41,11 +42,56 @@ setsid cttyhack sh
 poweroff -f
 ";
 
+/// Drivers of disks on virtio, each behind those that it needs. The file systems are in Debian's cloud kernel.
+const VIRTIO: &[&str] = &[
+    "virtio/virtio_ring",
+    "virtio/virtio",
+    "virtio/virtio_pci_modern_dev",
+    "virtio/virtio_pci_legacy_dev",
+    "virtio/virtio_pci",
+    "virtio/virtio_mmio",
+    "block/virtio_blk",
+];
+
+/// Before what uses the disk. It shows up some time after its driver.
+const DISK: &str = "\
+#!/bin/busybox sh
+b=/bin/busybox
+$b mount -t proc proc /proc
+$b mount -t sysfs sysfs /sys
+$b mount -t devtmpfs dev /dev
+while read module; do $b insmod $module; done < /modules
+until [ -b /dev/vda ]; do $b usleep 20000; done
+";
+
 /// A kernel command line option that starts the shell instead of `/init`.
 pub const SHELL_OPTION: &str = "rdinit=/shell";
 
 /// The image, in the cache.
 pub fn ensure(progress: &dyn Progress) -> Result<PathBuf> {
+    let mut archive = with_busybox(progress)?;
+    archive.file("init", 0o755, INIT.as_bytes());
+    archive.file("shell", 0o755, SHELL.as_bytes());
+    store("initramfs", "cpio", &archive.finish())
+}
+
+/// An image whose `init` begins once the first disk on virtio is there, as `/dev/vda`. It is a script for busybox, which is
+/// `$b`; proc, sysfs and devtmpfs are mounted. In the cache.
+pub fn with_disk(kernel: &Kernel, init: &str, progress: &dyn Progress) -> Result<PathBuf> {
+    let mut archive = with_busybox(progress)?;
+    let mut list = String::new();
+    for (index, driver) in VIRTIO.iter().enumerate() {
+        let module = kernel.modules().join(format!("kernel/drivers/{driver}.ko"));
+        let content = fs::read(&module).with_context(|| format!("cannot read {}", module.display()))?;
+        archive.file(&format!("{index}.ko"), 0o644, &content);
+        list.push_str(&format!("/{index}.ko\n"));
+    }
+    archive.file("modules", 0o644, list.as_bytes());
+    archive.file("init", 0o755, format!("{DISK}{init}").as_bytes());
+    store("initramfs-disk", "cpio", &archive.finish())
+}
+
+fn with_busybox(progress: &dyn Progress) -> Result<Archive> {
     packages::ensure(&[BUSYBOX], progress)?;
     let path = packages::find(BUSYBOX).context("busybox is not in PATH")?;
     let busybox = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -56,9 +102,7 @@ pub fn ensure(progress: &dyn Progress) -> Result<PathBuf> {
     // The kernel opens it for /init before anything can be mounted. Numbers: Linux's devices.txt.
     archive.char_device("dev/console", 5, 1);
     archive.file("bin/busybox", 0o755, &busybox);
-    archive.file("init", 0o755, INIT.as_bytes());
-    archive.file("shell", 0o755, SHELL.as_bytes());
-    store("initramfs", "cpio", &archive.finish())
+    Ok(archive)
 }
 
 /// A cpio archive in the format that Linux unpacks: "newc", described in the kernel's

@@ -3,6 +3,7 @@
 //! Everything comes from Debian's archive and is kept in one cache folder, so that whoever asks second starts at once.
 //! Nothing here knows softkvm: it ends at a QEMU command line.
 
+pub mod debian;
 pub mod host;
 pub mod initramfs;
 pub mod iso;

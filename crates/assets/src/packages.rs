@@ -40,8 +40,18 @@ pub const UNSHARE: Need = need("unshare", "util-linux");
 /// Users and capabilities for the tests.
 pub const SETPRIV: Need = need("setpriv", "util-linux");
 
+/// Makes a Debian in a folder.
+pub const DEBOOTSTRAP: Need = need("debootstrap", "debootstrap");
+/// Makes a disk of a folder.
+pub const MKFS_EXT4: Need = need("mkfs.ext4", "e2fsprogs");
+/// Makes disks that hold snapshots.
+pub const QEMU_IMG: Need = need("qemu-img", "qemu-utils");
+/// UEFI firmware for QEMU.
+pub const OVMF: Need = need("/usr/share/ovmf/OVMF.fd", "ovmf");
+
 /// All of them.
-pub const ALL: &[Need] = &[QEMU, BUSYBOX, GRUB_MKRESCUE, GRUB_PC, XORRISO, MTOOLS, UNSHARE, SETPRIV];
+pub const ALL: &[Need] =
+    &[QEMU, BUSYBOX, GRUB_MKRESCUE, GRUB_PC, XORRISO, MTOOLS, UNSHARE, SETPRIV, DEBOOTSTRAP, MKFS_EXT4, QEMU_IMG, OVMF];
 
 /// Where the file is, if it is there.
 pub fn find(need: Need) -> Option<PathBuf> {

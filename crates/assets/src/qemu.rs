@@ -25,10 +25,23 @@ pub enum Irqchip {
     Split,
 }
 
+/// QEMU's machine types for x86.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Board {
+    /// A PC of 1996: i440FX, PCI.
+    Pc,
+    /// A PC of 2009: PCI Express.
+    Q35,
+    /// Without PCI: devices on virtio-mmio.
+    Microvm,
+}
+
 /// QEMU's PC without display: the first serial port is on stdin and stdout (multiplexed with the monitor, Ctrl-A C).
 #[derive(Debug, Clone)]
 pub struct Machine {
     accel: Accel,
+    /// QEMU's name of a disk on virtio.
+    disk: &'static str,
     args: Vec<std::ffi::OsString>,
 }
 
@@ -39,7 +52,7 @@ pub const LINUX_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 impl Machine {
     /// A PC with `memory_mib` of RAM and nothing to boot from. All interrupt controllers and timers are QEMU's.
     pub fn new(accel: Accel, memory_mib: u32) -> Self {
-        let mut machine = Self { accel, args: Vec::new() };
+        let mut machine = Self { accel, disk: "virtio-blk-pci", args: Vec::new() };
         match accel {
             Accel::Kvm => machine.push(["-accel", "kvm", "-machine", "pc,kernel-irqchip=off"]),
             Accel::Tcg => machine.push(["-accel", "tcg", "-machine", "pc"]),
@@ -66,6 +79,25 @@ impl Machine {
         self
     }
 
+    /// Another machine than the PC of [`Machine::new`].
+    ///
+    /// A microvm has its disk on a second I/O APIC, which is QEMU's own wherever the first one is. With all others in the
+    /// kernel it never hears that a level-triggered interrupt has ended, and delivers no second one: KVM tells of that
+    /// only where the controllers are split (`kvm_ioapic_send_eoi` in Linux's lapic.c). So there is no second one then.
+    pub fn board(mut self, board: Board, irqchip: Irqchip) -> Self {
+        let name = match board {
+            Board::Pc => "pc",
+            Board::Q35 => "q35",
+            Board::Microvm if irqchip == Irqchip::On => "microvm,ioapic2=off",
+            Board::Microvm => "microvm",
+        };
+        if board == Board::Microvm {
+            self.disk = "virtio-blk-device";
+        }
+        self.push(["-machine", name]);
+        self.irqchip(irqchip)
+    }
+
     /// That many processors.
     pub fn cpus(mut self, count: u32) -> Self {
         self.push(["-smp", &count.to_string()]);
@@ -90,6 +122,22 @@ impl Machine {
     pub fn disk(mut self, image: &Path) -> Self {
         self.push(["-drive"]);
         self.push([format!("if=virtio,format=raw,readonly=on,file={}", image.display())]);
+        self
+    }
+
+    /// The raw image as a disk on virtio. What the guest writes is forgotten with QEMU. Not before [`Machine::board`].
+    pub fn scratch_disk(self, image: &Path) -> Self {
+        self.drive(&format!("format=raw,snapshot=on,file={}", image.display()))
+    }
+
+    /// A disk on virtio that keeps what the guest writes, and snapshots of the machine. Not before [`Machine::board`].
+    pub fn qcow2_disk(self, image: &Path) -> Self {
+        self.drive(&format!("format=qcow2,file={}", image.display()))
+    }
+
+    fn drive(mut self, options: &str) -> Self {
+        let device = format!("{},drive=disk", self.disk);
+        self.push(["-drive", &format!("if=none,id=disk,{options}"), "-device", &device]);
         self
     }
 
