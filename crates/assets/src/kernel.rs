@@ -26,10 +26,56 @@ impl Kernel {
         self.root.join(format!("boot/vmlinuz-{}", self.release))
     }
 
+    /// The ELF file that the bzImage unpacks itself to. It stays beside the image.
+    pub fn vmlinux(&self) -> Result<PathBuf> {
+        let path = self.root.join(format!("boot/vmlinux-{}", self.release));
+        let _one_at_a_time = lock(&cache()?, "vmlinux")?;
+        if !path.is_file() {
+            let image = fs::read(self.image()).context("the kernel is in the cache")?;
+            let elf = payload(&image).with_context(|| format!("{} holds no kernel", self.image().display()))?;
+            let part = path.with_extension("part");
+            fs::write(&part, elf).with_context(|| format!("cannot write {}", part.display()))?;
+            fs::rename(&part, &path).with_context(|| format!("cannot rename to {}", path.display()))?;
+        }
+        Ok(path)
+    }
+
     /// `lib/modules/RELEASE` of the package; `modules.dep` is not made.
     pub fn modules(&self) -> PathBuf {
         self.root.join(format!("lib/modules/{}", self.release))
     }
+}
+
+/// What is packed in a bzImage. Linux's boot.rst "The Real-Mode Kernel Header": setup_sects, payload_offset, payload_length.
+fn payload(image: &[u8]) -> Result<Vec<u8>> {
+    let word = |at: usize| {
+        let bytes = image.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        bytes.map(u32::from_le_bytes).context("it ends early")
+    };
+    let setup = (usize::from(image[0x1f1]) + 1) * 512;
+    let begin = setup + word(0x248)? as usize;
+    let packed = image.get(begin..begin + word(0x24c)? as usize).context("it ends early")?;
+    unpack_lz4(packed)
+}
+
+/// The legacy frame of lz4's "LZ4 Frame Format Description", as Debian's kernels have it: blocks of at most 8 MiB, and behind
+/// them the unpacked size, which the kernel's build adds.
+fn unpack_lz4(packed: &[u8]) -> Result<Vec<u8>> {
+    const MAGIC: [u8; 4] = 0x184c_2102_u32.to_le_bytes();
+    const BLOCK: usize = 8 << 20;
+    let Some(mut rest) = packed.strip_prefix(&MAGIC) else { bail!("it is packed by something else than lz4") };
+    let mut unpacked = Vec::new();
+    while let Some((size, blocks)) = rest.split_first_chunk::<4>() {
+        let size = u32::from_le_bytes(*size) as usize;
+        if blocks.is_empty() {
+            anyhow::ensure!(size == unpacked.len(), "it unpacks to {} bytes, not {size}", unpacked.len());
+            return Ok(unpacked);
+        }
+        let (block, next) = blocks.split_at_checked(size).context("it ends early")?;
+        unpacked.extend(lz4_flex::block::decompress(block, BLOCK).context("a block of lz4")?);
+        rest = next;
+    }
+    bail!("it ends early")
 }
 
 /// The cached kernel, or the archive's current one, downloaded now. The archive is asked only when the cache is empty:
@@ -105,6 +151,22 @@ fn download(package: &str, kernels: &Path, progress: &dyn Progress) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lz4_frames_unpack_to_what_was_packed() {
+        let (one, two) = (vec![7; 100_000], b"another block".to_vec());
+        let mut frame = 0x184c_2102_u32.to_le_bytes().to_vec();
+        for block in [&one, &two] {
+            let packed = lz4_flex::block::compress(block);
+            frame.extend((packed.len() as u32).to_le_bytes());
+            frame.extend(packed);
+        }
+        let len = one.len() + two.len();
+        frame.extend((len as u32).to_le_bytes());
+        assert_eq!(unpack_lz4(&frame).unwrap(), [one, two].concat());
+        frame.pop();
+        assert!(unpack_lz4(&frame).is_err());
+    }
 
     #[test]
     fn releases_sort_by_number() {
