@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
+use crate::claim::Claim;
 use crate::exit;
 
 /// A working /dev/kvm on hosts without VT-x or SVM: every KVM ioctl answered by a daemon, the guest run by an interpreter.
@@ -41,6 +42,12 @@ pub enum Command {
         /// What both kinds of service have in common
         #[command(flatten)]
         service: ServiceArgs,
+        /// Whether the command's CPUID is to say that the CPU has VMX or SVM
+        ///
+        /// Some VMMs look for themselves, and do not even try to open the device. The command's own code is changed for
+        /// that, before it begins; libraries and other programs that it starts are not.
+        #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+        claim_virtualization: Claim,
         /// The command and its arguments
         #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
         command: Vec<OsString>,
@@ -132,7 +139,7 @@ mod tests {
     #[test]
     fn everything_behind_the_dashes_is_the_command() {
         let cli = Cli::parse_from(["softkvm", "run", "--no-passthrough", "--", "qemu", "-v", "--summary", "x"]);
-        let Command::Run { service, command } = cli.command else { panic!() };
+        let Command::Run { service, command, .. } = cli.command else { panic!() };
         assert!(service.no_passthrough && service.summary.is_none());
         assert_eq!(command, ["qemu", "-v", "--summary", "x"]);
     }

@@ -1,5 +1,6 @@
 //! The softkvm program: command line, CUSE and FUSE front ends, memory and fd sharing with clients.
 
+pub mod claim;
 pub mod cli;
 pub mod client;
 pub mod daemon;

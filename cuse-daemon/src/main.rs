@@ -16,7 +16,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     log(&cli);
     let done = match &cli.command {
-        Command::Run { service, command } => run::run(service, &verbosity(&cli), command),
+        Command::Run { service, claim_virtualization, command } => {
+            run::run(service, &verbosity(&cli), *claim_virtualization, command)
+        }
         Command::Serve { service, group } => {
             let audience = Audience::host(group.as_deref());
             audience

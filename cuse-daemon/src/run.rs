@@ -18,6 +18,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
+use crate::claim::{self, Claim};
 use crate::cli::ServiceArgs;
 use crate::exit::Status;
 use crate::sys;
@@ -30,7 +31,7 @@ const DAEMON_PATIENCE: Duration = Duration::from_secs(5);
 const OWN_FAILURE: u8 = Status::RunFailed as u8;
 
 /// Runs the command; the exit status to end with.
-pub fn run(args: &ServiceArgs, verbosity: &[OsString], command: &[OsString]) -> Result<u8> {
+pub fn run(args: &ServiceArgs, verbosity: &[OsString], claim: Claim, command: &[OsString]) -> Result<u8> {
     // Before the namespace is left that it was opened in: in a chroot the path is another one afterwards.
     let own = std::env::current_exe().context("cannot find my own program file")?;
     private_namespace()?;
@@ -40,9 +41,18 @@ pub fn run(args: &ServiceArgs, verbosity: &[OsString], command: &[OsString]) -> 
     let mut line = Command::new(program);
     line.args(arguments);
     sys::prepare_child(&mut line, Signal::SIGTERM, signals.before);
+    let claims = claim.applies_to(program);
+    if claims {
+        sys::trace_child(&mut line);
+    }
     let started = line.spawn();
     let outcome = match started {
-        Ok(mut child) => signals.attend(&mut child, &mut daemon),
+        Ok(mut child) => {
+            if claims && let Err(err) = claim::make(pid(&child)) {
+                tracing::warn!("{err:#}");
+            }
+            signals.attend(&mut child, &mut daemon)
+        }
         Err(err) => {
             eprintln!("softkvm: cannot run {}: {err}", Path::new(program).display());
             Ok(if err.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 })

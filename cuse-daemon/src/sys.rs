@@ -45,6 +45,12 @@ pub fn prepare_child(command: &mut Command, signal: Signal, mask: SigSet) {
     unsafe { command.pre_exec(body) };
 }
 
+/// Has the command's process stop in exec, for the thread that spawns it.
+pub fn trace_child(command: &mut Command) {
+    // SAFETY: runs in the child between fork and exec and makes one system call.
+    unsafe { command.pre_exec(|| Ok(nix::sys::ptrace::traceme()?)) };
+}
+
 /// A pidfd for thread `tid`: of the thread itself where the kernel can (6.9), else of its process `tgid`.
 pub fn pidfd_of_thread(tid: Pid, tgid: Pid) -> Result<OwnedFd, Errno> {
     pidfd_open(tid, PIDFD_THREAD).or_else(|_| pidfd_open(tgid, 0))

@@ -126,7 +126,7 @@ fn open_shared(tid: Pid, area: &Area) -> io::Result<(File, Protection)> {
 }
 
 /// Device and inode of a file, as `maps` shows them.
-pub(super) fn file_id(file: impl AsFd) -> io::Result<FileId> {
+pub fn file_id(file: impl AsFd) -> io::Result<FileId> {
     let stat = fstat(file)?;
     Ok((major(stat.st_dev) << 32 | minor(stat.st_dev), stat.st_ino))
 }
