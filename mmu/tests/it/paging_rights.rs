@@ -240,6 +240,24 @@ fn rights_and_error_codes_are_the_sdms() {
     }
 }
 
+/// The rights of all levels together: every combination of R/W, U/S and XD in every entry of the path.
+#[test]
+fn rights_of_all_levels_together_are_the_sdms() {
+    let (_memory, view) = common::ram(0x10000);
+    for &shape in SHAPES {
+        let levels: Vec<u32> = (shape.leaf..=shape.levels).rev().collect();
+        let rights: Vec<Entry> = entries(shape, shape.leaf).filter(|entry| entry.p && !entry.reserved).collect();
+        for number in 0..rights.len().pow(levels.len() as u32) {
+            let digit = |place: usize| number / rights.len().pow(place as u32) % rights.len();
+            let path: Vec<Entry> = (0..levels.len()).map(|place| rights[digit(place)]).collect();
+            for (&level, &entry) in levels.iter().zip(&path) {
+                store(&view, shape, level, encode(shape, level, entry));
+            }
+            check(&view, shape, &path);
+        }
+    }
+}
+
 /// The same answers when the upper levels are remembered: a page table with every kind of entry behind one region.
 #[test]
 fn rights_are_the_sdms_when_upper_levels_are_remembered() {
@@ -320,12 +338,12 @@ fn protection_keys() {
     for level in 2..=4 {
         store(&view, shape, level, encode(shape, level, FREE));
     }
-    for bits in 0..256_u32 {
+    for bits in 0..1024_u32 {
         let bit = |n: u32| bits >> n & 1 != 0;
         let (ad, wd, wp, us, pke, other) = (bit(0), bit(1), bit(2), bit(3), bit(4), bit(5));
         let leaf = Entry { us, rw: bit(6), ..FREE };
         store(&view, shape, 1, encode(shape, 1, leaf) | key << 59);
-        let control = Control { mode: shape.mode, wp, smep: bit(7), smap: false, nxe: true, ac: false };
+        let control = Control { mode: shape.mode, wp, smep: bit(7), smap: bit(8), nxe: true, ac: bit(9) };
         let mut paging = paging(control);
         paging.cr4.set(Cr4::PKE, pke);
         let this = u32::from(ad) | u32::from(wd) << 1;
