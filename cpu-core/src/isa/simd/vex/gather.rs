@@ -157,8 +157,8 @@ fn run<W: HostWord, X: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
             Err(Stop) => {
                 // Behind a device read all of it starts again, and finds the answers that it has had.
                 if matches!(cpu.stop, Some(StopReason::Fault(_))) {
-                    cpu.set_ymm(op.dst, result);
-                    cpu.set_ymm(op.src, mask);
+                    cpu.merge_ymm(op.dst, result);
+                    cpu.merge_ymm(op.src, mask);
                 }
                 return Err(Stop);
             }
