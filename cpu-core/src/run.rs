@@ -546,6 +546,7 @@ mod tests {
         machine.write(CALL, &[&[0xe8][..], &distance.to_le_bytes()].concat());
         machine.write(CALL + 5, &[&[0xbb, 42, 0, 0, 0][..], &END].concat()); // mov ebx, 42
         machine.write(FUNCTION, &[0x0f, 0x85, 1, 0, 0, 0, 0x90, 0xc3]); // jne over a nop, with more ops than a call; ret
+        machine.write(0, &END); // where a lost return address leads
         run_to_end(&mut machine);
         assert_eq!(machine.cpu.reg(Gpr::Rbx), 42);
         assert_eq!(machine.cpu.reg(Gpr::Rsp), 0x7_0000);
