@@ -42,7 +42,7 @@ fn instructions_do_what_the_host_cpu_did() {
                 missing.insert(format!("{mnemonic:?}"));
                 continue;
             }
-            let differences = differences(&vector.case, &vector.expected, &actual);
+            let differences = differences(vector.vendor, &vector.case, &vector.expected, &actual);
             if !differences.is_empty() {
                 failures.push(Failure { vector, differences }.text());
             }

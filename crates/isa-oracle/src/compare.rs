@@ -7,7 +7,7 @@ use crate::generate::open_flags;
 use crate::layout::DATA_BASE;
 use crate::state::{CS, Case, End, GPR_NAMES, Mode, Outcome, SEG_NAMES, flag};
 use crate::stop;
-use crate::vendor;
+use crate::vendor::{self, Vendor};
 
 /// One piece of state in which two outcomes differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +38,8 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// What `case` leaves open when it completes, or (not `done`) when it faults.
-    pub fn of(case: &Case, instruction: &Instruction, done: bool) -> Self {
+    /// What `case` leaves open on a CPU of `vendor` when it completes, or (not `done`) when it faults.
+    pub fn of(vendor: Vendor, case: &Case, instruction: &Instruction, done: bool) -> Self {
         if instruction.len() < case.bytes.len() && !instruction.is_invalid() {
             return Self { rflags: open_flags(case, done).unwrap_or(flag::STATUS), ..Self::default() };
         }
@@ -47,7 +47,7 @@ impl Mask {
         if done || is_partial(instruction) {
             mask.rflags = undefined_flags(instruction);
         }
-        vendor::widen(&mut mask, case, instruction, done);
+        vendor::widen(vendor, &mut mask, case, instruction, done);
         mask
     }
 }
@@ -89,11 +89,11 @@ fn responsible(case: &Case, expected: &Outcome, actual: &Outcome) -> Instruction
     stop::instructions(case).find(|instruction| Some(instruction.ip()) == first).unwrap_or_else(|| decode(case))
 }
 
-/// Where `actual` differs from `expected`; empty where they agree.
-pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Difference> {
+/// Where `actual` differs from `expected`, which a CPU of `vendor` gave; empty where they agree.
+pub fn differences(vendor: Vendor, case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Difference> {
     let instruction = responsible(case, expected, actual);
     let mut found = Vec::new();
-    if vendor::is_open(&instruction, expected, actual.end) {
+    if vendor::is_open(vendor, &instruction, expected, actual.end) {
         return found;
     }
     let mut report = |what: &str, expected: String, actual: String| {
@@ -101,21 +101,21 @@ pub fn differences(case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Dif
             found.push(Difference { what: what.to_owned(), expected, actual });
         }
     };
-    if !vendor::is_same_end(case.mode, &instruction, expected.end, actual.end) {
+    if !vendor::is_same_end(vendor, case.mode, &instruction, expected.end, actual.end) {
         report("end", end_text(expected.end), end_text(actual.end));
     }
     let (e, a) = (&expected.state, &actual.state);
     let done = expected.end == End::Done && actual.end == End::Done;
     // Between two iterations the flags are those of a fault.
     let between = e.rip == case.state.rip && instruction.is_string_instruction();
-    let mut mask = Mask::of(case, &instruction, done && !between);
-    mask.mxcsr = vendor::open_mxcsr(&instruction, expected);
+    let mut mask = Mask::of(vendor, case, &instruction, done && !between);
+    mask.mxcsr = vendor::open_mxcsr(vendor, &instruction, expected);
     // Outside 64-bit mode the upper halves are undefined (SDM Vol. 1 "General-Purpose Registers in 64-Bit Mode"), and so for
     // what has just left it.
     let stays = case.mode == Mode::Bits64 && e.seg[CS] == case.state.seg[CS];
     let width = if stays { u64::MAX } else { u64::from(u32::MAX) };
     for (at, name) in GPR_NAMES.iter().enumerate().filter(|(at, _)| !mask.gpr.contains(at)) {
-        let string = matches!(at, 1 | 6 | 7) && vendor::has_narrow_string(&instruction);
+        let string = matches!(at, 1 | 6 | 7) && vendor::has_narrow_string(vendor, &instruction);
         let width = if string { u64::from(u32::MAX) } else { width };
         report(name, hex(e.gpr[at] & width), hex(a.gpr[at] & width));
     }

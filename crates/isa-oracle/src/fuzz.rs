@@ -11,6 +11,7 @@ use crate::host::{Error, Oracle};
 use crate::record::file_stem;
 use crate::state::{Case, End, Mode, Outcome, State};
 use crate::vector::{self, Vector};
+use crate::vendor::Vendor;
 use crate::{decode, stop};
 
 /// What is compared with the host CPU.
@@ -99,6 +100,7 @@ pub fn run(
     plan: &Plan,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Report, Error> {
+    let vendor = Vendor::host();
     let forms = forms(&plan.filter);
     let mut generator = Generator::new(plan.seed, Breadth::Everything);
     let mut report = Report::default();
@@ -128,13 +130,13 @@ pub fn run(
                 tally.missing += 1;
                 continue;
             }
-            if differences(&case, &expected, &actual).is_empty() {
+            if differences(vendor, &case, &expected, &actual).is_empty() {
                 continue;
             }
             tally.different += 1;
             different += 1;
             if tally.failures.len() < plan.keep {
-                let failure = minimise(oracle, subject, Vector { case, expected })?;
+                let failure = minimise(oracle, subject, Vector { case, expected, vendor })?;
                 let news = |kept: &Failure| kept.vector.case.bytes != failure.vector.case.bytes;
                 if tally.failures.iter().all(news) {
                     tally.failures.push(failure);
@@ -156,7 +158,7 @@ fn tally_name(case: &Case) -> String {
 
 /// Takes out of the case whatever does not matter to the first difference.
 fn minimise(oracle: &mut Oracle, subject: &mut dyn Subject, vector: Vector) -> Result<Failure, Error> {
-    let found = differences(&vector.case, &vector.expected, &subject.run(&vector.case));
+    let found = differences(vector.vendor, &vector.case, &vector.expected, &subject.run(&vector.case));
     let mut best = Failure { vector, differences: found };
     let mut left = stop::instructions(&best.vector.case).count();
     while left > 1 {
@@ -218,7 +220,8 @@ fn without(case: &Case, number: usize) -> Option<Case> {
 /// `case` if it fails as `best` does, else `best`.
 fn plainer(oracle: &mut Oracle, subject: &mut dyn Subject, case: Case, best: Failure) -> Result<Failure, Error> {
     let expected = oracle.run_one(&case)?;
-    let found = differences(&case, &expected, &subject.run(&case));
+    let vendor = best.vector.vendor;
+    let found = differences(vendor, &case, &expected, &subject.run(&case));
     let same = found.first().map(|d| &d.what) == best.differences.first().map(|d| &d.what);
     let kind = |end: End| match end {
         End::Exception(exception) => Some(exception.vector),
@@ -226,7 +229,7 @@ fn plainer(oracle: &mut Oracle, subject: &mut dyn Subject, case: Case, best: Fai
     };
     let same_end = kind(expected.end) == kind(best.vector.expected.end);
     let better = same && same_end && !matches!(expected.end, End::Lost(_));
-    Ok(if better { Failure { vector: Vector { case, expected }, differences: found } } else { best })
+    Ok(if better { Failure { vector: Vector { case, expected, vendor }, differences: found } } else { best })
 }
 
 type Simplify = Box<dyn Fn(&mut State, &State)>;

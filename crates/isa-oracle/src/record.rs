@@ -10,6 +10,7 @@ use crate::generate::{self, Breadth, Generator};
 use crate::host::{Error, Oracle};
 use crate::state::{Case, End, Mode};
 use crate::vector::{self, Vector};
+use crate::vendor::Vendor;
 use crate::{decode, vendor};
 
 /// Vectors of each encoding.
@@ -74,10 +75,10 @@ fn write(oracle: &mut Oracle, cases: &[Case], lines: &mut String) -> Result<usiz
         if matches!(outcome.end, End::Lost(_)) {
             continue;
         }
-        let vector = Vector { case: case.clone(), expected: outcome };
+        let vector = Vector { case: case.clone(), expected: outcome, vendor: Vendor::host() };
         let line = vector::line(&vector);
         let read_back = vector::parse(&line).expect("a written line is a line");
-        let lost = differences(case, &vector.expected, &read_back[0].expected);
+        let lost = differences(vector.vendor, case, &vector.expected, &read_back[0].expected);
         assert!(lost.is_empty(), "the format keeps what is compared: {line}: {lost:?}");
         let _ = writeln!(lines, "{line}");
         written += 1;

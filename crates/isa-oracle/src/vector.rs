@@ -18,6 +18,7 @@ use crate::compare::{defined_flags, end_text, parse_exception, undefined_flags};
 use crate::decode;
 use crate::layout::DATA_BASE;
 use crate::state::{Case, End, GPR_NAMES, Mode, Outcome, SEG_NAMES, State, flag};
+use crate::vendor::Vendor;
 
 /// One line of a vector file.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub struct Vector {
     pub case: Case,
     /// What the oracle answered.
     pub expected: Outcome,
+    /// Whose CPU it was.
+    pub vendor: Vendor,
 }
 
 /// A line that is no vector.
@@ -40,19 +43,24 @@ pub struct ParseError {
     pub token: String,
 }
 
-/// Reads a vector file.
+/// Reads a vector file. A comment that names a vendor says whose CPU gave the vectors below it.
 pub fn parse(text: &str) -> Result<Vec<Vector>, ParseError> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with(['#', '-']));
-    lines
-        .map(|(number, line)| {
-            parse_line(line).map_err(|(problem, token)| ParseError { line: number + 1, problem, token })
-        })
-        .collect()
+    let mut vendor = Vendor::Intel;
+    let mut vectors = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with('-')) {
+        if let Some(comment) = line.strip_prefix('#') {
+            vendor = Vendor::named(comment).unwrap_or(vendor);
+            continue;
+        }
+        let vector = parse_line(line, vendor);
+        vectors.push(vector.map_err(|(problem, token)| ParseError { line: number + 1, problem, token })?);
+    }
+    Ok(vectors)
 }
 
 type LineError = (&'static str, String);
 
-fn parse_line(line: &str) -> Result<Vector, LineError> {
+fn parse_line(line: &str, vendor: Vendor) -> Result<Vector, LineError> {
     let (left, right) = line.split_once("=>").ok_or(("no =>", line.to_owned()))?;
     let (mode, left) = match (left.strip_prefix("32:"), left.strip_prefix("16:")) {
         (Some(rest), _) => (Mode::Bits32, rest),
@@ -79,7 +87,7 @@ fn parse_line(line: &str) -> Result<Vector, LineError> {
             assign(&mut expected.state, token)?;
         }
     }
-    Ok(Vector { case, expected })
+    Ok(Vector { case, expected, vendor })
 }
 
 fn assign(state: &mut State, token: &str) -> Result<(), LineError> {
@@ -143,7 +151,7 @@ fn zmm_lane<'a>(state: &'a mut State, name: &str) -> Option<&'a mut u128> {
 
 /// Writes a line.
 pub fn line(vector: &Vector) -> String {
-    let Vector { case, expected } = vector;
+    let Vector { case, expected, .. } = vector;
     let mut left = String::new();
     let default = Case::in_mode(case.mode, &[]).state;
     if case.mode != Mode::Bits64 {

@@ -3,10 +3,33 @@
 //! The interpreter follows the SDM. The host that recorded a vector may be of another vendor: what such a host does
 //! differently is written here once, with the reason, is printed at the head of the vectors it touches, and is masked.
 
-use iced_x86::{Code, FlowControl as Flow, Instruction, MemorySize, Mnemonic as M, OpKind};
+use iced_x86::{Code, CodeSize, FlowControl as Flow, Instruction, MemorySize, Mnemonic as M, OpKind};
 
 use crate::compare::Mask;
 use crate::state::{Case, End, Exception, Mode, Outcome, flag};
+
+/// Whose CPU gave an outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vendor {
+    /// AMD, and who builds its cores.
+    Amd,
+    /// Intel; anybody else counts as Intel, of whose CPUs the rows expect the most.
+    Intel,
+}
+
+impl Vendor {
+    /// The vendor that `text` names, as CPUID spells them.
+    pub fn named(text: &str) -> Option<Self> {
+        const NAMES: [(&str, Vendor); 3] =
+            [("AuthenticAMD", Vendor::Amd), ("HygonGenuine", Vendor::Amd), ("GenuineIntel", Vendor::Intel)];
+        NAMES.iter().find(|(name, _)| text.contains(name)).map(|(_, vendor)| *vendor)
+    }
+
+    /// The vendor of this host's CPU.
+    pub fn host() -> Self {
+        Self::named(&crate::record::host_cpu()).unwrap_or(Self::Intel)
+    }
+}
 
 /// What a row leaves open.
 #[derive(Clone, Copy)]
@@ -45,6 +68,8 @@ impl Open {
 /// A difference or an undefined result.
 struct Note {
     mnemonics: &'static [M],
+    /// On whose CPUs only; None: on all.
+    on: Option<Vendor>,
     open: Open,
     note: &'static str,
 }
@@ -54,66 +79,79 @@ const SHA: &[M] = &[M::Sha1msg1, M::Sha1msg2, M::Sha1nexte, M::Sha1rnds4, M::Sha
 const NOTES: &[Note] = &[
     Note {
         mnemonics: &[M::Cvtpd2pi, M::Cvttpd2pi, M::Cvtps2pi, M::Cvttps2pi, M::Cvtpi2ps],
+        on: None,
         open: Open::X87AtFault,
         note: "AMD's CPUs enter MMX state even where #XM is raised",
     },
     Note {
         mnemonics: &[M::Cvtpi2ps],
+        on: None,
         open: Open::X87FromMemory,
         note: "a source in memory enters MMX state on Intel's CPUs (SDM Vol. 2), not on AMD's",
     },
     Note {
         mnemonics: &[M::Cmpsb, M::Cmpsw, M::Cmpsd, M::Cmpsq, M::Scasb, M::Scasw, M::Scasd, M::Scasq],
+        on: None,
         open: Open::FlagsAtFault,
         note: "repeated, at a fault: Intel's CPUs restore the flags (SDM Vol. 2 \"REP\"), AMD's keep the last iteration's",
     },
     Note {
         mnemonics: &[M::Popa, M::Popad],
+        on: None,
         open: Open::Registers,
         note: "registers popped before a fault keep their new values on some CPUs",
     },
     Note {
         mnemonics: &[M::Shld, M::Shrd],
+        on: None,
         open: Open::ByValue,
         note: "count above the operand size: result and all flags undefined (SDM Vol. 2)",
     },
     Note {
         mnemonics: &[M::Rcl, M::Rcr],
+        on: None,
         open: Open::ByValue,
         note: "OF is defined for counts of 1 only (SDM Vol. 2), also where a count of 9 or 17 leaves the operand as it was",
     },
     Note {
         mnemonics: &[M::Push],
+        on: None,
         open: Open::ByValue,
         note: "a segment register: the upper bytes are zeros or are not written (SDM Vol. 2 \"PUSH\")",
     },
     Note {
         mnemonics: &[M::Call],
+        on: Some(Vendor::Intel),
         open: Open::StackAtFault,
         note: "a target outside the code segment: Intel's CPUs have written the return address by then",
     },
     Note {
         mnemonics: &[M::Fstp, M::Fbstp],
+        on: Some(Vendor::Intel),
         open: Open::DestinationAtFault,
         note: "across a page end: Intel's CPUs have written eight bytes when the other two fault",
     },
     Note {
         mnemonics: &[M::Movq, M::Movd, M::Movntq],
+        on: Some(Vendor::Intel),
         open: Open::X87AtFault,
         note: "Intel's CPUs enter MMX state even where the store faults",
     },
     Note {
         mnemonics: &[M::Bsf, M::Bsr],
+        on: None,
         open: Open::Flags(0),
         note: "source 0: destination undefined in the SDM, unchanged on AMD and on Intel's CPUs; compared as unchanged",
     },
     Note {
         mnemonics: SHA,
+        on: None,
         open: Open::Flags(0),
         note: "a misaligned operand in memory is #GP(0) in the SDM (exceptions type 4); AMD's CPUs take it",
     },
     Note {
         mnemonics: &[M::Fnstenv, M::Fstenv, M::Fnsave, M::Fsave, M::Fxsave, M::Fxsave64],
+        on: None,
         open: Open::Environment,
         note: "AMD keeps FOP, FIP and FDP of the last instruction that raised an exception, Intel of the last one",
     },
@@ -211,14 +249,16 @@ pub(crate) fn is_unpredictable(case: &Case, instruction: &Instruction) -> bool {
 }
 
 /// Whether two exceptions are equally good: the manuals rank them differently, or not at all.
-pub(crate) fn is_same_end(mode: Mode, instruction: &Instruction, expected: End, actual: End) -> bool {
+pub(crate) fn is_same_end(vendor: Vendor, mode: Mode, instruction: &Instruction, expected: End, actual: End) -> bool {
+    let intel = vendor == Vendor::Intel;
     let (End::Exception(expected), End::Exception(actual)) = (expected, actual) else { return false };
     // They are in one class of SDM Vol. 3 "Priority Among Concurrent Events".
     if matches!((expected.vector, actual.vector), (14, 17) | (17, 12..=14)) {
         return true;
     }
     // An access that wraps around at 4 GiB "may or may not cause the indicated exceptions" (SDM Vol. 3 "Limit Checking").
-    if mode == Mode::Bits32
+    if intel
+        && mode == Mode::Bits32
         && expected.vector == 14
         && matches!(actual.vector, 12 | 13)
         && (expected.cr2 as u32).wrapping_add(WIDEST) < 2 * WIDEST
@@ -229,7 +269,7 @@ pub(crate) fn is_same_end(mode: Mode, instruction: &Instruction, expected: End, 
         // The conversion's exceptions and the store's (SDM Vol. 3 "Priority Among Concurrent Events" has them in one class).
         M::Vcvtps2ph => expected.vector == 19 && matches!(actual.vector, 12..=14 | 17),
         // Intel's CPUs compare with the lower bound before they read the upper one.
-        M::Bound => expected.vector == 5 && matches!(actual.vector, 12..=14 | 17),
+        M::Bound => intel && expected.vector == 5 && matches!(actual.vector, 12..=14 | 17),
         // A bad target and a bad stack at once: Intel's CPUs look at the target first (SDM Vol. 2 "CALL"), AMD's last.
         // How much of the frame is looked at before what it holds, and in what order, is up to the CPU.
         // CMPS, both operands faulting: Zen 3 looks at ES:rDI first, Zen 5 at DS:rSI; SDM Vol. 2 "CMPS" only names the
@@ -273,14 +313,24 @@ fn is_masked(instruction: &Instruction) -> bool {
     instruction.has_op_mask() || MASKED.contains(&instruction.mnemonic())
 }
 
+/// Whether the operand's address has fewer bits than the segment's offsets.
+fn has_short_address(instruction: &Instruction) -> bool {
+    let offset = if instruction.code_size() == CodeSize::Code64 { 8 } else { 4 };
+    let register = [instruction.memory_base(), instruction.memory_index()].into_iter().find(|r| r.size() > 0);
+    register.map_or(instruction.memory_displ_size() as usize, |register| register.size()) < offset
+}
+
 /// Whether nothing can be said of an instruction that ends so on the host, and `actual` elsewhere.
-pub(crate) fn is_open(instruction: &Instruction, outcome: &Outcome, actual: End) -> bool {
+pub(crate) fn is_open(vendor: Vendor, instruction: &Instruction, outcome: &Outcome, actual: End) -> bool {
+    let intel = vendor == Vendor::Intel;
     let expected = outcome.end;
     let raised =
         |vectors: &[u8]| matches!(actual, End::Exception(e) if vectors.contains(&e.vector)) && expected != actual;
     // #AC "may or may not be generated" (SDM Vol. 2 "MOVUPS"): AMD's CPUs check the alignment of vectors, Intel's do not.
-    // The same of the 8 bytes of VCVTPH2PS, though its class of exceptions has #AC.
-    if (instruction.memory_size().size() >= 16 || instruction.mnemonic() == M::Vcvtph2ps) && raised(&[17]) {
+    // The same of the 8 bytes of VCVTPH2PS and VCVTPS2PH, though their class of exceptions has #AC.
+    let halves = matches!(instruction.mnemonic(), M::Vcvtph2ps | M::Vcvtps2ph);
+    let large = instruction.memory_size().size() >= 16 || halves;
+    if intel && large && raised(&[17]) {
         return true;
     }
     // Between two elements of a gather, a single-step trap may come (SDM Vol. 2 "VGATHERDPS").
@@ -295,11 +345,15 @@ pub(crate) fn is_open(instruction: &Instruction, outcome: &Outcome, actual: End)
         M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp => {
             const ES: u16 = 1 << 7;
             let done = expected == End::Done || outcome.state.rip != instruction.ip();
-            done && outcome.state.x87.fsw & ES != 0 && raised(&[12, 13, 14, 17])
+            intel && done && outcome.state.x87.fsw & ES != 0 && raised(&[12, 13, 14, 17])
         }
         // The limit is that of the whole operand on CPUs of both vendors; SDM Vol. 2 "VMASKMOV" says nothing of it.
+        // Where addresses are shorter than offsets, elements wrap around with them on AMD's CPUs, not on Intel's.
         _ if is_masked(instruction) => {
             matches!(expected, End::Exception(Exception { vector: 12 | 13, .. })) && expected != actual
+                || vendor == Vendor::Amd
+                    && has_short_address(instruction)
+                    && matches!(actual, End::Exception(Exception { vector: 12..=14, .. }))
         }
         // Where a masked store faults, and on bytes that it does not store, is up to the CPU (SDM Vol. 2 "MASKMOVDQU").
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => expected != End::Done,
@@ -326,12 +380,12 @@ pub(crate) fn is_open(instruction: &Instruction, outcome: &Outcome, actual: End)
 
 /// MXCSR flags: at #XM a dot product may have stopped behind its multiplications, or show its additions' flags too. Where
 /// the store of a conversion faults, Intel's CPUs have set its flags.
-pub(crate) fn open_mxcsr(instruction: &Instruction, expected: &Outcome) -> u32 {
+pub(crate) fn open_mxcsr(vendor: Vendor, instruction: &Instruction, expected: &Outcome) -> u32 {
     const FLAGS: u32 = 0x3f;
     let End::Exception(exception) = expected.end else { return 0 };
     let open = match instruction.mnemonic() {
         M::Dpps | M::Dppd | M::Vdpps | M::Vdppd => exception.vector == 19,
-        M::Vcvtps2ph => matches!(exception.vector, 12..=14 | 17 | 19),
+        M::Vcvtps2ph => vendor == Vendor::Intel && matches!(exception.vector, 12..=14 | 17 | 19),
         _ => false,
     };
     if open { FLAGS } else { 0 }
@@ -355,9 +409,10 @@ pub(crate) fn settle_gather(instruction: &Instruction, ymm: &mut [[u128; 2]; 16]
 
 /// Whether string registers are compared as 32 bits: where nothing is left to do, or at a fault, Intel's CPUs have cleared the
 /// upper halves of those that an address size of 32 bits names, AMD's have not.
-pub(crate) fn has_narrow_string(instruction: &Instruction) -> bool {
+pub(crate) fn has_narrow_string(vendor: Vendor, instruction: &Instruction) -> bool {
     let kinds = [instruction.op0_kind(), instruction.op1_kind()];
-    instruction.is_string_instruction()
+    vendor == Vendor::Intel
+        && instruction.is_string_instruction()
         && kinds.iter().any(|kind| matches!(kind, OpKind::MemorySegESI | OpKind::MemoryESEDI))
 }
 
@@ -365,8 +420,9 @@ pub(crate) fn has_narrow_string(instruction: &Instruction) -> bool {
 pub(crate) const MXCSR_AMD: u32 = 1 << 17;
 
 /// Adds to `mask` what `instruction` leaves open; `done`: it ran to its end.
-pub(crate) fn widen(mask: &mut Mask, case: &Case, instruction: &Instruction, done: bool) {
-    for note in NOTES.iter().filter(|note| note.mnemonics.contains(&instruction.mnemonic())) {
+pub(crate) fn widen(vendor: Vendor, mask: &mut Mask, case: &Case, instruction: &Instruction, done: bool) {
+    let here = |note: &&Note| note.on.is_none_or(|on| on == vendor);
+    for note in NOTES.iter().filter(here).filter(|note| note.mnemonics.contains(&instruction.mnemonic())) {
         if note.open.only_at_fault() == done {
             continue;
         }

@@ -6,6 +6,7 @@ use isa_oracle::host::Oracle;
 use isa_oracle::layout::{CODE_BASE, CODE_BYTES, DATA_BASE, DATA_END, READONLY_BASE, readonly_page};
 use isa_oracle::record;
 use isa_oracle::state::{Case, End, Mode, Outcome, flag};
+use isa_oracle::vendor::Vendor;
 
 fn run(case: &Case) -> Outcome {
     Oracle::new().expect("a sandboxed child").run_one(case).expect("an outcome")
@@ -64,7 +65,7 @@ fn every_register_goes_in_and_comes_out() {
     let outcome = run(&case);
     let mut expected = Outcome { end: End::Done, state: case.state.clone() };
     expected.state.rip += 1;
-    assert_eq!(differences(&case, &expected, &outcome), []);
+    assert_eq!(differences(Vendor::host(), &case, &expected, &outcome), []);
 }
 
 #[test]

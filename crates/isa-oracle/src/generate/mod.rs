@@ -170,7 +170,9 @@ impl Generator {
         let is_vector = |r: &Register| r.is_xmm() || r.is_ymm() || r.is_zmm();
         let encoding = instruction.code().op_code().encoding();
         let is_evex = encoding == EncodingKind::EVEX;
-        if is_evex || used.iter().any(|r| r.is_k()) || everything && encoding == EncodingKind::VEX && rng.one_in(2) {
+        // VEX encodings change the registers that EVEX has beyond theirs, where the host has such.
+        let beyond = everything && encoding == EncodingKind::VEX && rng.one_in(2);
+        if cpu_core::host_has_avx512() && (is_evex || used.iter().any(|r| r.is_k()) || beyond) {
             avx512(rng, state, case.mode, |r| everything || used.iter().any(|used| overlaps(*used, r)));
         }
         let is_sse = used.iter().any(is_vector) || features.contains(&CpuidFeature::SSE);
