@@ -93,12 +93,20 @@ pub fn forms(filter: &[String]) -> Vec<(Code, Mode)> {
 
 const BATCH: usize = 256;
 
-/// Runs `plan`. `progress` is called now and then with the number of cases and of differences so far.
+/// What a run tells of while it goes on.
+pub enum Event<'a> {
+    /// Cases so far, and how many of them differ.
+    Progress(u64, u64),
+    /// One of the failures that are kept, made as plain as it goes.
+    Failure(&'a Failure),
+}
+
+/// Runs `plan`, and calls `tell` now and then.
 pub fn run(
     oracle: &mut Oracle,
     subject: &mut dyn Subject,
     plan: &Plan,
-    progress: &mut dyn FnMut(u64, u64),
+    tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Report, Error> {
     let vendor = Vendor::host();
     let forms = forms(&plan.filter);
@@ -139,11 +147,12 @@ pub fn run(
                 let failure = minimise(oracle, subject, Vector { case, expected, vendor })?;
                 let news = |kept: &Failure| kept.vector.case.bytes != failure.vector.case.bytes;
                 if tally.failures.iter().all(news) {
+                    tell(Event::Failure(&failure));
                     tally.failures.push(failure);
                 }
             }
         }
-        progress(report.cases, different);
+        tell(Event::Progress(report.cases, different));
     }
     report.time = start.elapsed();
     Ok(report)

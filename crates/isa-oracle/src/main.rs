@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use isa_oracle::fuzz::{self, Failure, Plan};
+use isa_oracle::fuzz::{self, Event, Failure, Plan};
 use isa_oracle::host::Oracle;
 use isa_oracle::interpreter::Interpreter;
 use isa_oracle::{record, vector};
@@ -65,19 +65,23 @@ fn fuzz_interpreter(plan: &Plan, corpus: Option<&Path>) -> anyhow::Result<()> {
     let mut oracle = Oracle::new()?;
     let mut interpreter = Interpreter::new();
     let mut told = Instant::now();
-    let mut progress = |cases: u64, different: u64| {
-        if told.elapsed() > Duration::from_secs(10) {
-            told = Instant::now();
-            eprintln!("{cases} cases, {different} differ");
+    let mut kept = Ok(());
+    let mut tell = |event: Event<'_>| match event {
+        Event::Progress(cases, different) => {
+            if told.elapsed() > Duration::from_secs(10) {
+                told = Instant::now();
+                eprintln!("{cases} cases, {different} differ");
+            }
+        }
+        Event::Failure(failure) => {
+            println!("{}", failure.text());
+            if let (Some(directory), Ok(())) = (corpus, &kept) {
+                kept = keep(directory, failure);
+            }
         }
     };
-    let report = fuzz::run(&mut oracle, &mut interpreter, plan, &mut progress)?;
-    for failure in report.tallies.values().flat_map(|tally| &tally.failures) {
-        println!("{}", failure.text());
-        if let Some(directory) = corpus {
-            keep(directory, failure)?;
-        }
-    }
+    let report = fuzz::run(&mut oracle, &mut interpreter, plan, &mut tell)?;
+    kept?;
     let mut different = 0;
     for (stem, tally) in report.tallies.iter().filter(|(_, tally)| tally.different + tally.missing > 0) {
         println!(
