@@ -184,6 +184,8 @@ pub struct Cpu {
     pub(crate) interrupt_window: bool,
     /// Vectors that exit instead of being delivered (bit n: vector n): the debugger's.
     pub(crate) intercepts: u32,
+    /// The debugger holds NMIs back.
+    pub(crate) holds_nmi: bool,
     pub(crate) mmio: MmioLog,
     pub(crate) io_pending: Option<Io>,
     /// Elements that a device gave for INS, the next one last; for OUTS as many as it took, whose values say nothing.
@@ -373,6 +375,7 @@ impl Cpu {
             quantum: 0,
             interrupt_window: false,
             intercepts: 0,
+            holds_nmi: false,
             mmio: MmioLog::default(),
             io_pending: None,
             io_elements: Vec::new(),
@@ -740,6 +743,18 @@ impl Cpu {
         self.derive();
     }
 
+    /// PAE's page-directory pointers, where PAE paging uses them.
+    pub fn pdptes(&self) -> Option<[u64; 4]> {
+        let used = self.cr0.contains(Cr0::PG) && self.cr4.contains(Cr4::PAE) && !self.is_long();
+        used.then_some(self.pdpte)
+    }
+
+    /// Loads these pointers in the place of those in memory, until the guest loads CR3.
+    pub fn set_pdptes(&mut self, pdptes: [u64; 4]) {
+        self.pdpte = pdptes;
+        self.flush_tlb();
+    }
+
     /// x87 and vector state.
     pub fn fpu(&self) -> &Fpu {
         &self.fpu
@@ -838,6 +853,11 @@ impl Cpu {
     /// Vectors that exit with [`Exit::Exception`] instead of being delivered; bit n is vector n.
     pub fn set_exception_bitmap(&mut self, vectors: u32) {
         self.intercepts = vectors;
+    }
+
+    /// Makes an NMI wait, as if another were being handled, or lets it in.
+    pub fn hold_nmi(&mut self, hold: bool) {
+        self.holds_nmi = hold;
     }
 }
 

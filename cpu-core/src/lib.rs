@@ -31,10 +31,10 @@ mod word;
 pub use cpu::{Cpu, Kick};
 pub use host_evex::host_has_avx512;
 pub use isa::{FEATURES, families, is_implemented};
-pub use platform::{HostPlatform, Platform};
+pub use platform::{HostPlatform, Hypercall, Platform};
 pub use run::Poll;
 pub use state::{
     Breakpoints, CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment,
     Sregs, Variant, VectorRegister, XSAVE_LEGACY_BYTES,
 };
-pub use vmx::{Exit, Io, Mmio};
+pub use vmx::{Exit, Io, Mmio, MsrAccess, MsrRefusal};

@@ -1,5 +1,18 @@
 //! What the core asks of the machine around it. `crates/kvm` answers; tests bring a replayable fake.
 
+use crate::vmx::MsrRefusal;
+
+/// What becomes of one of the two instructions for a hypercall.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hypercall {
+    /// It is one.
+    Native,
+    /// It is the other vendor's: the processor's own is written over it, and runs.
+    Patched,
+    /// It is the other vendor's: #UD.
+    Undefined,
+}
+
 /// The machine around one CPU.
 pub trait Platform: Send {
     /// Time-stamp counter as the guest reads it, TSC_OFFSET and TSC_ADJUST included.
@@ -21,6 +34,40 @@ pub trait Platform: Send {
     fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
         let _ = (index, value);
         None
+    }
+
+    /// [`Self::read_msr`] knows this one, though it may refuse an access.
+    fn knows_msr(&mut self, index: u32) -> bool {
+        let _ = index;
+        false
+    }
+
+    /// The guest may read, or write, this MSR. False: #GP(0), whatever it is.
+    fn allows_msr(&mut self, index: u32, write: bool) -> bool {
+        let _ = (index, write);
+        true
+    }
+
+    /// A refused access ends in [`crate::Exit::Msr`], not in #GP(0).
+    fn wants_msr_exit(&mut self, refusal: MsrRefusal) -> bool {
+        let _ = refusal;
+        false
+    }
+
+    /// CPUID above CPL 0 is #GP(0): IA32_MISC_FEATURES_ENABLES bit 0 is set.
+    fn cpuid_faults(&mut self) -> bool {
+        false
+    }
+
+    /// MONITOR and MWAIT are #UD where CPUID lacks them; else no-ops everywhere.
+    fn mwait_needs_cpuid(&mut self) -> bool {
+        false
+    }
+
+    /// What becomes of VMCALL, or of VMMCALL where `amd`.
+    fn hypercall(&mut self, amd: bool) -> Hypercall {
+        let _ = amd;
+        Hypercall::Native
     }
 
     /// MOV to CR8 changed it, where a local APIC owns the TPR. True: [`crate::Exit::CrAccess`] follows.

@@ -179,7 +179,7 @@ impl Cpu {
             self.events.soft = false;
             return Due::Delivered(self.deliver(Delivery::External(number)));
         }
-        if self.events.nmi_pending && !self.events.nmi_masked {
+        if self.events.nmi_pending && !self.events.nmi_masked && !self.holds_nmi {
             self.events.nmi_pending = false;
             self.events.nmi_masked = true;
             return Due::Delivered(self.deliver(Delivery::Nmi));
@@ -442,12 +442,21 @@ impl Cpu {
     }
 
     fn behind_io(&self) -> u64 {
-        self.rip.wrapping_add(u64::from(self.io_len)) & self.ip_mask()
+        self.behind(self.io_len)
+    }
+
+    fn behind(&self, len: u8) -> u64 {
+        self.rip.wrapping_add(u64::from(len)) & self.ip_mask()
     }
 
     /// RIP moves behind the IN or OUT that exited.
     fn skip_io(&mut self) {
-        self.rip = self.behind_io();
+        self.skip_instruction(self.io_len);
+    }
+
+    /// RIP moves behind the instruction of `len` bytes that exited: somebody else has done what it does.
+    pub fn skip_instruction(&mut self, len: u8) {
+        self.rip = self.behind(len);
         self.instructions += 1;
         self.rflags &= !Rflags::RF.bits();
         if self.rflags & Rflags::TF.bits() != 0 {

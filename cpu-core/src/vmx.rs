@@ -24,6 +24,8 @@ pub enum Exit {
     CrAccess,
     /// Reason 30. IN and INS wait for [`crate::Cpu::complete_io_in`], OUT and OUTS for [`crate::Cpu::complete_io_out`].
     Io(Io),
+    /// Reason 31 or 32: RDMSR or WRMSR of what the guest may not touch, if the platform wants an exit for it.
+    Msr(MsrAccess),
     /// Reason 33: guest state that VM entry refuses.
     EntryFailure,
     /// Reason 48 on memory that no slot holds, or a write to a read-only slot.
@@ -59,6 +61,30 @@ pub struct Io {
     pub last: bool,
     /// OUT and OUTS: the value, or the first of [`crate::Cpu::outs_data`], zero-extended. IN: EAX as it is. INS: 0.
     pub data: u32,
+}
+
+/// An access to an MSR that is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsrAccess {
+    /// ECX.
+    pub index: u32,
+    /// WRMSR: EDX:EAX.
+    pub write: Option<u64>,
+    /// Why.
+    pub refusal: MsrRefusal,
+    /// Bytes of the instruction, for [`crate::Cpu::skip_instruction`].
+    pub len: u8,
+}
+
+/// Why an access to an MSR is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MsrRefusal {
+    /// The value, or the CPU's mode or CPUID.
+    Invalid,
+    /// There is no such MSR.
+    Unknown,
+    /// [`crate::Platform::allows_msr`] says no.
+    Filtered,
 }
 
 /// One access to memory that the VMM backs.

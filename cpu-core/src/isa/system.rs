@@ -10,8 +10,9 @@ use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{function, function_ends};
 use crate::fault::Fault;
 use crate::op::Op;
-use crate::state::Gpr;
-use crate::vmx::Exit;
+use crate::platform::Hypercall;
+use crate::state::{Gpr, Seg};
+use crate::vmx::{Exit, MsrAccess, MsrRefusal};
 
 pub(super) const ROWS: &[Row] = &[
     row(M::Hlt, function_ends(hlt)),
@@ -26,7 +27,7 @@ pub(super) const ROWS: &[Row] = &[
     row(M::Mwait, function_ends(monitor)),
     row(M::Serialize, function_ends(serialize)),
     row(M::Vmcall, function_ends(vmcall)),
-    row(M::Vmmcall, function_ends(vmcall)),
+    row(M::Vmmcall, function_ends(vmmcall)),
     row(M::Rsm, function_ends(undefined)),
     // Without shadow stacks, MPX and the hints these are the no-ops of 0F 0D, 0F 18 to 0F 1F: no operand is touched.
     row(M::Rdsspd, |d| calm(d, nothing)),
@@ -69,7 +70,8 @@ fn hlt(cpu: &mut Cpu, _: &Op) -> Done {
 /// MONITOR and MWAIT: #UD above CPL 0, before any exit (SDM Vol. 3 "Relative Priority of Faults and VM Exits"). Else a no-op
 /// that looks at no operand, whatever CPUID says: as KVM's with its quirks on (`kvm_emulate_monitor_mwait`).
 fn monitor(cpu: &mut Cpu, _: &Op) -> Done {
-    if cpu.cpl == 0 { Ok(Then::Leave) } else { Err(cpu.undefined()) }
+    let lacks = !cpu.offers(&cpuid::MONITOR) && cpu.platform.mwait_needs_cpuid();
+    if cpu.cpl == 0 && !lacks { Ok(Then::Leave) } else { Err(cpu.undefined()) }
 }
 
 fn serialize(cpu: &mut Cpu, _: &Op) -> Done {
@@ -80,14 +82,41 @@ fn serialize(cpu: &mut Cpu, _: &Op) -> Done {
     Ok(Then::Leave)
 }
 
-/// The KVM layer answers; RIP is behind it.
-fn vmcall(cpu: &mut Cpu, _: &Op) -> Done {
-    let Stop = cpu.exit(Exit::Vmcall);
-    Ok(Then::Leave)
+fn vmcall(cpu: &mut Cpu, op: &Op) -> Done {
+    hypercall(cpu, op, false)
 }
 
-/// SDM Vol. 2 "CPUID".
+fn vmmcall(cpu: &mut Cpu, op: &Op) -> Done {
+    hypercall(cpu, op, true)
+}
+
+/// The KVM layer answers; RIP is behind it. The other vendor's instruction becomes the processor's own, if the guest could write
+/// there itself (`emulator_fix_hypercall` of Linux's x86.c).
+fn hypercall(cpu: &mut Cpu, op: &Op, amd: bool) -> Done {
+    const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
+    const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
+    match cpu.platform.hypercall(amd) {
+        Hypercall::Native => {
+            let Stop = cpu.exit(Exit::Vmcall);
+            Ok(Then::Leave)
+        }
+        Hypercall::Patched => {
+            // Behind prefixes.
+            let at = cpu.next_ip(op).wrapping_sub(3);
+            let la = cpu.wrap_linear(cpu.seg_base[Seg::Cs as usize].wrapping_add(at));
+            cpu.store_bytes(la, if amd { &VMCALL } else { &VMMCALL }, Seg::Cs)?;
+            cpu.serialize();
+            Ok(Then::Again)
+        }
+        Hypercall::Undefined => Err(cpu.undefined()),
+    }
+}
+
+/// SDM Vol. 2 "CPUID". CPUID faulting: Intel, "Intel Virtualization Technology FlexMigration Assist".
 fn cpuid(cpu: &mut Cpu, _: &Op) -> Done {
+    if cpu.cpl != 0 && cpu.platform.cpuid_faults() {
+        return Err(cpu.fault(Fault::gp(0)));
+    }
     let (leaf, index) = (cpu.reg(Gpr::Rax) as u32, cpu.reg(Gpr::Rcx) as u32);
     let [eax, ebx, ecx, edx] = cpu.cpuid_answer(leaf, index);
     cpu.put_gpr(Gpr::Rax, eax);
@@ -240,23 +269,43 @@ fn rdpmc(cpu: &mut Cpu, _: &Op) -> Done {
 }
 
 /// SDM Vol. 2 "RDMSR".
-fn rdmsr(cpu: &mut Cpu, _: &Op) -> Done {
+fn rdmsr(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_cpl0()?;
     let index = cpu.reg(Gpr::Rcx) as u32;
+    if !cpu.platform.allows_msr(index, false) {
+        return refuse_msr(cpu, op, index, None, MsrRefusal::Filtered);
+    }
     match cpu.read_msr(index) {
         Some(value) => cpu.put_pair(value),
-        None => return Err(cpu.fault(Fault::gp(0))),
+        None => {
+            let refusal = cpu.msr_refusal(index);
+            return refuse_msr(cpu, op, index, None, refusal);
+        }
     }
     Ok(Then::Leave)
 }
 
+/// #GP(0), or an exit where the platform wants one.
+#[cold]
+fn refuse_msr(cpu: &mut Cpu, op: &Op, index: u32, write: Option<u64>, refusal: MsrRefusal) -> Done {
+    if cpu.platform.wants_msr_exit(refusal) {
+        Err(cpu.exit(Exit::Msr(MsrAccess { index, write, refusal, len: op.len })))
+    } else {
+        Err(cpu.fault(Fault::gp(0)))
+    }
+}
+
 /// SDM Vol. 2 "WRMSR".
-fn wrmsr(cpu: &mut Cpu, _: &Op) -> Done {
+fn wrmsr(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_cpl0()?;
     let index = cpu.reg(Gpr::Rcx) as u32;
     let value = cpu.pair();
+    if !cpu.platform.allows_msr(index, true) {
+        return refuse_msr(cpu, op, index, Some(value), MsrRefusal::Filtered);
+    }
     if cpu.write_msr(index, value).is_none() {
-        return Err(cpu.fault(Fault::gp(0)));
+        let refusal = cpu.msr_refusal(index);
+        return refuse_msr(cpu, op, index, Some(value), refusal);
     }
     cpu.serialize();
     Ok(Then::Leave)

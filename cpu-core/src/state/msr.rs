@@ -4,6 +4,7 @@ use x86_defs::{Cr0, Efer, cpuid, msr};
 
 use crate::cpu::Cpu;
 use crate::state::Seg;
+use crate::vmx::MsrRefusal;
 
 /// The MSRs that have storage in the core, by the SDM's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,6 +105,12 @@ impl Cpu {
             msr::IA32_EFER => self.write_efer(value),
             _ => self.set_msr(index, value),
         }
+    }
+
+    /// Why an access to this MSR failed.
+    pub(crate) fn msr_refusal(&mut self, index: u32) -> MsrRefusal {
+        let is_known = ROWS.iter().any(|row| row.index == index) || self.platform.knows_msr(index);
+        if is_known { MsrRefusal::Invalid } else { MsrRefusal::Unknown }
     }
 
     fn has_tsc_aux(&self) -> bool {

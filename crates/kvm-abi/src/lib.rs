@@ -11,9 +11,10 @@ pub use kvm_bindings::{
     kvm_clock_data, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_dirty_log, kvm_dtable,
     kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_irq_routing, kvm_irq_routing_entry, kvm_mp_state,
     kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_regs, kvm_run, kvm_segment, kvm_signal_mask,
-    kvm_sregs, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs, kvm_xsave,
+    kvm_sregs, kvm_sregs2, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
+    kvm_xsave,
 };
-pub use plain::{ClearDirtyLog, DirtyLog, Plain, kvm_coalesced_mmio_zone};
+pub use plain::{ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, MsrFilterRange, Plain, kvm_coalesced_mmio_zone};
 
 /// Capabilities, exit reasons, flags: the constants of today's header under their own names.
 pub mod consts {
@@ -27,7 +28,7 @@ pub const KVM_API_VERSION: i32 = kvm_bindings::KVM_API_VERSION as i32;
 pub const KVM_NR_INTERRUPTS: u32 = 256;
 
 /// Names of `kvm_run.exit_reason`, numbered from 0, without `KVM_EXIT_`.
-pub const EXIT_NAMES: [&str; 18] = [
+pub const EXIT_NAMES: [&str; 31] = [
     "UNKNOWN",
     "EXCEPTION",
     "IO",
@@ -46,4 +47,17 @@ pub const EXIT_NAMES: [&str; 18] = [
     "DCR",
     "NMI",
     "INTERNAL_ERROR",
+    "OSI",
+    "PAPR_HCALL",
+    "S390_UCONTROL",
+    "WATCHDOG",
+    "S390_TSCH",
+    "EPR",
+    "SYSTEM_EVENT",
+    "S390_STSI",
+    "IOAPIC_EOI",
+    "HYPERV",
+    "ARM_NISV",
+    "X86_RDMSR",
+    "X86_WRMSR",
 ];

@@ -51,6 +51,9 @@ plain! {
     kvm_segment { base, limit, selector, type_, present, dpl, db, s, l, g, avl, unusable, padding }
     kvm_dtable { base, limit, padding }
     kvm_sregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, interrupt_bitmap }
+    kvm_sregs2 {
+        cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags, pdptrs,
+    }
     kvm_fpu { fpr, fcw, fsw, ftwx, pad1, last_opcode, last_ip, last_dp, xmm, mxcsr, pad2 }
     kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr }
     kvm_translation { linear_address, physical_address, valid, writeable, usermode, pad }
@@ -134,6 +137,54 @@ pub struct ClearDirtyLog {
 }
 const _: () = assert!(size_of::<ClearDirtyLog>() == size_of::<kvm_clear_dirty_log>());
 plain! { ClearDirtyLog { slot, num_pages, first_page, dirty_bitmap } }
+
+/// `kvm_device_attr`, with the address as a number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct DeviceAttr {
+    /// None are known.
+    pub flags: u32,
+    /// What kind of attribute.
+    pub group: u32,
+    /// Which.
+    pub attr: u64,
+    /// Client address of its value.
+    pub addr: u64,
+}
+const _: () = assert!(size_of::<DeviceAttr>() == size_of::<kvm_device_attr>());
+plain! { DeviceAttr { flags, group, attr, addr } }
+
+/// `kvm_msr_filter_range`, with the pointer as a number and the padding before it named.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct MsrFilterRange {
+    /// `KVM_MSR_FILTER_READ`, `KVM_MSR_FILTER_WRITE`
+    pub flags: u32,
+    /// How many MSRs.
+    pub nmsrs: u32,
+    /// The first of them.
+    pub base: u32,
+    /// Not looked at.
+    pub padding: u32,
+    /// Client address of a bit for each.
+    pub bitmap: u64,
+}
+const _: () = assert!(size_of::<MsrFilterRange>() == size_of::<kvm_msr_filter_range>());
+plain! { MsrFilterRange { flags, nmsrs, base, padding, bitmap } }
+
+/// `kvm_msr_filter` likewise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct MsrFilter {
+    /// `KVM_MSR_FILTER_DEFAULT_DENY`
+    pub flags: u32,
+    /// Not looked at.
+    pub padding: u32,
+    /// Those without MSRs do not count.
+    pub ranges: [MsrFilterRange; KVM_MSR_FILTER_MAX_RANGES as usize],
+}
+const _: () = assert!(size_of::<MsrFilter>() == size_of::<kvm_msr_filter>());
+plain! { MsrFilter { flags, padding, ranges } }
 
 #[cfg(test)]
 mod tests {

@@ -84,6 +84,8 @@ requests! {
     KVM_ENABLE_CAP = iow 0xa3 kvm_enable_cap;
     KVM_CLEAR_DIRTY_LOG = iowr 0xc0 kvm_clear_dirty_log;
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
+    KVM_SET_BOOT_CPU_ID = io 0x78;
+    KVM_X86_SET_MSR_FILTER = iow 0xc6 kvm_msr_filter;
     // vCPU
     KVM_RUN = io 0x80;
     KVM_GET_REGS = ior 0x81 kvm_regs;
@@ -124,4 +126,13 @@ requests! {
     KVM_KVMCLOCK_CTRL = io 0xad;
     KVM_GET_NESTED_STATE = iowr 0xbe kvm_nested_state;
     KVM_SET_NESTED_STATE = iow 0xbf kvm_nested_state;
+    KVM_GET_SREGS2 = ior 0xcc kvm_sregs2;
+    KVM_SET_SREGS2 = iow 0xcd kvm_sregs2;
+    // The size is that of the first 4 KiB; more may follow.
+    KVM_GET_XSAVE2 = ior 0xcf kvm_xsave;
+    // several files
+    KVM_GET_STATS_FD = io 0xce;
+    KVM_SET_DEVICE_ATTR = iow 0xe1 kvm_device_attr;
+    KVM_GET_DEVICE_ATTR = iow 0xe2 kvm_device_attr;
+    KVM_HAS_DEVICE_ATTR = iow 0xe3 kvm_device_attr;
 }

@@ -6,7 +6,7 @@ use kvm_abi::consts::*;
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::exit::hypercall;
-use crate::{kvmclock, mce, memory, nested, run_page, steal, sync_regs};
+use crate::{debug, kvmclock, mce, memory, nested, options, run_page, steal, sync_regs, xsave};
 
 /// `KVM_CAP_MAX_VCPUS`: vCPUs in one VM. Linux 6.1 has the same.
 pub(crate) const MAX_VCPUS: u32 = 1024;
@@ -52,6 +52,7 @@ capabilities! {
     SetTssAddr                   = KVM_CAP_SET_TSS_ADDR                => 1;
     Vapic                        = KVM_CAP_VAPIC                       => 1;
     ExtCpuid                     = KVM_CAP_EXT_CPUID                   => 1;
+    MmuShadowCacheControl        = KVM_CAP_MMU_SHADOW_CACHE_CONTROL    => 1;
     Clocksource                  = KVM_CAP_CLOCKSOURCE                 => 1;
     NrVcpus                      = KVM_CAP_NR_VCPUS                    => recommended_vcpus();
     NrMemslots                   = KVM_CAP_NR_MEMSLOTS                 => NR_MEMSLOTS;
@@ -97,11 +98,24 @@ capabilities! {
     ExtEmulCpuid                 = KVM_CAP_EXT_EMUL_CPUID              => 1;
     MaxVcpuId                    = KVM_CAP_MAX_VCPU_ID                 => MAX_VCPU_ID;
     GetMsrFeatures               = KVM_CAP_GET_MSR_FEATURES            => 1;
+    SetBootCpuId                 = KVM_CAP_SET_BOOT_CPU_ID             => 1;
+    DisableQuirks                = KVM_CAP_DISABLE_QUIRKS              => 1;
+    VcpuAttributes               = KVM_CAP_VCPU_ATTRIBUTES             => 1;
+    MsrPlatformInfo              = KVM_CAP_MSR_PLATFORM_INFO           => 1;
     ImmediateExit                = KVM_CAP_IMMEDIATE_EXIT              => 1;
     NestedState                  = KVM_CAP_NESTED_STATE                => nested::BYTES;
     CoalescedPio                 = KVM_CAP_COALESCED_PIO               => 1;
     StealTime                    = KVM_CAP_STEAL_TIME                  => steal::is_measured();
     EnforcePvFeatureCpuid        = KVM_CAP_ENFORCE_PV_FEATURE_CPUID    => 1;
+    SetGuestDebug2               = KVM_CAP_SET_GUEST_DEBUG2            => debug::CONTROLS;
+    X86UserSpaceMsr              = KVM_CAP_X86_USER_SPACE_MSR          => 1;
+    X86MsrFilter                 = KVM_CAP_X86_MSR_FILTER              => 1;
+    Sregs2                       = KVM_CAP_SREGS2                      => 1;
+    Xsave2                       = KVM_CAP_XSAVE2                      => xsave::IMAGE_BYTES;
+    BinaryStatsFd                = KVM_CAP_BINARY_STATS_FD             => 1;
+    SysAttributes                = KVM_CAP_SYS_ATTRIBUTES              => 1;
+    DisableQuirks2               = KVM_CAP_DISABLE_QUIRKS2             => options::QUIRKS;
+    VmTscControl                 = KVM_CAP_VM_TSC_CONTROL              => 1;
     ExitHypercall                = KVM_CAP_EXIT_HYPERCALL              => hypercall::EXITS;
     ManualDirtyLogProtect2       = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2   => memory::MANUAL_DIRTY_LOG;
 }

@@ -136,6 +136,12 @@ pub trait File: Send + Sync {
         None
     }
 
+    /// What read(2) gives: up to `len` bytes from `offset` on, none at the end. `None`: the file has no read.
+    fn read(&self, offset: u64, len: usize) -> Option<Vec<u8>> {
+        let _ = (offset, len);
+        None
+    }
+
     /// For names in `/proc/PID/fd`, status and logs.
     fn kind(&self) -> FileKind;
 
@@ -154,6 +160,10 @@ pub enum FileKind {
     Vcpu(u32),
     /// What `KVM_CREATE_DEVICE` returns.
     Device,
+    /// What `KVM_GET_STATS_FD` returns, of a VM.
+    VmStats,
+    /// The same of a vCPU, with its id.
+    VcpuStats(u32),
 }
 
 impl fmt::Display for FileKind {
@@ -164,6 +174,8 @@ impl fmt::Display for FileKind {
             Self::Vm => f.write_str("kvm-vm"),
             Self::Vcpu(id) => write!(f, "kvm-vcpu:{id}"),
             Self::Device => f.write_str("kvm-device"),
+            Self::VmStats => f.write_str("kvm-vm-stats"),
+            Self::VcpuStats(id) => write!(f, "kvm-vcpu-stats:{id}"),
         }
     }
 }

@@ -69,6 +69,7 @@ pub const OFFERED: &[Feature] = &[
     bit::RDRAND,
     bit::ARAT,
     bit::FSGSBASE,
+    bit::IA32_TSC_ADJUST,
     bit::BMI1,
     bit::SMEP,
     bit::BMI2,
@@ -165,6 +166,12 @@ const AMD_REPEATS: &[(Feature, Feature)] = &[
 fn host_vendor() -> [u32; 3] {
     let CpuidResult { ebx, ecx, edx, .. } = __cpuid(0);
     [ebx, ecx, edx]
+}
+
+/// The host's processor, and so the guest's, is AMD's or Hygon's.
+pub(crate) fn host_is_amd() -> bool {
+    static AMD: LazyLock<bool> = LazyLock::new(|| is_amd(host_vendor()));
+    *AMD
 }
 
 fn is_amd([ebx, ecx, edx]: [u32; 3]) -> bool {

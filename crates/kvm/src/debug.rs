@@ -12,6 +12,15 @@ use x86_defs::{Rflags, vector};
 
 use crate::vcpu::Vcpu;
 
+/// Bits of `control` that there are: the answer for `KVM_CAP_SET_GUEST_DEBUG2`.
+pub(crate) const CONTROLS: u32 = KVM_GUESTDBG_ENABLE
+    | KVM_GUESTDBG_SINGLESTEP
+    | KVM_GUESTDBG_USE_HW_BP
+    | KVM_GUESTDBG_USE_SW_BP
+    | KVM_GUESTDBG_INJECT_BP
+    | KVM_GUESTDBG_INJECT_DB
+    | KVM_GUESTDBG_BLOCKIRQ;
+
 /// DR7's enable bit of breakpoint 0 for all tasks; breakpoint n has it 2n higher.
 const G0: u64 = 2;
 /// DR7 bit 10, which always reads as 1.
@@ -19,6 +28,12 @@ const DR7_FIXED: u64 = 0x400;
 
 fn single_steps(vcpu: &Vcpu) -> bool {
     vcpu.guest_debug.control & KVM_GUESTDBG_SINGLESTEP != 0
+}
+
+/// `KVM_GUESTDBG_BLOCKIRQ`: interrupts and NMIs wait. A vector that is on its way already (`KVM_INTERRUPT` without a local
+/// APIC here) does not.
+pub(crate) fn blocks_interrupts(vcpu: &Vcpu) -> bool {
+    vcpu.guest_debug.control & KVM_GUESTDBG_BLOCKIRQ != 0
 }
 
 /// RFLAGS bits of the debugger that the API does not show.
@@ -74,6 +89,7 @@ pub(crate) fn set(vcpu: &mut Vcpu, debug: &kvm_guest_debug) -> Result<(), Errno>
         exiting |= 1 << vector::BP;
     }
     vcpu.cpu.set_exception_bitmap(exiting);
+    vcpu.cpu.hold_nmi(blocks_interrupts(vcpu));
 
     let [db0, db1, db2, db3, .., dr7] = vcpu.guest_debug.arch.debugreg;
     let breakpoints = Breakpoints { db: [db0, db1, db2, db3], dr7 };

@@ -82,6 +82,16 @@ impl Era {
         self == Self::Legacy
     }
 
+    /// Guests may not change what IA32_MISC_ENABLE tells of performance monitoring.
+    pub(crate) fn checks_misc_enable(self) -> bool {
+        self == Self::Modern
+    }
+
+    /// VMCALL and VMMCALL are the same to 2007's: each is a hypercall on any processor.
+    pub(crate) fn has_one_hypercall(self) -> bool {
+        self == Self::Legacy
+    }
+
     /// A task priority that is lowered by MOV to CR8 ends `KVM_RUN`, if the local APIC is user space's. 2.6.22 does not tell.
     pub(crate) fn reports_tpr(self) -> bool {
         self == Self::Modern

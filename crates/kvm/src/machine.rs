@@ -5,16 +5,22 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use cpu_core::{HostPlatform, Kick, Platform};
+use cpu_core::{HostPlatform, Hypercall, Kick, MsrRefusal, Platform};
+use kvm_abi::consts::{
+    KVM_X86_QUIRK_FIX_HYPERCALL_INSN, KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS,
+};
 use parking_lot::Mutex;
-use x86_defs::msr::{self, apic_base};
+use x86_defs::msr::{self, apic_base, misc_enable};
 
 use crate::chip::VcpuApic;
+use crate::cpuid;
 use crate::era::Era;
+use crate::exit;
 use crate::kvmclock::{PvTime, VmClock};
 use crate::mce::Mce;
 use crate::msr::{self as msrs, Bank, is_apic_base};
-use crate::paravirt::Paravirt;
+use crate::options::Options;
+use crate::paravirt::{self, Paravirt};
 
 /// Fraction bits of the TSC ratio, as VMX's multiplier has.
 const RATIO_BITS: u32 = 48;
@@ -29,6 +35,13 @@ pub(crate) fn host_tsc_khz() -> u32 {
         let (ticks, elapsed) = (host_tsc() - from, start.elapsed());
         (u128::from(ticks) * 1_000_000 / elapsed.as_nanos()).try_into().unwrap_or(u32::MAX)
     })
+}
+
+/// A rate that a guest's counter can have; 0 is the host's.
+pub(crate) fn checked_tsc_khz(khz: u32) -> Option<u32> {
+    let host = host_tsc_khz();
+    let khz = if khz == 0 { host } else { khz };
+    (u64::from(khz) < u64::from(host) << 16).then_some(khz)
 }
 
 /// The host's time-stamp counter.
@@ -65,11 +78,17 @@ impl Clock {
         *last = Some(Written { value, at: now, ratio });
         value.wrapping_sub(now)
     }
+
+    /// User space has given a counter this offset: what others are given is compared with it.
+    fn offset_given(&self, offset: u64, now: u64, ratio: u64) {
+        *self.0.lock() = Some(Written { value: now.wrapping_add(offset), at: now, ratio });
+    }
 }
 
 /// State that the core's platform and the API's handlers share. Only the thread that holds the vCPU writes it.
 pub(crate) struct Machine {
     clock: Clock,
+    pub(crate) options: Arc<Options>,
     pub(crate) era: Era,
     /// Guest's TSC = host's × ratio + offset.
     tsc_ratio: AtomicU64,
@@ -81,8 +100,14 @@ pub(crate) struct Machine {
     pub(crate) phys_bits: AtomicU8,
     /// Machine-check banks.
     pub(crate) mce: Mutex<Mce>,
+    /// The guest has written what its CPUID follows: it is loaded anew before the next instruction.
+    pub(crate) cpuid_is_stale: AtomicBool,
     /// The guest's CPUID has x2APIC.
     pub(crate) x2apic: AtomicBool,
+    /// The guest's CPUID has SSE3.
+    pub(crate) sse3: AtomicBool,
+    /// The guest's CPUID has IA32_TSC_ADJUST: without it writes are ignored.
+    pub(crate) tsc_adjust: AtomicBool,
     /// The local APIC, if it is not user space's.
     apic: OnceLock<VcpuApic>,
     /// The paravirtual clock.
@@ -97,9 +122,11 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// After reset; `bsp`: bootstrap processor.
-    pub(crate) fn new(clock: Clock, time: Arc<VmClock>, bsp: bool, era: Era) -> Self {
+    pub(crate) fn new(clock: Clock, time: Arc<VmClock>, options: Arc<Options>, bsp: bool, era: Era) -> Self {
+        let khz = options.tsc_khz();
         let machine = Self {
             clock,
+            options,
             era,
             tsc_ratio: AtomicU64::new(RATIO_ONE),
             tsc_offset: AtomicU64::new(0),
@@ -107,7 +134,10 @@ impl Machine {
             apic_base: AtomicU64::new(apic_base::DEFAULT | apic_base::EN | if bsp { apic_base::BSP } else { 0 }),
             phys_bits: AtomicU8::new(crate::cpuid::phys_bits(&[])),
             mce: Mutex::new(Mce::new()),
+            cpuid_is_stale: AtomicBool::new(false),
             x2apic: AtomicBool::new(false),
+            sse3: AtomicBool::new(false),
+            tsc_adjust: AtomicBool::new(false),
             apic: OnceLock::new(),
             time: PvTime::new(time),
             pv: Paravirt::new(),
@@ -117,6 +147,7 @@ impl Machine {
         if era.resets_misc_enable() {
             machine.msrs.write(msr::IA32_MISC_ENABLE, 0, false).expect("a register of these bits");
         }
+        machine.set_tsc_khz(khz);
         machine.set_tsc(0);
         machine
     }
@@ -174,11 +205,51 @@ impl Machine {
         self.time.counter_changed();
     }
 
+    /// `KVM_VCPU_TSC_OFFSET`
+    pub(crate) fn tsc_offset(&self) -> u64 {
+        self.tsc_offset.load(Relaxed)
+    }
+
+    /// See [`Self::tsc_offset`].
+    pub(crate) fn give_tsc_offset(&self, offset: u64) {
+        self.clock.offset_given(offset, self.scaled(), self.tsc_ratio.load(Relaxed));
+        self.set_tsc_offset(offset);
+    }
+
     /// User space writes the counter.
     pub(crate) fn set_tsc(&self, value: u64) {
         let second = self.tsc_khz.load(Relaxed) * 1000;
         let offset = self.clock.offset(value, self.scaled(), self.tsc_ratio.load(Relaxed), second);
         self.set_tsc_offset(offset);
+    }
+
+    /// Bits of MISC_FEATURES_ENABLES that may be set: CPUID faulting, if MSR_PLATFORM_INFO has it.
+    pub(crate) fn misc_features(&self) -> u64 {
+        let info = self.msrs.read(msr::MSR_PLATFORM_INFO).unwrap_or(0);
+        if info & msrs::HAS_CPUID_FAULTING != 0 { msrs::CPUID_FAULTS } else { 0 }
+    }
+
+    /// The guest's WRMSR IA32_MISC_ENABLE: what tells of performance monitoring is read-only, one bit of it silently.
+    fn guest_sets_misc_enable(&self, value: u64) -> Option<()> {
+        const READ_ONLY: u64 = misc_enable::BTS_UNAVAIL | misc_enable::PEBS_UNAVAIL;
+        let old = self.msrs.read(msr::IA32_MISC_ENABLE)?;
+        if (old ^ value) & READ_ONLY != 0 {
+            return None;
+        }
+        self.set_misc_enable(value & !misc_enable::EMON | old & misc_enable::EMON)
+    }
+
+    /// CPUID's MONITOR bit follows the MWAIT bit, and needs SSE3, where `KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT` is off.
+    pub(crate) fn set_misc_enable(&self, value: u64) -> Option<()> {
+        let old = self.msrs.read(msr::IA32_MISC_ENABLE)?;
+        if (old ^ value) & misc_enable::MWAIT != 0 && !self.options.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT) {
+            if !self.sse3.load(Relaxed) {
+                return None;
+            }
+            self.cpuid_is_stale.store(true, Relaxed);
+            self.come_back();
+        }
+        self.msrs.write(msr::IA32_MISC_ENABLE, value, false)
     }
 
     /// `KVM_GET_TSC_KHZ`
@@ -189,10 +260,7 @@ impl Machine {
     /// `KVM_SET_TSC_KHZ`: the counter goes on from where it is at another rate. False: out of range.
     pub(crate) fn set_tsc_khz(&self, khz: u32) -> bool {
         let host = host_tsc_khz();
-        let khz = if khz == 0 { host } else { khz };
-        if u64::from(khz) >= u64::from(host) << 16 {
-            return false;
-        }
+        let Some(khz) = checked_tsc_khz(khz) else { return false };
         let now = self.tsc();
         let ratio = if khz == host { RATIO_ONE } else { (u64::from(khz) << RATIO_BITS) / u64::from(host) };
         self.tsc_ratio.store(ratio, Relaxed);
@@ -210,8 +278,12 @@ impl Platform for VcpuPlatform {
         self.0.tsc()
     }
 
+    /// IA32_TSC_ADJUST changes by as much as the counter. SDM Vol. 3 "IA32_TSC_ADJUST MSR".
     fn set_tsc(&mut self, value: u64) {
-        self.0.set_tsc_offset(value.wrapping_sub(self.0.scaled()));
+        let (old, new) = (self.0.tsc_offset.load(Relaxed), value.wrapping_sub(self.0.scaled()));
+        let adjust = self.0.msrs.read(msr::IA32_TSC_ADJUST).unwrap_or(0).wrapping_add(new.wrapping_sub(old));
+        self.0.msrs.write(msr::IA32_TSC_ADJUST, adjust, true).expect("a register of all bits");
+        self.0.set_tsc_offset(new);
         self.0.come_back();
     }
 
@@ -226,12 +298,46 @@ impl Platform for VcpuPlatform {
     fn read_msr(&mut self, index: u32) -> Option<u64> {
         match index {
             msr::IA32_APIC_BASE => Some(self.0.apic_base.load(Relaxed)),
+            msr::MSR_PLATFORM_INFO if !self.0.options.shows_platform_info.load(Relaxed) => None,
             msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => self.0.read_apic_msr(index),
             _ if Mce::has(index) => self.0.mce.lock().read(index, true),
             _ => {
                 let held = self.0.msrs.read(index).or_else(|| self.0.read_pv_msr(index));
                 held.or_else(|| msrs::constant_of(self.0.era, index))
             }
+        }
+    }
+
+    fn knows_msr(&mut self, index: u32) -> bool {
+        matches!(index, msr::IA32_APIC_BASE | msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST)
+            || Mce::has(index)
+            || self.0.msrs.read(index).is_some()
+            || paravirt::indices().any(|known| known == index)
+    }
+
+    fn allows_msr(&mut self, index: u32, write: bool) -> bool {
+        self.0.options.msr_filter.allows(index, write)
+    }
+
+    fn wants_msr_exit(&mut self, refusal: MsrRefusal) -> bool {
+        self.0.options.exits_on_msr(exit::msr::reason(refusal))
+    }
+
+    fn cpuid_faults(&mut self) -> bool {
+        self.0.msrs.read(msr::MISC_FEATURES_ENABLES).is_some_and(|value| value & msrs::CPUID_FAULTS != 0)
+    }
+
+    fn mwait_needs_cpuid(&mut self) -> bool {
+        !self.0.options.has_quirk(KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)
+    }
+
+    fn hypercall(&mut self, amd: bool) -> Hypercall {
+        if amd == cpuid::host_is_amd() || self.0.era.has_one_hypercall() {
+            Hypercall::Native
+        } else if self.0.options.has_quirk(KVM_X86_QUIRK_FIX_HYPERCALL_INSN) {
+            Hypercall::Patched
+        } else {
+            Hypercall::Undefined
         }
     }
 
@@ -243,6 +349,7 @@ impl Platform for VcpuPlatform {
             msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => {
                 return self.0.write_apic_msr(index, value);
             }
+            msr::IA32_TSC_ADJUST if !self.0.tsc_adjust.load(Relaxed) => {}
             // Moves the counter by as much as it changes.
             msr::IA32_TSC_ADJUST => {
                 let change = value.wrapping_sub(self.0.msrs.read(index)?);
@@ -250,6 +357,8 @@ impl Platform for VcpuPlatform {
                 self.0.come_back();
                 return self.0.msrs.write(index, value, true);
             }
+            msr::IA32_MISC_ENABLE if self.0.era.checks_misc_enable() => return self.0.guest_sets_misc_enable(value),
+            msr::MISC_FEATURES_ENABLES if value & !self.0.misc_features() != 0 => return None,
             _ if Mce::has(index) => return self.0.mce.lock().write(index, value, true),
             _ if self.0.write_pv_msr(index, value).is_some() => {}
             _ if msrs::constant_of(self.0.era, index).is_some() => {}
@@ -277,7 +386,7 @@ mod tests {
 
     #[test]
     fn another_rate_goes_on_from_where_the_counter_is() {
-        let machine = Machine::new(Clock::default(), VmClock::new(), true, Era::Modern);
+        let machine = Machine::new(Clock::default(), VmClock::new(), Arc::new(Options::new()), true, Era::Modern);
         let before = machine.tsc();
         assert!(machine.set_tsc_khz(host_tsc_khz() / 2));
         let after = machine.tsc();

@@ -58,6 +58,7 @@ impl Vm {
             return Err(Errno::EINVAL);
         }
         let layout = self.layout.lock();
+        let mut is_resized = true;
         if memory_size == 0 {
             self.memory.delete_slot(slot).map_err(errno)?;
         } else {
@@ -69,6 +70,7 @@ impl Vm {
                 Change::Nothing => return Ok(()),
                 Change::Create => backing(client.share(userspace_addr, memory_size)?)?,
                 Change::Move | Change::Flags => {
+                    is_resized = false;
                     slots.by_id(slot).expect("only an existing slot changes").backing().clone()
                 }
             };
@@ -80,6 +82,9 @@ impl Vm {
                 let word = |at: u64| u64::MAX >> 64u64.saturating_sub(pages - 64 * at);
                 self.mark_dirty(slot, &(0..pages.div_ceil(64)).map(word).collect::<Vec<_>>());
             }
+        }
+        if is_resized {
+            self.options.memory_changed(self.memory.slots().iter().map(mmu::Slot::len).sum::<u64>() / PAGE_BYTES);
         }
         self.quiesce();
         drop(layout);

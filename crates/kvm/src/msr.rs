@@ -48,6 +48,10 @@ const fn constant(index: u32, value: u64, write: Write) -> Row {
     Row { index, reset: value, write, listed: false }
 }
 
+/// MSR_PLATFORM_INFO: CPUID can be made to fault.
+pub(crate) const HAS_CPUID_FAULTING: u64 = 1 << 31;
+/// MISC_FEATURES_ENABLES: it does, above CPL 0.
+pub(crate) const CPUID_FAULTS: u64 = 1;
 /// Memory types that MTRRs take: UC, WC, WT, WP, WB. SDM Vol. 3 "MTRR Memory Types".
 const MTRR_TYPES: u8 = 0b0111_0011;
 /// The PAT takes UC− too. SDM Vol. 3 "Page Attribute Table".
@@ -81,10 +85,13 @@ const ROWS: &[Row] = &[
     state(msr::IA32_TSC_ADJUST, 0, Bits(u64::MAX)),
     constant(msr::IA32_BIOS_UPDT_TRIG, 0, Ignored),
     constant(msr::IA32_BIOS_SIGN_ID, 1 << 32, Ignored),
+    state(msr::MSR_PLATFORM_INFO, HAS_CPUID_FAULTING, Never),
     constant(msr::IA32_MTRRCAP, MTRR_CAP, Never),
+    state(msr::MISC_FEATURES_ENABLES, 0, Bits(CPUID_FAULTS)),
     constant(msr::IA32_PERF_STATUS, 1000 | 4 << 40, Never),
     state(msr::IA32_MISC_ENABLE, misc_enable::BTS_UNAVAIL | misc_enable::PEBS_UNAVAIL, Bits(u64::MAX)),
     constant(msr::IA32_DEBUGCTL, 0, Bits(0)),
+    state(msr::MSR_POWER_CTL, 0, Bits(u64::MAX)),
     base(0),
     mask(0),
     base(1),
@@ -189,6 +196,11 @@ impl Bank {
         Some(self.0[Self::find(index)?].load(Relaxed))
     }
 
+    /// User space loads an MSR that a guest cannot write.
+    fn put(&self, index: u32, value: u64) {
+        self.0[Self::find(index).expect("the caller names a row")].store(value, Relaxed);
+    }
+
     /// `None`: not in this bank, or a value that it does not take. User space may also write back what it read.
     pub(crate) fn write(&self, index: u32, value: u64, by_guest: bool) -> Option<()> {
         let at = Self::find(index)?;
@@ -212,6 +224,9 @@ pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
     if Mce::has(index) {
         return vcpu.machine.mce.lock().read(index, false);
     }
+    if index == msr::MSR_PLATFORM_INFO {
+        return vcpu.machine.msrs.read(index);
+    }
     vcpu.cpu.msr(index)
 }
 
@@ -227,6 +242,20 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
         msr::IA32_EFER if vcpu.era.bad_efer_faults_in_guest() && is_bad_efer(vcpu, value) => {
             vcpu.cpu.queue_exception(vector::GP, Some(0));
         }
+        // `set_msr_common`: what is in use cannot be taken away.
+        msr::MSR_PLATFORM_INFO => {
+            let faults = vcpu.machine.msrs.read(msr::MISC_FEATURES_ENABLES)? & CPUID_FAULTS != 0;
+            if faults && value & HAS_CPUID_FAULTING == 0 {
+                return None;
+            }
+            vcpu.machine.msrs.put(index, value);
+        }
+        msr::MISC_FEATURES_ENABLES if value & !vcpu.machine.misc_features() != 0 => return None,
+        msr::IA32_MISC_ENABLE => {
+            vcpu.machine.set_misc_enable(value)?;
+            vcpu.load_cpuid();
+        }
+        msr::IA32_TSC_ADJUST if !vcpu.machine.tsc_adjust.load(Relaxed) => {}
         _ if Mce::has(index) => return vcpu.machine.mce.lock().write(index, value, false),
         _ if vcpu.machine.msrs.read(index).is_some() => return vcpu.machine.msrs.write(index, value, false),
         _ => return vcpu.cpu.set_msr(index, value),

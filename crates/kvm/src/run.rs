@@ -114,6 +114,9 @@ impl Vcpu {
                 }
                 return self.interrupted();
             }
+            if self.machine.cpuid_is_stale.swap(false, Relaxed) {
+                self.load_cpuid();
+            }
             self.cpu.set_interrupt_window_exiting(self.wants_interrupt_window());
             let exit = self.enter_guest(client);
             if exit::handle(self, &exit) == Outcome::User {

@@ -171,6 +171,11 @@ impl RunPage {
         true
     }
 
+    /// `msr.error`, and `msr.data`.
+    pub(crate) fn msr_answer(&self) -> (bool, u64) {
+        (self.u8(EXIT).load(Relaxed) != 0, self.u64(EXIT + 16).load(Relaxed))
+    }
+
     /// `hypercall.ret`
     pub(crate) fn hypercall_ret(&self) -> u64 {
         self.u64(EXIT + 56).load(Relaxed)
@@ -262,6 +267,14 @@ impl RunPage {
         for (word, &value) in data.iter().take(16).enumerate() {
             self.u64(EXIT + 8 + 8 * word).store(value, Relaxed);
         }
+    }
+
+    /// `msr`: error, padding, reason, index, data.
+    pub(crate) fn set_msr(&self, reason: u32, index: u32, data: u64) {
+        self.u64(EXIT).store(0, Relaxed);
+        self.u32(EXIT + 8).store(reason, Relaxed);
+        self.u32(EXIT + 12).store(index, Relaxed);
+        self.u64(EXIT + 16).store(data, Relaxed);
     }
 
     /// `hypercall`: number, six arguments, result, flags.

@@ -76,6 +76,33 @@ impl Counters {
         }
     }
 
+    /// Of one reason.
+    pub(crate) fn vmx_exits(&self, reason: Reason) -> u64 {
+        self.vmx[reason as usize].load(Relaxed)
+    }
+
+    /// Of all reasons.
+    pub(crate) fn exits(&self) -> u64 {
+        self.vmx.iter().map(|counter| counter.load(Relaxed)).sum()
+    }
+
+    /// `KVM_EXIT_…` of that number.
+    pub(crate) fn kvm_exits(&self, reason: u32) -> u64 {
+        self.kvm.get(reason as usize).map_or(0, |counter| counter.load(Relaxed))
+    }
+
+    pub(crate) fn instructions(&self) -> u64 {
+        self.instructions.load(Relaxed)
+    }
+
+    pub(crate) fn run_ns(&self) -> u64 {
+        self.run_ns.load(Relaxed)
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Relaxed)
+    }
+
     /// All of it, as of now.
     pub(crate) fn status(&self, id: u32) -> VcpuStatus {
         let named = |(name, counter): (&str, &AtomicU64)| {

@@ -5,13 +5,16 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use cpu_core::{Cpu, Kick, Sregs};
 use irqchip::Wake;
-use kvm_abi::consts::{KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED};
+use kvm_abi::consts::{
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_X86_QUIRK_LINT0_REENABLED,
+    KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT,
+};
 use kvm_abi::{Plain, kvm_cpuid_entry2, kvm_guest_debug};
 use mmu::Mapping;
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use x86_defs::cpuid as bit;
-use x86_defs::msr::apic_base;
+use x86_defs::msr::{IA32_MISC_ENABLE, apic_base, misc_enable};
 
 use crate::chip::{VcpuApic, Waker};
 use crate::client::{Client, File, FileKind, Reply, SignalMask};
@@ -60,6 +63,8 @@ pub(crate) struct Vcpu {
     pub(crate) mp_state: u32,
     /// As the client gave it.
     pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
+    /// The client gave one.
+    pub(crate) has_cpuid: bool,
     /// The guest has been entered: its CPUID is fixed from now on.
     pub(crate) has_run: bool,
     pub(crate) guest_debug: kvm_guest_debug,
@@ -86,7 +91,9 @@ impl VcpuFile {
     /// A vCPU after reset. EEXIST: the id is taken.
     pub(crate) fn new(vm: Arc<Vm>, id: u32, era: Era) -> Result<Arc<Self>, Errno> {
         let page = RunPage::new().map_err(|_| Errno::ENOMEM)?;
-        let machine = Arc::new(Machine::new(vm.clock.clone(), vm.time.clone(), id == 0, era));
+        let is_boot_cpu = id == vm.options.boot_cpu();
+        let options = vm.options.clone();
+        let machine = Arc::new(Machine::new(vm.clock.clone(), vm.time.clone(), options, is_boot_cpu, era));
         let mut cpu = Cpu::new(vm.memory.clone(), machine.platform(), cpuid::phys_bits(&[]));
         cpu.set_variant(era.variant());
         let mut sregs = cpu.sregs();
@@ -104,10 +111,12 @@ impl VcpuFile {
         vcpus.insert(id, VcpuEntry { kick, counters: counters.clone() });
         if let Some(chip) = vm.chip() {
             let base = machine.apic_base.load(Relaxed);
-            machine.set_apic(VcpuApic::new(chip, id, base, waker.clone(), &vm.memory).ok_or(Errno::EEXIST)?);
+            let apic = VcpuApic::new(chip, id, base, waker.clone(), &vm.memory).ok_or(Errno::EEXIST)?;
+            apic.lapic.init(vm.options.has_quirk(KVM_X86_QUIRK_LINT0_REENABLED));
+            machine.set_apic(apic);
         }
         drop(vcpus);
-        let waits_for_init = machine.apic().is_some() && id != 0;
+        let waits_for_init = machine.apic().is_some() && !is_boot_cpu;
 
         let pages = page.mapping().clone();
         let vcpu = Vcpu {
@@ -126,6 +135,7 @@ impl VcpuFile {
             triple_fault: false,
             mp_state: if waits_for_init { KVM_MP_STATE_UNINITIALIZED } else { KVM_MP_STATE_RUNNABLE },
             cpuid: Vec::new(),
+            has_cpuid: false,
             has_run: false,
             guest_debug: Plain::zeroed(),
             enforces_pv: false,
@@ -163,9 +173,15 @@ impl Vcpu {
             let enabled = self.machine.apic_base.load(Relaxed) & apic_base::EN != 0;
             cpuid::change(&mut self.cpuid, bit::APIC, enabled);
         }
+        if !self.vm.options.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT) {
+            let enabled = self.machine.msrs.read(IA32_MISC_ENABLE).is_some_and(|value| value & misc_enable::MWAIT != 0);
+            cpuid::change(&mut self.cpuid, bit::MONITOR, enabled);
+        }
         let table: Vec<_> = self.cpuid.iter().map(crate::state::to_core_cpuid).collect();
         self.cpu.set_cpuid(&table);
         self.machine.x2apic.store(cpuid::has(&self.cpuid, bit::X2APIC), Relaxed);
+        self.machine.sse3.store(cpuid::has(&self.cpuid, bit::SSE3), Relaxed);
+        self.machine.tsc_adjust.store(cpuid::has(&self.cpuid, bit::IA32_TSC_ADJUST), Relaxed);
         self.machine.pv.enforce(self.enforces_pv.then_some(&self.cpuid));
         let phys_bits = cpuid::phys_bits(&self.cpuid);
         self.machine.phys_bits.store(phys_bits, Relaxed);

@@ -22,6 +22,7 @@ use crate::ioctl::{self, Call, Target};
 use crate::ioeventfd::Ioeventfds;
 use crate::kvmclock::VmClock;
 use crate::machine::Clock;
+use crate::options::Options;
 use crate::status::{Counters, VmStatus};
 use crate::system::Kvm;
 
@@ -50,6 +51,8 @@ pub(crate) struct Vm {
     pub(crate) identity_map_addr: AtomicU64,
     /// The guest's time-stamp counter.
     pub(crate) clock: Clock,
+    /// What user space has chosen.
+    pub(crate) options: Arc<Options>,
     /// What `KVM_GET_CLOCK` and the paravirtual clock tell.
     pub(crate) time: Arc<VmClock>,
     /// Interrupt controllers, if they are not user space's.
@@ -78,6 +81,7 @@ impl Vm {
             vcpus: Mutex::default(),
             identity_map_addr: AtomicU64::new(0xfffb_c000),
             clock: Clock::default(),
+            options: Arc::new(Options::new()),
             time: VmClock::new(),
             chip: OnceLock::new(),
             ioeventfds: Ioeventfds::default(),

@@ -20,6 +20,9 @@ const ZMM_HI256: u64 = 1 << 6;
 const HI16_ZMM: u64 = 1 << 7;
 const PKRU: u64 = 1 << 9;
 
+/// Bytes of an image: no component lies behind them. The answer for `KVM_CAP_XSAVE2`.
+pub(crate) const IMAGE_BYTES: u32 = 4096;
+
 /// Bytes of the AVX component: the upper halves of YMM0 to 15. SDM Vol. 1 "AVX State".
 pub(crate) const AVX_BYTES: u32 = 256;
 /// Its place in an image, which is the same on every processor.

@@ -281,11 +281,14 @@ impl Front {
         Caller::new(self, call, &open, ioctl).serve()
     }
 
-    /// A page fault on a file without passthrough, or read(2), which KVM's files do not have.
+    /// A page fault on a file without passthrough, or read(2), which of KVM's files only those of statistics have.
     fn read(self: &Arc<Self>, call: &Call<'_>, fh: u64, offset: u64, size: u32) -> Answer {
         let Some(open) = self.by_handle(fh) else { return Answer::Error(Errno::EBADF) };
         if open.has_window {
             return window::fault(self, call, &open, offset, size.into());
+        }
+        if let Some(content) = open.shared.file.read(offset, size as usize) {
+            return Answer::Data(content);
         }
         let Some(mapping) = open.shared.file.mapping() else { return Answer::Error(Errno::EINVAL) };
         open.page_fault();

@@ -12,7 +12,7 @@ impl Lapic {
     /// A read of the page, `offset` from its start. Only aligned parts of a register's 32 bits can be read; the rest is 0.
     pub fn read(&self, offset: u32, len: u8, bus: &(dyn Bus + 'static), now: Now) -> u32 {
         let (register, byte) = (offset & !0xf, offset & 0xf);
-        let Some(reg) = find(REGS, STEP, register).filter(|reg| !reg.msr_only) else {
+        let Some(reg) = find(REGS, STEP, register).filter(|reg| !reg.msr_only && self.has(reg)) else {
             self.error(esr::ILLEGAL_REGISTER);
             return 0;
         };
@@ -35,7 +35,7 @@ impl Lapic {
             return;
         }
         match find(REGS, STEP, offset) {
-            Some(reg) if !reg.msr_only => self.written(reg, value, Access { bus, now, offset }),
+            Some(reg) if !reg.msr_only && self.has(reg) => self.written(reg, value, Access { bus, now, offset }),
             _ => self.error(esr::ILLEGAL_REGISTER),
         }
     }
@@ -64,7 +64,11 @@ impl Lapic {
     pub fn write_msr(&self, index: u32, value: u64, bus: &(dyn Bus + 'static), now: Now) -> Option<()> {
         let (reg, offset) = self.msr(index)?;
         let (low, high) = (value as u32, (value >> 32) as u32);
-        let writable = reg.writable | if offset == at::SVR { self.version_bit_12() } else { 0 };
+        let writable = match offset {
+            at::SVR => reg.writable | self.version_bit_12(),
+            at::ICR => reg.writable & !icr::RESERVED,
+            _ => reg.writable,
+        };
         let read_only = reg.msr_read_only || reg.writable == 0 && reg.written.is_none();
         if read_only || low & !writable & !self.tolerated(offset) != 0 || high != 0 && offset != at::ICR {
             return None;
@@ -80,7 +84,7 @@ impl Lapic {
     fn tolerated(&self, offset: u32) -> u32 {
         match offset {
             at::LVT_LINT0 | at::LVT_LINT1 => 1 << 12 | 1 << 14,
-            at::ICR | at::LVT_TIMER..=at::LVT_ERROR => 1 << 12,
+            at::ICR | at::LVT_CMCI | at::LVT_TIMER..=at::LVT_ERROR => 1 << 12,
             _ => 0,
         }
     }
@@ -91,12 +95,17 @@ impl Lapic {
 
     fn msr(&self, index: u32) -> Option<(&'static Reg<Self>, u32)> {
         let offset = index.checked_sub(IA32_X2APIC_BASE)? * STEP;
-        let reg = find(REGS, STEP, offset).filter(|reg| !reg.memory_only)?;
+        let reg = find(REGS, STEP, offset).filter(|reg| !reg.memory_only && self.has(reg))?;
         self.is_x2apic().then_some((reg, offset))
     }
 
     pub(super) fn version(&self, _: Access<'_, dyn Bus>) -> u32 {
-        VERSION | if self.directed_eoi.load(Relaxed) { VERSION_DIRECTED_EOI } else { 0 }
+        self.version_shown()
+    }
+
+    pub(super) fn version_shown(&self) -> u32 {
+        let cmci = if self.cmci.load(Relaxed) { VERSION_CMCI } else { 0 };
+        VERSION + cmci | if self.directed_eoi.load(Relaxed) { VERSION_DIRECTED_EOI } else { 0 }
     }
 
     pub(super) fn ppr_shown(&self, _: Access<'_, dyn Bus>) -> u32 {
@@ -130,7 +139,8 @@ impl Lapic {
         let value = value & (!svr::SUPPRESS_EOI_BROADCAST | self.version_bit_12());
         self.store(at::SVR, value);
         if value & svr::ENABLED == 0 {
-            for offset in LVTS {
+            let cmci = self.cmci.load(Relaxed).then_some(at::LVT_CMCI);
+            for offset in LVTS.into_iter().chain(cmci) {
                 self.store(offset, self.load(offset) | lvt::MASKED);
             }
         }

@@ -31,6 +31,8 @@ pub const LEN: u64 = 0x1000;
 pub const TPR: u64 = at::TPR as u64;
 /// Version 14H, six LVT entries.
 const VERSION: u32 = 0x0005_0014;
+/// Version register: one entry more, that of corrected machine checks.
+const VERSION_CMCI: u32 = 1 << 16;
 /// Version register: EOI broadcast can be suppressed.
 const VERSION_DIRECTED_EOI: u32 = 1 << 24;
 /// Destination that means all, in both modes.
@@ -50,6 +52,7 @@ mod at {
     pub(super) const ESR: u32 = 0x280;
     pub(super) const ICR: u32 = 0x300;
     pub(super) const ICR_HIGH: u32 = 0x310;
+    pub(super) const LVT_CMCI: u32 = 0x2f0;
     pub(super) const LVT_TIMER: u32 = 0x320;
     pub(super) const LVT_PERFORMANCE: u32 = 0x340;
     pub(super) const LVT_LINT0: u32 = 0x350;
@@ -80,6 +83,8 @@ mod icr {
     pub(super) const ASSERT: u32 = 1 << 14;
     pub(super) const LEVEL: u32 = 1 << 15;
     pub(super) const SHORTHAND_SHIFT: u32 = 18;
+    /// Reserved, and kept by KVM as written in xAPIC mode; WRMSR refuses them.
+    pub(super) const RESERVED: u32 = 0xfff3_2000;
 }
 
 /// Bits of the error status register.
@@ -106,7 +111,8 @@ const REGS: &[Reg<Lapic>] = &[
     reg(0x180, "TMR", 0x0000_0000, 0x0000_0000).times(8),
     reg(0x200, "IRR", 0x0000_0000, 0x0000_0000).times(8),
     reg(0x280, "ESR", 0x0000_0000, 0x0000_0000).write(Lapic::esr_written),
-    reg(0x300, "ICR", 0x0000_0000, 0x000c_cfff).write(Lapic::icr_written),
+    reg(0x2f0, "LVT CMCI", 0x0001_0000, 0x0001_07ff).write(Lapic::lvt_written),
+    reg(0x300, "ICR", 0x0000_0000, 0xffff_efff).write(Lapic::icr_written),
     reg(0x310, "ICR high", 0x0000_0000, 0xff00_0000).memory_only(),
     reg(0x320, "LVT timer", 0x0001_0000, 0x0007_00ff).write(Lapic::lvt_timer_written),
     reg(0x330, "LVT thermal", 0x0001_0000, 0x0001_07ff).write(Lapic::lvt_written),
@@ -185,6 +191,8 @@ pub struct Lapic {
     /// How often it was chosen for a lowest-priority message: those chosen less go first, as in KVM.
     arbitration: AtomicU32,
     directed_eoi: AtomicBool,
+    /// The LVT has an entry for corrected machine checks.
+    cmci: AtomicBool,
     wake: Arc<dyn Wake>,
 }
 
@@ -201,17 +209,18 @@ impl Lapic {
             start_up_vector: AtomicU8::new(0),
             arbitration: AtomicU32::new(0),
             directed_eoi: AtomicBool::new(false),
+            cmci: AtomicBool::new(false),
             wake,
         };
         lapic.store(at::ID, id << 24);
-        lapic.init();
+        lapic.init(true);
         lapic
     }
 
-    /// INIT: all registers but the id are as after reset. The bootstrap processor's LINT0 is open to the PIC, a quirk that
-    /// KVM keeps for firmware that relies on it.
-    pub fn init(&self) {
-        for reg in REGS.iter().filter(|reg| !reg.msr_only && reg.offset != at::ID) {
+    /// INIT: all registers but the id are as after reset. `opens_lint0`: the bootstrap processor's LINT0 is open to the PIC, a
+    /// quirk that KVM keeps for firmware that relies on it.
+    pub fn init(&self, opens_lint0: bool) {
+        for reg in REGS.iter().filter(|reg| !reg.msr_only && reg.offset != at::ID && self.has(reg)) {
             for n in 0..reg.count {
                 self.store(reg.offset + n * STEP, reg.reset);
             }
@@ -219,7 +228,7 @@ impl Lapic {
         self.timer.stop();
         self.errors.store(0, Relaxed);
         self.arbitration.store(0, Relaxed);
-        if self.base.load(Relaxed) & apic_base::BSP != 0 {
+        if opens_lint0 && self.base.load(Relaxed) & apic_base::BSP != 0 {
             self.store(at::LVT_LINT0, (DeliveryMode::ExtInt as u32) << lvt::MODE_SHIFT);
         }
         if self.is_x2apic() {
@@ -261,6 +270,23 @@ impl Lapic {
     /// EOI broadcast can be suppressed: not where the I/O APIC is in the same hands.
     pub fn set_directed_eoi(&self, offered: bool) {
         self.directed_eoi.store(offered, Relaxed);
+    }
+
+    /// There is an entry for corrected machine checks, or not. A new one is masked.
+    pub fn set_cmci(&self, offered: bool) {
+        if !self.cmci.swap(offered, Relaxed) && offered {
+            self.store(at::LVT_CMCI, lvt::MASKED);
+        }
+    }
+
+    /// A machine check was corrected, or needs no action. False: masked.
+    pub fn corrected_machine_check(&self) -> bool {
+        self.local(at::LVT_CMCI)
+    }
+
+    /// The register is there.
+    fn has(&self, reg: &Reg<Self>) -> bool {
+        reg.offset != at::LVT_CMCI || self.cmci.load(Relaxed)
     }
 
     /// Enabled in IA32_APIC_BASE.

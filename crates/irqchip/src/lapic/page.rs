@@ -16,6 +16,7 @@ impl Lapic {
                 page[offset as usize / 4] = match offset {
                     at::ID if self.is_x2apic() => self.load(offset) << 24,
                     at::CURRENT_COUNT => self.current_count(now),
+                    0x030 => self.version_shown(),
                     0x0a0 => self.ppr(),
                     _ => self.load(offset),
                 };

@@ -99,7 +99,7 @@ fn message(mode: DeliveryMode, vector: u8, level: bool) -> Message {
 #[test]
 fn registers_after_reset() {
     let machine = Machine::new(3, DEFAULT | EN);
-    for reg in REGS.iter().filter(|reg| !reg.msr_only && reg.offset != at::ID) {
+    for reg in REGS.iter().filter(|reg| !reg.msr_only && reg.offset != at::ID && machine.apic.has(reg)) {
         for n in 0..reg.count {
             assert_eq!(machine.read(reg.offset + n * STEP), reg.reset, "{}", reg.name);
         }
@@ -319,11 +319,30 @@ fn x2apic_registers_fault_where_the_manual_says() {
 #[test]
 fn every_register_of_the_table_is_an_msr_or_says_not() {
     let machine = Machine::x2apic(5);
+    machine.apic.set_cmci(true);
     for reg in REGS {
         let index = 0x800 + reg.offset / STEP;
         assert_eq!(machine.rdmsr(index).is_some(), !reg.memory_only && !reg.write_only, "{}", reg.name);
         assert!(find(REGS, STEP, reg.offset).is_some());
     }
+}
+
+/// `kvm_apic_after_set_mcg_cap`.
+#[test]
+fn the_entry_of_corrected_machine_checks_is_there_if_it_is_offered() {
+    let machine = Machine::enabled();
+    assert_eq!(machine.read(0x030), VERSION);
+    machine.write(0x2f0, 0x40);
+    assert_eq!((machine.read(0x2f0), machine.apic.corrected_machine_check()), (0, false));
+    machine.apic.set_cmci(true);
+    assert_eq!((machine.read(0x2f0), machine.read(0x030)), (0x1_0000, 0x0006_0014));
+    assert!(!machine.apic.corrected_machine_check(), "masked");
+    machine.write(0x2f0, 0x40);
+    assert!(machine.apic.corrected_machine_check());
+    assert_eq!(machine.apic.pending(), Some(0x40));
+    // Software disables the APIC.
+    machine.write(0x0f0, 0xff);
+    assert_eq!(machine.read(0x2f0), 0x1_0040);
 }
 
 #[test]
@@ -467,7 +486,7 @@ fn init_keeps_the_id_and_drops_the_rest() {
     let machine = Machine::enabled();
     machine.write(at::INITIAL_COUNT, 1000);
     machine.fixed(0x50);
-    machine.apic.init();
+    machine.apic.init(true);
     assert_eq!((machine.read(at::ID), machine.read(at::SVR), machine.read(0x220)), (3 << 24, 0xff, 0));
     assert_eq!(machine.apic.deadline(), Deadline::Never);
 }

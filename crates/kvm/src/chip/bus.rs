@@ -71,9 +71,8 @@ fn offset(gpa: u64, base: u64, len: u64) -> Option<u64> {
 pub(crate) fn read_memory(vcpu: &mut Vcpu, gpa: u64, len: u8) -> Option<u64> {
     let machine = vcpu.machine.clone();
     let apic = machine.apic()?;
-    if let Some(offset) = apic.page_address().and_then(|base| offset(gpa, base, lapic::LEN)) {
-        // Nothing is there in x2APIC mode; Linux keeps a hole that guests may touch.
-        if apic.lapic.is_x2apic() {
+    if let Some(offset) = apic.page_address(&machine).and_then(|base| offset(gpa, base, lapic::LEN)) {
+        if !apic.has_page() {
             return Some(FLOATING);
         }
         report_tpr(vcpu, offset, false);
@@ -97,8 +96,8 @@ fn report_tpr(vcpu: &mut Vcpu, offset: u64, write: bool) {
 pub(crate) fn write_memory(vcpu: &mut Vcpu, gpa: u64, len: u8, value: u64) -> bool {
     let machine = vcpu.machine.clone();
     let Some(apic) = machine.apic() else { return false };
-    if let Some(offset) = apic.page_address().and_then(|base| offset(gpa, base, lapic::LEN)) {
-        if !apic.lapic.is_x2apic() {
+    if let Some(offset) = apic.page_address(&machine).and_then(|base| offset(gpa, base, lapic::LEN)) {
+        if apic.has_page() {
             if len == 4 && offset == lapic::TPR {
                 report_tpr(vcpu, offset, true);
             }

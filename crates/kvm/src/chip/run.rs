@@ -7,14 +7,16 @@ use cpu_core::{Events, Seg};
 use irqchip::lapic::event;
 use kvm_abi::consts::{
     KVM_EXIT_IOAPIC_EOI, KVM_EXIT_TPR_ACCESS, KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED,
-    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_X86_QUIRK_LINT0_REENABLED,
 };
 use nix::errno::Errno;
 use x86_defs::Cr0;
+use x86_defs::msr::apic_base;
 
 use super::VcpuApic;
 use super::alarm::monotonic_ns;
 use crate::client::Client;
+use crate::debug;
 use crate::exit::{self, Outcome};
 use crate::machine::Machine;
 use crate::vcpu::Vcpu;
@@ -38,7 +40,7 @@ impl Vcpu {
                 }
                 return self.interrupted();
             }
-            if apic.cpuid_is_stale.swap(false, Relaxed) {
+            if machine.cpuid_is_stale.swap(false, Relaxed) {
                 self.load_cpuid();
             }
             apic.lapic.advance(machine.now());
@@ -107,7 +109,8 @@ impl Vcpu {
         }
         if events & event::INIT != 0 {
             self.init(apic);
-            self.mp_state = if self.id == 0 { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_INIT_RECEIVED };
+            let is_bsp = self.machine.apic_base.load(Relaxed) & apic_base::BSP != 0;
+            self.mp_state = if is_bsp { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_INIT_RECEIVED };
         }
         if events & event::START_UP != 0 && self.mp_state == KVM_MP_STATE_INIT_RECEIVED {
             self.start_up(apic.lapic.start_up_vector());
@@ -130,7 +133,7 @@ impl Vcpu {
         self.pending = None;
         self.external_vector = None;
         self.machine.reset_pv();
-        apic.lapic.init();
+        apic.lapic.init(self.vm.options.has_quirk(KVM_X86_QUIRK_LINT0_REENABLED));
     }
 
     /// SDM Vol. 3 "MP Initialization Protocol Algorithm": execution starts at the page that the vector names.
@@ -162,7 +165,7 @@ impl Vcpu {
 
     /// Takes an interrupt to the core if it can be delivered at once. True: one waits.
     fn inject(&mut self, apic: &VcpuApic) -> bool {
-        if !self.has_interrupt(apic) {
+        if !self.has_interrupt(apic) || debug::blocks_interrupts(self) {
             return false;
         }
         if !self.cpu.interrupt_window_open() || self.cpu.events().exception.is_some() {

@@ -1,10 +1,11 @@
 //! The local APIC of a vCPU, as its owner's thread uses it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 use irqchip::lapic::Deadline;
 use irqchip::{Lapic, Now, Wake};
+use kvm_abi::consts::KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
 use mmu::Memory;
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
@@ -25,8 +26,6 @@ pub(crate) struct VcpuApic {
     /// What the alarm is set to. Only the owner looks.
     armed: Mutex<Deadline>,
     pub(super) pages: Pages,
-    /// IA32_APIC_BASE was written by the guest: CPUID follows.
-    pub(crate) cpuid_is_stale: AtomicBool,
 }
 
 impl VcpuApic {
@@ -38,12 +37,19 @@ impl VcpuApic {
         }
         chip.wakers.write().insert(id, waker.clone());
         let (chip, armed, pages) = (chip.clone(), Mutex::new(Deadline::Never), Pages::new(memory));
-        Some(Self { lapic, chip, waker, armed, pages, cpuid_is_stale: AtomicBool::new(false) })
+        Some(Self { lapic, chip, waker, armed, pages })
     }
 
-    /// Where its registers are in memory.
-    pub(super) fn page_address(&self) -> Option<u64> {
-        self.lapic.is_enabled().then(|| self.lapic.base() & !0xfff)
+    /// Where its registers are in memory, or would be: a disabled APIC and one in x2APIC mode leave a hole there, which is
+    /// theirs while `KVM_X86_QUIRK_LAPIC_MMIO_HOLE` is on (`apic_mmio_read`). `None`: nothing is.
+    pub(super) fn page_address(&self, machine: &Machine) -> Option<u64> {
+        let is_there = self.has_page() || machine.options.has_quirk(KVM_X86_QUIRK_LAPIC_MMIO_HOLE);
+        is_there.then(|| self.lapic.base() & !0xfff)
+    }
+
+    /// The page shows registers.
+    pub(super) fn has_page(&self) -> bool {
+        self.lapic.is_enabled() && !self.lapic.is_x2apic()
     }
 
     /// When its timer fires, ns of the monotonic clock.
@@ -109,7 +115,7 @@ impl Machine {
         }
         self.set_apic_base(base);
         if let Some(apic) = self.apic() {
-            apic.cpuid_is_stale.store(true, Relaxed);
+            self.cpuid_is_stale.store(true, Relaxed);
             apic.waker.wake();
         }
         Some(())

@@ -5,10 +5,10 @@
 //! data_offset: bytes from the start of `kvm_run`. api.rst §5, `io`.
 //! IN is finished by the next KVM_RUN, before any instruction runs and before signals are looked at. RIP moves then too,
 //! unless user space has moved it. A VM of 2007 (as of 2.6.23) finds it moved at the exit already, and so does a modern one
-//! for OUT to port 7EH, where Linux keeps a quirk for old VMMs.
+//! for OUT to port 7EH, where Linux keeps a quirk for old VMMs, unless user space turns that off.
 
 use cpu_core::{Gpr, Io};
-use kvm_abi::consts::{KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT};
+use kvm_abi::consts::{KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_X86_QUIRK_OUT_7E_INC_RIP};
 use smallvec::{SmallVec, smallvec};
 
 use super::{Outcome, Pending, Reason, Row};
@@ -19,7 +19,7 @@ use crate::vcpu::Vcpu;
 
 pub(super) const ROW: Row = Row { reason: Reason::IoInstruction, vmx: Some(30), shows: &["IO"] };
 
-/// `KVM_X86_QUIRK_OUT_7E_INC_RIP`
+/// The port of `KVM_X86_QUIRK_OUT_7E_INC_RIP`.
 const QUIRK_PORT: u16 = 0x7e;
 
 pub(super) fn handle(vcpu: &mut Vcpu, io: &Io) -> Outcome {
@@ -37,7 +37,9 @@ pub(super) fn handle(vcpu: &mut Vcpu, io: &Io) -> Outcome {
         vcpu.page.write_pio_data(vcpu.cpu.outs_data());
     }
     vcpu.page.set_exit_reason(KVM_EXIT_IO);
-    if !io.input && !io.string && (vcpu.era.io_moves_rip_at_exit() || io.port == QUIRK_PORT) {
+    let at_once = vcpu.era.io_moves_rip_at_exit()
+        || io.port == QUIRK_PORT && vcpu.vm.options.has_quirk(KVM_X86_QUIRK_OUT_7E_INC_RIP);
+    if !io.input && !io.string && at_once {
         vcpu.cpu.complete_io_out();
     } else {
         let bytes = io.count * u32::from(io.size);

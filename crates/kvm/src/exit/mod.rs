@@ -12,6 +12,7 @@ pub(crate) mod hypercall;
 mod interrupt_window;
 mod io;
 mod mmio;
+pub(crate) mod msr;
 mod triple_fault;
 mod unimplemented;
 
@@ -37,6 +38,8 @@ pub(crate) enum Pending {
     MmioRead { rip: u64 },
     /// A write to it, done but for further parts.
     MmioWrite,
+    /// RDMSR or WRMSR, an instruction of `len` bytes.
+    Msr { read: bool, len: u8 },
     /// A hypercall; RIP is still at it. Wherever user space moves it, the answer counts (`complete_hypercall_exit`).
     Hypercall,
 }
@@ -51,7 +54,7 @@ pub(crate) struct Row {
 }
 
 macro_rules! reasons {
-    ($($name:ident $text:literal $module:ident;)*) => {
+    ($($name:ident $text:literal $module:ident::$row:ident;)*) => {
         /// Why the core came back.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Reason { $($name),* }
@@ -64,22 +67,24 @@ macro_rules! reasons {
         }
 
         /// All rows, in the enum's order.
-        const ROWS: [&Row; Reason::COUNT] = [$(&$module::ROW),*];
+        const ROWS: [&Row; Reason::COUNT] = [$(&$module::$row),*];
     };
 }
 
 reasons! {
-    Exception         "EXCEPTION_NMI"      debug;
-    ExternalInterrupt "EXTERNAL_INTERRUPT" external_interrupt;
-    TripleFault       "TRIPLE_FAULT"       triple_fault;
-    InterruptWindow   "PENDING_INTERRUPT"  interrupt_window;
-    Hlt               "HLT"                hlt;
-    Vmcall            "VMCALL"             hypercall;
-    CrAccess          "CR_ACCESS"          cr_access;
-    IoInstruction     "IO_INSTRUCTION"     io;
-    EntryFailure      "INVALID_STATE"      entry_failure;
-    EptViolation      "EPT_VIOLATION"      mmio;
-    Unimplemented     "UNIMPLEMENTED"      unimplemented;
+    Exception         "EXCEPTION_NMI"      debug::ROW;
+    ExternalInterrupt "EXTERNAL_INTERRUPT" external_interrupt::ROW;
+    TripleFault       "TRIPLE_FAULT"       triple_fault::ROW;
+    InterruptWindow   "PENDING_INTERRUPT"  interrupt_window::ROW;
+    Hlt               "HLT"                hlt::ROW;
+    Vmcall            "VMCALL"             hypercall::ROW;
+    CrAccess          "CR_ACCESS"          cr_access::ROW;
+    IoInstruction     "IO_INSTRUCTION"     io::ROW;
+    Rdmsr             "MSR_READ"           msr::READ;
+    Wrmsr             "MSR_WRITE"          msr::WRITE;
+    EntryFailure      "INVALID_STATE"      entry_failure::ROW;
+    EptViolation      "EPT_VIOLATION"      mmio::ROW;
+    Unimplemented     "UNIMPLEMENTED"      unimplemented::ROW;
 }
 
 /// One line of the README's table of exits.
@@ -109,6 +114,9 @@ pub(crate) fn handle(vcpu: &mut Vcpu, exit: &Exit) -> Outcome {
         Exit::Vmcall => (&hypercall::ROW, hypercall::handle(vcpu)),
         Exit::CrAccess => (&cr_access::ROW, cr_access::handle(vcpu)),
         Exit::Io(ref io) => (&io::ROW, io::handle(vcpu, io)),
+        Exit::Msr(ref access) => {
+            (if access.write.is_some() { &msr::WRITE } else { &msr::READ }, msr::handle(vcpu, access))
+        }
         Exit::EntryFailure => (&entry_failure::ROW, entry_failure::handle(vcpu)),
         Exit::Mmio(ref mmio) => (&mmio::ROW, mmio::handle(vcpu, mmio)),
         Exit::Undeliverable { vector } => (&unimplemented::ROW, unimplemented::handle_undeliverable(vcpu, vector)),
@@ -130,6 +138,7 @@ pub(crate) fn complete(vcpu: &mut Vcpu, pending: Pending) -> Outcome {
         Pending::Io { input, .. } => io::complete(vcpu, input),
         Pending::MmioRead { .. } => mmio::complete_read(vcpu),
         Pending::MmioWrite => mmio::complete_write(vcpu),
+        Pending::Msr { read, len } => msr::complete(vcpu, read, len),
         Pending::Hypercall => hypercall::complete(vcpu),
     }
 }

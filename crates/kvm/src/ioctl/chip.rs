@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use irqchip::{Route, ioapic, pic, router};
 use kvm_abi::consts::{
-    KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_IRQCHIP,
-    KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MSI_VALID_DEVID,
-    KVM_PIT_SPEAKER_DUMMY,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY,
 };
-use kvm_abi::{kvm_enable_cap, kvm_msi};
+use kvm_abi::kvm_msi;
 use nix::errno::Errno;
 
 use super::{Caller, Fam};
@@ -42,22 +41,6 @@ fn whole<'a>(vm: &'a Caller<'_, Vm>, missing: Errno) -> Result<&'a Arc<Chip>, Er
 pub(super) fn create_irqchip(vm: &Caller<'_, Vm>, _: &dyn Client, _: u64) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
     vm.create_chip(None)
-}
-
-/// `KVM_CAP_SPLIT_IRQCHIP`: local APICs only; `args[0]`: how many inputs user space's I/O APICs have.
-/// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: bits stay until they are cleared. `KVM_CAP_EXIT_HYPERCALL`: which hypercalls exit. api.rst `KVM_ENABLE_CAP`. EINVAL: another
-/// capability, flags, too many inputs, vCPUs, unknown options. EEXIST: there are interrupt controllers.
-pub(super) fn enable_cap(vm: &Caller<'_, Vm>, cap: &kvm_enable_cap) -> Result<(), Errno> {
-    vm.require(Era::Modern)?;
-    if cap.flags != 0 {
-        return Err(Errno::EINVAL);
-    }
-    match cap.cap {
-        KVM_CAP_SPLIT_IRQCHIP if cap.args[0] <= MAX_IRQ_ROUTES.into() => vm.create_chip(Some(cap.args[0] as u32)),
-        KVM_CAP_EXIT_HYPERCALL => vm.set_hypercall_exits(cap.args[0]),
-        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => vm.set_manual_dirty_log(cap.args[0]),
-        _ => Err(Errno::EINVAL),
-    }
 }
 
 /// Raises or lowers a line. api.rst `KVM_IRQ_LINE`. ENXIO: the chips are user space's.

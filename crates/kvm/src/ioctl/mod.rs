@@ -1,5 +1,6 @@
 //! Every ioctl: the table of rows, their copy plans, and the handlers by file kind.
 
+mod attributes;
 mod chip;
 mod plan;
 mod system;

@@ -85,6 +85,23 @@ impl<T: Plain> In<T> {
     }
 }
 
+/// As [`In`], for a handler that also looks where the structure points to.
+pub(crate) struct InAt<T>(PhantomData<T>);
+
+impl<T: Plain> InAt<T> {
+    pub(crate) const fn request(nr: u8) -> u32 {
+        In::<T>::request(nr)
+    }
+
+    pub(crate) fn run<F, R: Ret>(
+        file: F,
+        call: &Call<'_>,
+        handler: impl FnOnce(F, &dyn Client, &T) -> Result<R, Errno>,
+    ) -> Result<Reply, Errno> {
+        handler(file, call.client, &call.fetch()?).map(|r| Reply::ret(r.ret()))
+    }
+}
+
 /// `_IOR`: a structure out.
 pub(crate) struct Out<T>(PhantomData<T>);
 

@@ -2,16 +2,16 @@
 
 use kvm_abi::request;
 use kvm_abi::{
-    ClearDirtyLog, DirtyLog, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2,
-    kvm_cpuid2, kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi,
-    kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs, kvm_translation,
-    kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
+    ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_cpuid,
+    kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_guest_debug,
+    kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs,
+    kvm_sregs2, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
     legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
 };
 use nix::errno::Errno;
 
-use super::plan::{Call, In, InFam, InNumberedOut, InOut, InOutFam, OptionalFam, Out, Value};
-use super::{Caller, Target, chip, system, vcpu, vm};
+use super::plan::{Call, In, InAt, InFam, InNumberedOut, InOut, InOutFam, OptionalFam, Out, Value};
+use super::{Caller, Target, attributes, chip, system, vcpu, vm};
 use crate::caps::Capability;
 use crate::client::Reply;
 
@@ -87,12 +87,16 @@ ioctls! {
     KVM_GET_MSR_FEATURE_INDEX_LIST 0x0a System InOutFam<kvm_msr_list, u32>,        GetMsrFeatures, Full => system::get_msr_feature_index_list;
     KVM_GET_MSRS               0x88 System InOutFam<kvm_msrs, kvm_msr_entry>,      GetMsrFeatures, Full => system::get_msrs;
     KVM_X86_GET_MCE_CAP_SUPPORTED 0x9d System Out<u64>,                            Mce,            Full => system::get_mce_cap_supported;
+    KVM_GET_DEVICE_ATTR        0xe2 System In<DeviceAttr>,                         SysAttributes,  Full => attributes::get_of_system;
+    KVM_HAS_DEVICE_ATTR        0xe3 System In<DeviceAttr>,                         SysAttributes,  Full => attributes::has_of_system;
 
     KVM_CHECK_EXTENSION        0x03 Vm     Value,                                  CheckExtensionVm, Full => vm::check_extension;
     KVM_SET_MEMORY_REGION      0x40 Vm     In<kvm_memory_region>,                  Basic,          Full => vm::set_memory_region;
     KVM_CREATE_VCPU            0x41 Vm     Value,                                  Basic,          Full => vm::create_vcpu;
     KVM_GET_DIRTY_LOG          0x42 Vm     In<DirtyLog>,                           Basic,          Full => vm::get_dirty_log;
     KVM_SET_MEMORY_ALIAS       0x43 Vm     In<kvm_memory_alias>,                   Basic,          Full => vm::set_memory_alias;
+    KVM_SET_NR_MMU_PAGES       0x44 Vm     Value,                                  MmuShadowCacheControl, Full => vm::set_nr_mmu_pages;
+    KVM_GET_NR_MMU_PAGES       0x45 Vm     Value,                                  MmuShadowCacheControl, Full => vm::get_nr_mmu_pages;
     KVM_SET_USER_MEMORY_REGION 0x46 Vm     In<kvm_userspace_memory_region>,        UserMemory,     Full => vm::set_user_memory_region;
     KVM_SET_TSS_ADDR           0x47 Vm     Value,                                  SetTssAddr,     Full => vm::set_tss_addr;
     KVM_SET_IDENTITY_MAP_ADDR  0x48 Vm     In<u64>,                                SetIdentityMapAddr, Full => vm::set_identity_map_addr;
@@ -107,14 +111,19 @@ ioctls! {
     KVM_REINJECT_CONTROL       0x71 Vm     Value,                                  ReinjectControl, Full => chip::reinject_control;
     KVM_IRQFD                  0x76 Vm     In<[u32; 8]>,                           Irqfd,          Full => chip::set_irqfd;
     KVM_CREATE_PIT2            0x77 Vm     In<[u32; 16]>,                          Pit2,           Full => chip::create_pit2;
+    KVM_SET_BOOT_CPU_ID        0x78 Vm     Value,                                  SetBootCpuId,   Full => vm::set_boot_cpu_id;
     KVM_IOEVENTFD              0x79 Vm     In<[u32; 16]>,                          Ioeventfd,      Full => chip::set_ioeventfd;
     KVM_SET_CLOCK              0x7b Vm     In<kvm_clock_data>,                     AdjustClock,    Full => vm::set_clock;
     KVM_GET_CLOCK              0x7c Vm     Out<kvm_clock_data>,                    AdjustClock,    Full => vm::get_clock;
     KVM_GET_PIT2               0x9f Vm     Out<[u32; 28]>,                         PitState2,      Full => chip::get_pit2;
     KVM_SET_PIT2               0xa0 Vm     In<[u32; 28]>,                          PitState2,      Full => chip::set_pit2;
-    KVM_ENABLE_CAP             0xa3 Vm     In<kvm_enable_cap>,                     EnableCapVm,    Full => chip::enable_cap;
+    KVM_SET_TSC_KHZ            0xa2 Vm     Value,                                  VmTscControl,   Full => vm::set_tsc_khz;
+    KVM_GET_TSC_KHZ            0xa3 Vm     Value,                                  VmTscControl,   Full => vm::get_tsc_khz;
+    KVM_ENABLE_CAP             0xa3 Vm     In<kvm_enable_cap>,                     EnableCapVm,    Full => vm::enable_cap;
     KVM_CLEAR_DIRTY_LOG        0xc0 Vm     InOut<ClearDirtyLog>,                   ManualDirtyLogProtect2, Full => vm::clear_dirty_log;
     KVM_SIGNAL_MSI             0xa5 Vm     In<kvm_msi>,                            SignalMsi,      Full => chip::signal_msi;
+    KVM_X86_SET_MSR_FILTER     0xc6 Vm     In<MsrFilter>,                          X86MsrFilter,   Full => vm::set_msr_filter;
+    KVM_GET_STATS_FD           0xce Vm     Value,                                  BinaryStatsFd,  Full => vm::get_stats_fd;
 
     KVM_RUN                    0x80 Vcpu   Value,                                  Basic,          Full => vcpu::run;
     KVM_GET_REGS               0x81 Vcpu   Out<kvm_regs>,                          Basic,          Full => vcpu::get_regs;
@@ -156,6 +165,13 @@ ioctls! {
     KVM_KVMCLOCK_CTRL          0xad Vcpu   Value,                                  KvmclockCtrl,   Full => vcpu::kvmclock_ctrl;
     KVM_GET_NESTED_STATE       0xbe Vcpu   InOut<[u32; 32]>,                       NestedState,    Full => vcpu::get_nested_state;
     KVM_SET_NESTED_STATE       0xbf Vcpu   In<[u32; 32]>,                          NestedState,    Full => vcpu::set_nested_state;
+    KVM_GET_SREGS2             0xcc Vcpu   Out<kvm_sregs2>,                        Sregs2,         Full => vcpu::get_sregs2;
+    KVM_SET_SREGS2             0xcd Vcpu   In<kvm_sregs2>,                         Sregs2,         Full => vcpu::set_sregs2;
+    KVM_GET_STATS_FD           0xce Vcpu   Value,                                  BinaryStatsFd,  Full => vcpu::get_stats_fd;
+    KVM_GET_XSAVE2             0xcf Vcpu   Out<[u32; 1024]>,                       Xsave2,         Full => vcpu::get_xsave2;
+    KVM_SET_DEVICE_ATTR        0xe1 Vcpu   InAt<DeviceAttr>,                       VcpuAttributes, Full => attributes::set;
+    KVM_GET_DEVICE_ATTR        0xe2 Vcpu   InAt<DeviceAttr>,                       VcpuAttributes, Full => attributes::get;
+    KVM_HAS_DEVICE_ATTR        0xe3 Vcpu   InAt<DeviceAttr>,                       VcpuAttributes, Full => attributes::has;
 }
 
 #[cfg(test)]

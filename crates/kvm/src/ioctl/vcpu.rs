@@ -6,8 +6,8 @@ use kvm_abi::consts::*;
 use kvm_abi::legacy::kvm_debug_guest;
 use kvm_abi::{
     KVM_NR_INTERRUPTS, Plain, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_debugregs, kvm_enable_cap, kvm_fpu,
-    kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_vcpu_events,
-    kvm_x86_mce, kvm_xcrs,
+    kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_translation,
+    kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
 };
 use nix::errno::Errno;
 use x86_defs::cpuid as bit;
@@ -18,6 +18,7 @@ use crate::client::{Client, SignalMask};
 use crate::era::Era;
 use crate::interrupt::InterruptQueue;
 use crate::mce::Injected;
+use crate::stats::StatsFile;
 use crate::vcpu::Vcpu;
 use crate::{cpuid, debug, msr, nested, state, xsave};
 
@@ -82,6 +83,19 @@ pub(crate) fn get_sregs(vcpu: &mut Vcpu) -> Result<kvm_sregs, Errno> {
 /// Loads what [`get_sregs`] reads. api.rst `KVM_SET_SREGS`. EINVAL: what `kvm_is_valid_sregs` refuses; 2007 refuses
 /// nothing. Of several vectors today's KVM queues the lowest, 2007's all.
 pub(crate) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno> {
+    load_sregs(vcpu, sregs)?;
+    let mut queue = InterruptQueue::of_bitmap(sregs.interrupt_bitmap);
+    if vcpu.era.collects_interrupts() {
+        vcpu.requeue_interrupt();
+        vcpu.interrupts = queue;
+    } else if let Some(vector) = queue.pop() {
+        vcpu.cpu.queue_interrupt(vector);
+    }
+    Ok(())
+}
+
+/// All but the queued vectors.
+fn load_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno> {
     let mut loaded = state::to_core_sregs(sregs);
     if vcpu.era.validates_sregs() {
         if !is_valid_sregs(vcpu, sregs) || !msr::is_apic_base(&vcpu.machine, sregs.apic_base) {
@@ -98,12 +112,73 @@ pub(crate) fn set_sregs(vcpu: &mut Vcpu, sregs: &kvm_sregs) -> Result<(), Errno>
     }
     vcpu.machine.set_tpr(vcpu.cpu.cr8());
     vcpu.load_cpuid();
-    let mut queue = InterruptQueue::of_bitmap(sregs.interrupt_bitmap);
-    if vcpu.era.collects_interrupts() {
-        vcpu.requeue_interrupt();
-        vcpu.interrupts = queue;
-    } else if let Some(vector) = queue.pop() {
-        vcpu.cpu.queue_interrupt(vector);
+    Ok(())
+}
+
+/// As [`get_sregs`], with PAE's page-directory pointers in the place of queued vectors. api.rst `KVM_GET_SREGS2`.
+pub(super) fn get_sregs2(vcpu: &mut Vcpu) -> Result<kvm_sregs2, Errno> {
+    let kvm_sregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, .. } =
+        get_sregs(vcpu)?;
+    let pdptrs = vcpu.cpu.pdptes();
+    let flags = if pdptrs.is_some() { KVM_SREGS2_FLAGS_PDPTRS_VALID.into() } else { 0 };
+    let pdptrs = pdptrs.unwrap_or_default();
+    Ok(kvm_sregs2 {
+        cs,
+        ds,
+        es,
+        fs,
+        gs,
+        ss,
+        tr,
+        ldt,
+        gdt,
+        idt,
+        cr0,
+        cr2,
+        cr3,
+        cr4,
+        cr8,
+        efer,
+        apic_base,
+        flags,
+        pdptrs,
+    })
+}
+
+/// Loads what [`get_sregs2`] reads; without pointers they come from memory, as [`set_sregs`] takes them. Queued vectors stay.
+/// api.rst `KVM_SET_SREGS2`. EINVAL: also another flag, or pointers without PAE paging.
+pub(super) fn set_sregs2(vcpu: &mut Vcpu, sregs: &kvm_sregs2) -> Result<(), Errno> {
+    let has_pointers = sregs.flags == u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID);
+    let on = |value: u64, bit: u64| value & bit != 0;
+    let pae = on(sregs.cr0, Cr0::PG.bits()) && on(sregs.cr4, Cr4::PAE.bits()) && !on(sregs.efer, Efer::LMA.bits());
+    if !has_pointers && sregs.flags != 0 || has_pointers && !pae {
+        return Err(Errno::EINVAL);
+    }
+    let &kvm_sregs2 { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, .. } = sregs;
+    let interrupt_bitmap = [0; 4];
+    let common = kvm_sregs {
+        cs,
+        ds,
+        es,
+        fs,
+        gs,
+        ss,
+        tr,
+        ldt,
+        gdt,
+        idt,
+        cr0,
+        cr2,
+        cr3,
+        cr4,
+        cr8,
+        efer,
+        apic_base,
+        interrupt_bitmap,
+    };
+    load_sregs(vcpu, &common)?;
+    if has_pointers {
+        vcpu.cpu.set_pdptes(sregs.pdptrs);
     }
     Ok(())
 }
@@ -120,7 +195,9 @@ fn is_valid_sregs(vcpu: &Vcpu, sregs: &kvm_sregs) -> bool {
     } else {
         !efer.contains(Efer::LMA) && sregs.cs.l == 0
     };
-    let missing = CR4_FEATURES.iter().any(|&(bits, feature)| cr4.intersects(bits) && !cpuid::has(&vcpu.cpuid, feature));
+    // Until the guest has a CPUID it may use what can be offered: `cr4_guest_rsvd_bits` is 0.
+    let table = if vcpu.has_cpuid { &vcpu.cpuid[..] } else { cpuid::supported() };
+    let missing = CR4_FEATURES.iter().any(|&(bits, feature)| cr4.intersects(bits) && !cpuid::has(table, feature));
     let cr0_fits = sregs.cr0 >> 32 == 0
         && (cr0.contains(Cr0::CD) || !cr0.contains(Cr0::NW))
         && (cr0.contains(Cr0::PE) || !cr0.contains(Cr0::PG));
@@ -290,6 +367,7 @@ fn load_cpuid(vcpu: &mut Vcpu, table: Vec<kvm_cpuid_entry2>) -> Result<(), Errno
         vcpu.load_cpuid();
         return Err(Errno::EINVAL);
     }
+    vcpu.has_cpuid = true;
     Ok(())
 }
 
@@ -340,6 +418,11 @@ pub(super) fn get_xsave(vcpu: &mut Vcpu) -> Result<[u32; 1024], Errno> {
     Ok(xsave::image(vcpu.cpu.fpu()))
 }
 
+/// As [`get_xsave`], as large as `KVM_CAP_XSAVE2` says: no component lies behind its first page. api.rst `KVM_GET_XSAVE2`.
+pub(super) fn get_xsave2(vcpu: &mut Vcpu) -> Result<[u32; 1024], Errno> {
+    get_xsave(vcpu)
+}
+
 /// Loads an XSAVE image. api.rst `KVM_SET_XSAVE`. EINVAL: a component that the CPU lacks, a compacted or malformed header,
 /// reserved bits in MXCSR.
 pub(super) fn set_xsave(vcpu: &mut Vcpu, image: &[u32; 1024]) -> Result<(), Errno> {
@@ -387,16 +470,26 @@ pub(super) fn set_debugregs(vcpu: &mut Vcpu, regs: &kvm_debugregs) -> Result<(),
 
 /// Sets IA32_MCG_CAP and resets the banks. api.rst `KVM_X86_SETUP_MCE`. EINVAL: no bank, too many, unknown capability.
 pub(super) fn setup_mce(vcpu: &mut Vcpu, cap: &u64) -> Result<(), Errno> {
-    vcpu.machine.mce.lock().setup(*cap)
+    let mut mce = vcpu.machine.mce.lock();
+    mce.setup(*cap)?;
+    if let Some(apic) = vcpu.machine.apic() {
+        apic.lapic.set_cmci(mce.has_cmci());
+    }
+    Ok(())
 }
 
-/// Logs a machine-check error and raises #MC if it was not corrected. api.rst `KVM_X86_SET_MCE`. EINVAL: no such bank, or
+/// Logs a machine-check error and raises #MC if it was not corrected, or the interrupt for one that needs no action. api.rst `KVM_X86_SET_MCE`. EINVAL: no such bank, or
 /// the status is not valid.
 pub(super) fn set_mce(vcpu: &mut Vcpu, error: &kvm_x86_mce) -> Result<(), Errno> {
     let enabled = vcpu.cpu.sregs().cr4.contains(Cr4::MCE);
     let injected = vcpu.machine.mce.lock().inject(error, enabled)?;
     match injected {
         Injected::Nothing => {}
+        Injected::Interrupt => {
+            if let Some(apic) = vcpu.machine.apic() {
+                apic.lapic.corrected_machine_check();
+            }
+        }
         Injected::Exception => vcpu.cpu.queue_exception(vector::MC, None),
         Injected::TripleFault => vcpu.triple_fault = true,
     }
@@ -473,6 +566,11 @@ pub(super) fn enable_cap(vcpu: &mut Vcpu, cap: &kvm_enable_cap) -> Result<(), Er
     vcpu.enforces_pv = cap.args[0] != 0;
     vcpu.load_cpuid();
     Ok(())
+}
+
+/// A file with statistics of the vCPU. api.rst `KVM_GET_STATS_FD`.
+pub(super) fn get_stats_fd(vcpu: &mut Vcpu, client: &dyn Client, _: u64) -> Result<i32, Errno> {
+    client.install(StatsFile::of_vcpu(&vcpu.vm, vcpu.id, &vcpu.counters), true)
 }
 
 /// Rate of the guest's time-stamp counter. api.rst `KVM_GET_TSC_KHZ`.

@@ -1,16 +1,100 @@
 //! Ioctls of a VM file.
 
-use kvm_abi::consts::KVM_CLOCK_REALTIME;
+use std::sync::atomic::Ordering::Relaxed;
+
+use kvm_abi::consts::*;
 use kvm_abi::legacy::{kvm_memory_alias, kvm_memory_region};
-use kvm_abi::{ClearDirtyLog, DirtyLog, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_userspace_memory_region};
+use kvm_abi::{
+    ClearDirtyLog, DirtyLog, MsrFilter, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
 use nix::errno::Errno;
 
 use super::Caller;
 use crate::client::Client;
 use crate::era::Era;
+use crate::stats::StatsFile;
 use crate::vcpu::VcpuFile;
 use crate::vm::Vm;
-use crate::{caps, kvmclock};
+use crate::{caps, kvmclock, options};
+
+/// Switches on what a VM has only if it is wanted, each capability with its own `args[0]`. api.rst `KVM_ENABLE_CAP`, and "Capabilities
+/// that can be enabled on VMs". EINVAL: another capability, flags, a value that it does not take. EEXIST, EINVAL: as
+/// [`Vm::create_chip`].
+pub(super) fn enable_cap(vm: &Caller<'_, Vm>, cap: &kvm_enable_cap) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    if cap.flags != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let value = cap.args[0];
+    match cap.cap {
+        // How many inputs user space's I/O APICs have.
+        KVM_CAP_SPLIT_IRQCHIP if value <= caps::MAX_IRQ_ROUTES.into() => vm.create_chip(Some(value as u32)),
+        KVM_CAP_EXIT_HYPERCALL => vm.set_hypercall_exits(value),
+        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => vm.set_manual_dirty_log(value),
+        KVM_CAP_DISABLE_QUIRKS2 if value & !u64::from(options::QUIRKS) != 0 => Err(Errno::EINVAL),
+        KVM_CAP_DISABLE_QUIRKS | KVM_CAP_DISABLE_QUIRKS2 => {
+            vm.options.disable_quirks(value);
+            Ok(())
+        }
+        KVM_CAP_MSR_PLATFORM_INFO => {
+            vm.options.shows_platform_info.store(value != 0, Relaxed);
+            Ok(())
+        }
+        KVM_CAP_X86_USER_SPACE_MSR => vm.options.set_msr_exits(value),
+        KVM_CAP_MAX_VCPU_ID => vm.options.limit_vcpu_ids(value),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+/// Which MSRs guests may touch. api.rst `KVM_X86_SET_MSR_FILTER`. EINVAL as [`Filter::set`](crate::msr_filter::Filter::set).
+/// EFAULT.
+pub(super) fn set_msr_filter(vm: &Caller<'_, Vm>, filter: &MsrFilter) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    vm.options.msr_filter.set(vm.client, filter)
+}
+
+/// A file with statistics of the VM. api.rst `KVM_GET_STATS_FD`.
+pub(super) fn get_stats_fd(vm: &Caller<'_, Vm>, client: &dyn Client, _: u64) -> Result<i32, Errno> {
+    vm.require(Era::Modern)?;
+    client.install(StatsFile::of_vm(vm.file), true)
+}
+
+/// The id of the bootstrap processor. api.rst `KVM_SET_BOOT_CPU_ID`. EBUSY: there are vCPUs.
+pub(super) fn set_boot_cpu_id(vm: &Caller<'_, Vm>, _: &dyn Client, id: u64) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    let vcpus = vm.vcpus.lock();
+    if !vcpus.is_empty() {
+        return Err(Errno::EBUSY);
+    }
+    vm.options.set_boot_cpu(id as u32);
+    Ok(())
+}
+
+/// How many pages shadow page tables may take, of which there are none here. api.rst `KVM_SET_NR_MMU_PAGES`. EINVAL: fewer than
+/// 64.
+pub(super) fn set_nr_mmu_pages(vm: &Caller<'_, Vm>, _: &dyn Client, pages: u64) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    vm.options.set_mmu_pages(pages)
+}
+
+/// That number. api.rst `KVM_GET_NR_MMU_PAGES`. No error.
+pub(super) fn get_nr_mmu_pages(vm: &Caller<'_, Vm>, _: &dyn Client, _: u64) -> Result<i32, Errno> {
+    vm.require(Era::Modern)?;
+    Ok(i32::try_from(vm.options.mmu_pages()).unwrap_or(i32::MAX))
+}
+
+/// Rate of the time-stamp counters of vCPUs to come; 0 is the host's. api.rst `KVM_SET_TSC_KHZ`. EINVAL: out of range.
+pub(super) fn set_tsc_khz(vm: &Caller<'_, Vm>, _: &dyn Client, khz: u64) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    vm.options.set_tsc_khz(khz as u32)
+}
+
+/// That rate. api.rst `KVM_GET_TSC_KHZ`.
+pub(super) fn get_tsc_khz(vm: &Caller<'_, Vm>, _: &dyn Client, _: u64) -> Result<i32, Errno> {
+    vm.require(Era::Modern)?;
+    Ok(vm.options.tsc_khz() as i32)
+}
 
 /// As on the system file. api.rst `KVM_CHECK_EXTENSION`. No error.
 pub(super) fn check_extension(_: &Caller<'_, Vm>, _: &dyn Client, capability: u64) -> Result<i32, Errno> {
@@ -22,6 +106,9 @@ pub(super) fn create_vcpu(vm: &Caller<'_, Vm>, client: &dyn Client, id: u64) -> 
     // The kernel takes an int.
     let id = id as u32;
     if id >= caps::MAX_VCPU_ID || vm.vcpus.lock().len() >= caps::MAX_VCPUS as usize {
+        return Err(Errno::EINVAL);
+    }
+    if !vm.options.takes_vcpu(id) {
         return Err(Errno::EINVAL);
     }
     let era = vm.settle_era();
