@@ -11,6 +11,7 @@ pub mod kernel;
 pub mod packages;
 pub mod qemu;
 pub mod root;
+pub mod selftests;
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
