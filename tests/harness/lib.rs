@@ -4,7 +4,7 @@
 //! - [`service`]: the same as a daemon that outlives its clients: `softkvm serve`, and what it holds on to
 //! - [`console`]: reading and typing on a program's terminal
 //! - [`inside`]: running the rest of a test in a process that sees our /dev/kvm
-//! - [`qemu`]: QEMU as the VMM
+//! - [`qemu`]: QEMU as the VMM; [`qmp`]: its machine protocol
 //! - [`foreign`]: tests of other crates, built unmodified and run as clients
 
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ pub mod console;
 pub mod foreign;
 pub mod inside;
 pub mod qemu;
+pub mod qmp;
 pub mod service;
 pub mod softkvm;
 pub mod summary;
