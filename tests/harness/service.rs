@@ -27,12 +27,20 @@ pub struct Service {
 pub struct Resources {
     /// VMs by its own account.
     pub vms: usize,
-    /// Open memfds: `/proc/PID/fd`.
+    /// Open descriptors: `/proc/PID/fd`.
+    pub fds: usize,
+    /// Memfds among them.
     pub memfds: usize,
     /// Mappings of memfds: `/proc/PID/maps`.
     pub mappings: usize,
     /// `/proc/PID/task`
     pub threads: usize,
+    /// Processes that it or one of its children started.
+    pub processes: usize,
+    /// Mounts that it sees: `/proc/PID/mountinfo`.
+    pub mounts: usize,
+    /// Its own memory that is present, in KiB: `RssAnon` and `RssShmem` of `/proc/PID/status`.
+    pub memory_kib: usize,
 }
 
 impl Service {
@@ -84,11 +92,24 @@ impl Service {
         let status = self.status()?;
         let vms = status["vms"].as_array().context("the status has no list of VMs")?.len();
         let fds = fs::read_dir(proc.join("fd")).context("reading /proc/PID/fd")?;
-        let memfds = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok()).filter(|to| is_memfd(to)).count();
+        let fds: Vec<PathBuf> = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok()).collect();
+        let memfds = fds.iter().filter(|to| is_memfd(to)).count();
         let maps = fs::read_to_string(proc.join("maps")).context("reading /proc/PID/maps")?;
         let mappings = maps.lines().filter(|line| line.contains("/memfd:")).count();
         let threads = fs::read_dir(proc.join("task")).context("reading /proc/PID/task")?.count();
-        Ok(Resources { vms, memfds, mappings, threads })
+        let mounts = fs::read_to_string(proc.join("mountinfo")).context("reading /proc/PID/mountinfo")?;
+        let state = fs::read_to_string(proc.join("status")).context("reading /proc/PID/status")?;
+        let processes = descendants(self.pid().as_raw());
+        Ok(Resources {
+            vms,
+            fds: fds.len(),
+            memfds,
+            mappings,
+            threads,
+            processes,
+            mounts: mounts.lines().count(),
+            memory_kib: kib(&state, "RssAnon") + kib(&state, "RssShmem"),
+        })
     }
 
     /// Ends the daemon as nothing else can: SIGKILL.
@@ -104,4 +125,22 @@ impl Service {
 
 fn is_memfd(link: &std::path::Path) -> bool {
     link.to_string_lossy().starts_with("/memfd:")
+}
+
+/// How many processes descend from this one: `/proc/PID/task/*/children` (proc_pid_task_children(5)).
+fn descendants(pid: i32) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let children = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    let children: Vec<i32> = children.flat_map(|text| pids(&text)).collect();
+    children.len() + children.into_iter().map(descendants).sum::<usize>()
+}
+
+fn pids(text: &str) -> Vec<i32> {
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// `NAME:   123 kB` in a `/proc/PID/status` (proc_pid_status(5)).
+fn kib(status: &str, name: &str) -> usize {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }
