@@ -1,30 +1,54 @@
-//! What softkvm costs, and beside it what QEMU's own JIT makes of the same image. Not a gate: numbers to compare with
-//! yesterday's on the same machine. Run by `cargo xtask bench`.
+//! What softkvm costs, and beside it what others make of the same guest. Not a gate: numbers to compare with the parent's on
+//! the same machine. Run by `cargo xtask bench`.
 
 mod bare;
-mod boot;
+mod image;
+mod peer;
+mod report;
+mod round;
 mod row;
 mod sector;
 mod vmm;
+mod workload;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
+use assets::Progress;
+use assets::progress::Bar;
 use clap::Parser;
 use softkvm_tests::softkvm;
 
+use peer::Peer;
+use report::{Machine, Report};
 use row::Row;
 
-/// Measure softkvm: exits, start-up, speed and a boot, with QEMU's JIT beside it.
+/// Measure softkvm: a guest's workloads beside others who run the same guest, and single costs.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, bin_name = "cargo xtask bench")]
 struct Args {
-    /// Print JSON instead of a table: a list of {name, unit, softkvm, tcg}
+    /// Only workloads and single costs whose name contains one of these
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// How often each peer boots the guest, in turn
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    rounds: u32,
+    /// Who runs the guest
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "softkvm,tcg,bochs")]
+    peers: Vec<Peer>,
+    /// Another build of softkvm, as the peer `parent`
+    #[arg(long, value_name = "PROGRAM")]
+    parent: Option<PathBuf>,
+    /// The workloads' size in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 100)]
+    scale: u32,
+    /// Print the whole result as JSON instead of tables
     #[arg(long)]
     json: bool,
-    /// Only the rows whose name contains this
-    #[arg(value_name = "NAME")]
-    filter: Option<String>,
+    /// An earlier result, from `benches/results`, to compare with
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
     /// The part that needs a /dev/kvm, measured on the one that is there
     #[arg(long, hide = true)]
     inside: bool,
@@ -45,29 +69,82 @@ fn run(args: &Args) -> Result<()> {
         return row::print_json(&vmm::measure()?);
     }
     softkvm::require_host()?;
-    let wanted = |name: &str| args.filter.as_deref().is_none_or(|part| name.contains(part));
-    let mut rows: Vec<Row> = Vec::new();
-    for (names, measure) in GROUPS {
-        if names.iter().any(|name| wanted(name)) {
-            eprintln!("measuring: {}", names.join(", "));
-            rows.extend(measure()?);
+    let earlier = args.compare.as_deref().map(Report::read).transpose()?;
+    let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|part| selects(part, name));
+    let workloads: Vec<_> = workload::ALL.iter().copied().filter(|w| wanted(w.name)).collect();
+    let groups: Vec<_> = GROUPS.iter().filter(|(names, _)| names.iter().any(|name| wanted(name))).collect();
+    if workloads.is_empty() && groups.is_empty() {
+        bail!("nothing is called like {}", args.names.join(" or "));
+    }
+    let mut peers = args.peers.clone();
+    if args.parent.is_some() && !peers.contains(&Peer::Parent) {
+        peers.push(Peer::Parent);
+    }
+    softkvm::binary()?;
+
+    let bar = Bar::new();
+    for peer in &peers {
+        peer.ensure(&bar)?;
+    }
+    let mut report = Report::new(Machine::here(&assets::kernel::ensure(&bar)?.release, &peers), args.scale);
+    if !workloads.is_empty() {
+        let disc = image::disc(&workloads, args.scale, &bar)?;
+        for round in 0..args.rounds {
+            // Whoever is first in one round is last in the next.
+            for turn in 0..peers.len() {
+                let peer = peers[(turn + round as usize) % peers.len()];
+                let what = format!("round {} of {}: {peer}", round + 1, args.rounds);
+                bar.step(&what);
+                let progress = |name: &str| bar.detail(&format!("{what}: {name}"));
+                let samples = round::run(peer, &disc, args.parent.as_deref(), &workloads, progress)?;
+                report.add(peer, samples)?;
+            }
         }
     }
-    rows.retain(|row| wanted(&row.name));
-    if args.json {
-        row::print_json(&rows)?;
-    } else {
-        row::print_table(&rows);
+    for (names, measure) in groups {
+        bar.step(&format!("measuring: {}", names.join(", ")));
+        report.micro.extend(measure()?);
     }
+    report.micro.retain(|row| wanted(&row.name));
+    report.machine.load[1] = report::load();
+    bar.finish();
+
+    if args.json {
+        println!("{}", report.json()?);
+    } else {
+        if !workloads.is_empty() {
+            print!("{}", report::table(&report, &peers));
+        }
+        if !report.micro.is_empty() {
+            row::print_table(&report.micro);
+        }
+        if let Some(earlier) = &earlier {
+            print!("{}", report::comparison(&report, earlier));
+        }
+    }
+    let path = report.keep().context("the result is not kept")?;
+    eprintln!("kept as {}", path.display());
     Ok(())
+}
+
+/// The name of a workload selects that one alone, anything else all whose name it is a part of.
+fn selects(part: &str, name: &str) -> bool {
+    if workload::ALL.iter().any(|w| w.name == part) { part == name } else { name.contains(part) }
 }
 
 type Group = (&'static [&'static str], fn() -> Result<Vec<Row>>);
 
-/// Rows that are measured together.
-const GROUPS: &[Group] = &[
-    (bare::NAMES, bare::measure),
-    (vmm::NAMES, vmm::measure_inside_softkvm),
-    (sector::NAMES, sector::measure),
-    (boot::NAMES, boot::measure),
-];
+/// Single costs that are measured together.
+const GROUPS: &[Group] =
+    &[(bare::NAMES, bare::measure), (vmm::NAMES, vmm::measure_inside_softkvm), (sector::NAMES, sector::measure)];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_select() {
+        assert!(selects("boot", "boot") && !selects("boot", "tight loop, boot sector in QEMU"));
+        assert!(selects("exit", "exit round trip, OUT, tiny VMM") && !selects("exit", "boot"));
+    }
+}

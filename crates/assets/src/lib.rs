@@ -9,6 +9,7 @@ pub mod initramfs;
 pub mod iso;
 pub mod kernel;
 pub mod packages;
+pub mod progress;
 pub mod qemu;
 pub mod root;
 pub mod selftests;
@@ -57,7 +58,7 @@ pub fn lock(cache: &Path, name: &str) -> Result<File> {
 }
 
 /// Puts `bytes` into the cache under a name that is theirs alone: `stem-HASH.extension`.
-fn store(stem: &str, extension: &str, bytes: &[u8]) -> Result<PathBuf> {
+pub fn store(stem: &str, extension: &str, bytes: &[u8]) -> Result<PathBuf> {
     let path = cache()?.join(format!("{stem}-{:016x}.{extension}", content_hash(bytes)));
     if !path.exists() {
         // Written beside and renamed, so that nobody ever boots half a file.

@@ -39,6 +39,18 @@ pub const MTOOLS: Need = need("mformat", "mtools");
 pub const UNSHARE: Need = need("unshare", "util-linux");
 /// Users and capabilities for the tests.
 pub const SETPRIV: Need = need("setpriv", "util-linux");
+/// Compiles what guests of the benchmark run.
+pub const GCC: Need = need("gcc", "gcc");
+/// What it is linked with.
+pub const LIBC: Need = need("/usr/lib/x86_64-linux-gnu/libc.a", "libc6-dev");
+/// The other interpreter of the benchmark.
+pub const BOCHS: Need = need("bochs-bin", "bochs");
+/// A display of Bochs', which Debian's package wants one of. The one that is used comes with Bochs itself.
+pub const BOCHS_DISPLAY: Need = need("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so", "bochs-term");
+/// Its firmware.
+pub const BOCHS_BIOS: Need = need("/usr/share/bochs/BIOS-bochs-latest", "bochsbios");
+/// Its graphics card's.
+pub const VGA_BIOS: Need = need("/usr/share/vgabios/vgabios.bin", "vgabios");
 
 /// Makes a Debian in a folder.
 pub const DEBOOTSTRAP: Need = need("debootstrap", "debootstrap");
@@ -49,7 +61,7 @@ pub const QEMU_IMG: Need = need("qemu-img", "qemu-utils");
 /// UEFI firmware for QEMU.
 pub const OVMF: Need = need("/usr/share/ovmf/OVMF.fd", "ovmf");
 
-/// All of them.
+/// All that the tests need.
 pub const ALL: &[Need] =
     &[QEMU, BUSYBOX, GRUB_MKRESCUE, GRUB_PC, XORRISO, MTOOLS, UNSHARE, SETPRIV, DEBOOTSTRAP, MKFS_EXT4, QEMU_IMG, OVMF];
 

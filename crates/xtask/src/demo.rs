@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use assets::progress::Bar;
 use assets::qemu::{Accel, Machine};
 use assets::{initramfs, kernel, packages};
 use clap::ValueEnum;
@@ -13,7 +14,6 @@ use softkvm_tests::softkvm;
 use softkvm_tests::summary::Summary;
 
 use crate::console;
-use crate::progress::Bar;
 
 /// Boot Debian's cloud kernel in an unmodified QEMU on softkvm, and show the console.
 ///

@@ -8,7 +8,6 @@ mod demo;
 mod fuzz;
 mod install;
 mod isa;
-mod progress;
 mod record;
 mod test;
 

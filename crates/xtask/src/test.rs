@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use assets::packages;
+use assets::progress::Bar;
 use clap::ValueEnum;
 
 use crate::cargo::cargo;
-use crate::progress::Bar;
 
 /// Run every check that a change must pass: formatting, lints, tests, documentation.
 ///

@@ -3,25 +3,40 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use assets::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::Progress;
+
 /// One line that always shows the current step.
-pub(crate) struct Bar {
+pub struct Bar {
     bar: ProgressBar,
     terminal: bool,
 }
 
+impl Default for Bar {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Bar {
-    pub(crate) fn new() -> Self {
+    /// Shows nothing until the first step.
+    pub fn new() -> Self {
         let terminal = std::io::stderr().is_terminal();
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         bar.enable_steady_tick(Duration::from_millis(100));
         Self { bar, terminal }
     }
 
+    /// What the current step is at, for a human alone.
+    pub fn detail(&self, what: &str) {
+        if self.terminal {
+            self.bar.set_message(what.to_owned());
+        }
+    }
+
     /// Takes the line away; what is printed next begins in column one.
-    pub(crate) fn finish(&self) {
+    pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
 }
