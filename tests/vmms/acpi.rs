@@ -71,7 +71,7 @@ fn devices(style: &Style, code: &mut Vec<u8>) {
     match style.transport {
         // Linux's virtio_mmio.c takes this name.
         Transport::Mmio => {
-            let window = Memory32Fixed::new(true, bus::DISK as u32, bus::DISK_LEN as u32);
+            let window = Memory32Fixed::new(true, bus::DISK as u32, 0x1000);
             let disk = [
                 &Name::new("_HID".into(), &"LNRO0005") as &dyn Aml,
                 &Name::new("_UID".into(), &0_u8),

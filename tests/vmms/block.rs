@@ -1,21 +1,22 @@
-//! A disk on virtio: "Virtual I/O Device (VIRTIO) Version 1.2", sections 4.2 (MMIO) and 5.2 (block device).
+//! A disk on virtio, whichever way its registers are found: VIRTIO 1.2, sections 2.7 (queues) and 5.2 (block device).
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
+use vm_superio::Trigger;
 
-/// Offset of QueueNotify, where the ioeventfd is.
-pub const QUEUE_NOTIFY: u64 = 0x50;
+use crate::routes::Interrupt;
+
 const QUEUE_SIZE: u16 = 128;
 const SECTOR: u64 = 512;
 
-const DEVICE_BLOCK: u32 = 2;
 /// `VIRTIO_F_VERSION_1`, in the second word of the features.
 const VERSION_1: u32 = 1;
+/// `DRIVER_OK` of the device status.
+const DRIVER_OK: u32 = 4;
 
 const STATUS_OK: u8 = 0;
 const STATUS_UNSUPPORTED: u8 = 2;
@@ -33,77 +34,122 @@ struct Request {
 // SAFETY: any bytes are a request; there is no padding.
 unsafe impl ByteValued for Request {}
 
-/// The disk and its registers.
+/// The disk, its queue and what its registers have in common.
 pub struct Disk {
     memory: GuestMemoryMmap<()>,
     image: File,
     sectors: u64,
     queue: Queue,
-    /// Signalled when buffers have been used.
-    interrupt: EventFd,
-    features_select: u32,
+    /// Raised when buffers have been used.
+    interrupt: Interrupt,
+    /// Who serves the queue, if it is another process: it is told where the queue is.
+    server: Option<File>,
     interrupt_status: u32,
-    status: u32,
+    /// As the driver wrote it.
+    pub status: u32,
     /// Requests served.
     pub requests: u64,
 }
 
 impl Disk {
     /// A disk with this image.
-    pub fn new(memory: GuestMemoryMmap<()>, image: File, interrupt: EventFd) -> Result<Self> {
+    pub fn new(memory: GuestMemoryMmap<()>, image: File, interrupt: Interrupt) -> Result<Self> {
         let sectors = image.metadata().context("the disk's image")?.len() / SECTOR;
         let queue = Queue::new(QUEUE_SIZE).context("a queue")?;
-        let (features_select, interrupt_status, status, requests) = (0, 0, 0, 0);
-        Ok(Self { memory, image, sectors, queue, interrupt, features_select, interrupt_status, status, requests })
+        Ok(Self { memory, image, sectors, queue, interrupt, server: None, interrupt_status: 0, status: 0, requests: 0 })
     }
 
-    /// A register of section 4.2.2, or the device's own behind 0x100.
-    pub fn read(&mut self, offset: u64, data: &mut [u8]) {
-        let value = match offset {
-            0x000 => u32::from_le_bytes(*b"virt"),
-            0x004 => 2,
-            0x008 => DEVICE_BLOCK,
-            0x010 => u32::from(self.features_select == 1) * VERSION_1,
-            0x034 => QUEUE_SIZE.into(),
-            0x044 => self.queue.ready().into(),
-            0x060 => self.interrupt_status,
-            0x070 => self.status,
-            0x100.. => {
-                let capacity = self.sectors.to_le_bytes();
-                let bytes = capacity.iter().copied().chain(std::iter::repeat(0)).skip((offset - 0x100) as usize);
-                data.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
-                return;
-            }
-            _ => 0,
-        };
-        data.iter_mut().zip(value.to_le_bytes()).for_each(|(to, byte)| *to = byte);
+    /// Somebody behind this pipe serves the queue.
+    pub fn served_by(&mut self, server: File) {
+        self.server = Some(server);
     }
 
-    /// The same for a write.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
-        let Ok(bytes) = <[u8; 4]>::try_from(data) else { return Ok(()) };
-        let value = u32::from_le_bytes(bytes);
-        match offset {
-            0x014 => self.features_select = value,
-            0x038 => self.queue.set_size(value as u16),
-            0x044 => self.queue.set_ready(value == 1),
-            QUEUE_NOTIFY => bail!("QueueNotify exited, with an ioeventfd there"),
-            0x064 => self.interrupt_status &= !value,
-            0x070 => {
-                self.status = value;
-                if value == 0 {
-                    self.queue.reset();
-                }
-            }
-            0x080 => self.queue.set_desc_table_address(Some(value), None),
-            0x084 => self.queue.set_desc_table_address(None, Some(value)),
-            0x090 => self.queue.set_avail_ring_address(Some(value), None),
-            0x094 => self.queue.set_avail_ring_address(None, Some(value)),
-            0x0a0 => self.queue.set_used_ring_address(Some(value), None),
-            0x0a4 => self.queue.set_used_ring_address(None, Some(value)),
-            _ => {}
+    /// A word of the features that there are.
+    pub fn features(select: u32) -> u32 {
+        u32::from(select == 1) * VERSION_1
+    }
+
+    /// Of the device's own configuration: the capacity, and zeros.
+    pub fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let capacity = self.sectors.to_le_bytes();
+        let bytes = capacity.iter().copied().chain(std::iter::repeat(0)).skip(offset);
+        data.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+    }
+
+    /// Entries of the queue.
+    pub fn queue_size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// The driver wants another size.
+    pub fn set_queue_size(&mut self, size: u16) {
+        self.queue.set_size(size);
+    }
+
+    /// Is the queue in use?
+    pub fn is_ready(&self) -> bool {
+        self.queue.ready()
+    }
+
+    /// The driver says so.
+    pub fn set_ready(&mut self, ready: bool) {
+        self.queue.set_ready(ready);
+    }
+
+    /// Half of the address of the descriptors (0), of the driver's ring (1) or of the device's (2).
+    pub fn set_address(&mut self, which: u32, upper: bool, half: u32) {
+        let (low, high) = if upper { (None, Some(half)) } else { (Some(half), None) };
+        match which {
+            0 => self.queue.set_desc_table_address(low, high),
+            1 => self.queue.set_avail_ring_address(low, high),
+            _ => self.queue.set_used_ring_address(low, high),
+        }
+    }
+
+    /// The driver writes the device status.
+    pub fn set_status(&mut self, status: u32) -> Result<()> {
+        let starts = (status & !self.status) & DRIVER_OK != 0;
+        self.status = status;
+        if status == 0 {
+            self.queue.reset();
+        }
+        if let (true, Some(server)) = (starts, &mut self.server) {
+            let queue = &self.queue;
+            let words = [queue.size().into(), queue.desc_table(), queue.avail_ring(), queue.used_ring()];
+            server.write_all(&words.map(u64::to_le_bytes).concat()).context("the disk's process")?;
         }
         Ok(())
+    }
+
+    /// In the other process: waits until the queue is there.
+    pub fn learn_queue(&mut self, from: &mut File) -> Result<()> {
+        let mut bytes = [0; 32];
+        from.read_exact(&mut bytes).context("the queue's addresses")?;
+        let mut words = bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+        let mut next = || words.next().expect("four of them");
+        self.queue.set_size(next() as u16);
+        for which in 0..3 {
+            let address = next();
+            self.set_address(which, false, address as u32);
+            self.set_address(which, true, (address >> 32) as u32);
+        }
+        self.queue.set_ready(true);
+        Ok(())
+    }
+
+    /// Why there was an interrupt.
+    pub fn interrupt_status(&self) -> u32 {
+        self.interrupt_status
+    }
+
+    /// The driver has seen these bits of it.
+    pub fn acknowledge(&mut self, bits: u32) {
+        self.interrupt_status &= !bits;
+    }
+
+    /// The same by reading.
+    pub fn take_interrupt_status(&mut self) -> u32 {
+        std::mem::take(&mut self.interrupt_status)
     }
 
     /// Serves what the guest has put into the queue.
@@ -139,7 +185,7 @@ impl Disk {
         if !done.is_empty() {
             self.requests += done.len() as u64;
             self.interrupt_status |= 1;
-            self.interrupt.write(1).context("the interrupt")?;
+            self.interrupt.trigger().context("the interrupt")?;
         }
         Ok(())
     }

@@ -4,23 +4,31 @@ use std::io::{Stdout, stdout};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
+use vm_superio::Serial;
 use vm_superio::serial::NoEvents;
-use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::block::Disk;
+use crate::ioapic::Ioapic;
+use crate::mmio::Mmio;
+use crate::pci::{self, Pci};
+use crate::routes::Interrupt;
 
 /// COM1.
 pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_IRQ: u8 = 4;
 /// The disk's registers: those of virtio-mmio, or the first BAR.
 pub const DISK: u64 = 0xd000_0000;
-pub const DISK_LEN: u64 = 0x1000;
+pub const DISK_LEN: u64 = 0x1_0000;
+/// Its interrupt by virtio-mmio.
 pub const DISK_IRQ: u8 = 5;
+/// And by MSI-X: the first GSI that is no pin of an I/O APIC.
+pub const DISK_GSI: u32 = 24;
 /// What the PCI host bridge passes on.
 pub const PCI_LEN: u64 = 0x10_0000;
 /// The I/O APIC.
 pub const IOAPIC: u64 = 0xfec0_0000;
+const IOAPIC_END: u64 = IOAPIC + 0x20;
 
 /// The keyboard controller, as far as a driver looks for one and resets the machine with it.
 #[derive(Debug, Default)]
@@ -55,22 +63,19 @@ impl Keyboard {
     }
 }
 
-/// An interrupt that is an eventfd.
-#[derive(Debug)]
-pub struct Line(pub EventFd);
-
-impl Trigger for Line {
-    type E = std::io::Error;
-
-    fn trigger(&self) -> std::io::Result<()> {
-        self.0.write(1)
-    }
+/// How the disk's registers are found.
+pub enum Registers {
+    Mmio(Mmio),
+    Pci(Box<Pci>),
 }
 
 /// Everything that exits lead to.
 pub struct Bus {
-    pub serial: Mutex<Serial<Line, NoEvents, Stdout>>,
+    serial: Mutex<Serial<Interrupt, NoEvents, Stdout>>,
+    /// The disk.
     pub disk: Arc<Mutex<Disk>>,
+    registers: Mutex<Registers>,
+    ioapic: Option<Mutex<Ioapic>>,
     keyboard: Mutex<Keyboard>,
     /// Written when the guest asks for a reset.
     pub reset: EventFd,
@@ -78,14 +83,26 @@ pub struct Bus {
 
 impl Bus {
     /// A bus of one disk and one serial port, which interrupts by `serial`.
-    pub fn new(serial: EventFd, disk: Arc<Mutex<Disk>>, reset: EventFd) -> Self {
-        let (serial, keyboard) = (Mutex::new(Serial::new(Line(serial), stdout())), Mutex::default());
-        Self { serial, disk, keyboard, reset }
+    pub fn new(
+        serial: Interrupt,
+        disk: Arc<Mutex<Disk>>,
+        registers: Registers,
+        ioapic: Option<Ioapic>,
+        reset: EventFd,
+    ) -> Self {
+        let (serial, keyboard) = (Mutex::new(Serial::new(serial, stdout())), Mutex::default());
+        Self { serial, disk, registers: Mutex::new(registers), ioapic: ioapic.map(Mutex::new), keyboard, reset }
     }
 
     /// IN.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
+        if is_pci(port) {
+            if let Registers::Pci(pci) = &mut *locked(&self.registers) {
+                pci.port_read(port, data);
+            }
+            return;
+        }
         let [byte] = data else { return };
         match (serial_register(port), port) {
             (Some(offset), _) => *byte = locked(&self.serial).read(offset),
@@ -96,6 +113,11 @@ impl Bus {
 
     /// OUT.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Result<()> {
+        if is_pci(port)
+            && let Registers::Pci(pci) = &mut *locked(&self.registers)
+        {
+            return pci.port_write(port, data);
+        }
         let [byte] = data else { return Ok(()) };
         match (serial_register(port), port) {
             (Some(offset), _) => {
@@ -114,17 +136,32 @@ impl Bus {
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some(offset) = address.checked_sub(DISK).filter(|offset| *offset < DISK_LEN) {
-            locked(&self.disk).read(offset, data);
+            match &mut *locked(&self.registers) {
+                Registers::Mmio(mmio) => mmio.read(&locked(&self.disk), offset, data),
+                Registers::Pci(pci) => pci.read(&mut locked(&self.disk), offset, data),
+            }
+        } else if let (Some(ioapic), IOAPIC..IOAPIC_END) = (&self.ioapic, address) {
+            locked(ioapic).read(address - IOAPIC, data);
         }
     }
 
     /// A store to where no RAM is.
     pub fn write(&self, address: u64, data: &[u8]) -> Result<()> {
         if let Some(offset) = address.checked_sub(DISK).filter(|offset| *offset < DISK_LEN) {
-            locked(&self.disk).write(offset, data)?;
+            return match &mut *locked(&self.registers) {
+                Registers::Mmio(mmio) => mmio.write(&mut locked(&self.disk), offset, data),
+                Registers::Pci(pci) => pci.write(&mut locked(&self.disk), offset, data),
+            };
+        }
+        if let (Some(ioapic), IOAPIC..IOAPIC_END) = (&self.ioapic, address) {
+            locked(ioapic).write(address - IOAPIC, data)?;
         }
         Ok(())
     }
+}
+
+fn is_pci(port: u16) -> bool {
+    (pci::ADDRESS..pci::DATA + 4).contains(&port)
 }
 
 /// The lock; what a thread left that panicked is as good as anything.

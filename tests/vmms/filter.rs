@@ -15,6 +15,8 @@ pub enum Filter {
     None,
     /// One for each kind of thread: a vCPU's may not even read.
     Firecracker,
+    /// One for whoever builds the VM, before there is one; vCPUs' threads inherit it and add their own.
+    CloudHypervisor,
 }
 
 /// A call that is allowed: whatever its arguments are, or with one of these at that place.
@@ -55,10 +57,60 @@ const FIRECRACKER_MAIN: &[Allowed] = &[
     (libc::SYS_tgkill, None),
 ];
 
+/// The thread of Cloud Hypervisor that builds the VM and waits for its end.
+const CLOUD_HYPERVISOR_VMM: &[Allowed] = &[
+    (libc::SYS_clock_nanosleep, None),
+    (libc::SYS_clone, None),
+    (libc::SYS_clone3, None),
+    (libc::SYS_close, None),
+    (libc::SYS_epoll_create1, None),
+    (libc::SYS_epoll_ctl, None),
+    (libc::SYS_epoll_wait, None),
+    (libc::SYS_eventfd2, None),
+    (libc::SYS_fcntl, None),
+    (libc::SYS_fstat, None),
+    (libc::SYS_getpid, None),
+    (libc::SYS_getrandom, None),
+    (libc::SYS_gettid, None),
+    (IOCTL, None),
+    (libc::SYS_lseek, None),
+    (libc::SYS_madvise, None),
+    (libc::SYS_mprotect, None),
+    (libc::SYS_openat, None),
+    (libc::SYS_prctl, None),
+    (libc::SYS_read, None),
+    (libc::SYS_rseq, None),
+    (libc::SYS_rt_sigaction, None),
+    (libc::SYS_sched_getaffinity, None),
+    (libc::SYS_seccomp, None),
+    (libc::SYS_set_robust_list, None),
+    (libc::SYS_statx, None),
+    (libc::SYS_tgkill, None),
+];
+
+/// A vCPU's thread of its: of KVM's only what an exit may lead to.
+const CLOUD_HYPERVISOR_VCPU: &[Allowed] = &[
+    (libc::SYS_close, None),
+    (libc::SYS_fcntl, None),
+    (IOCTL, Some((1, CLOUD_HYPERVISOR_IOCTLS))),
+    (libc::SYS_mprotect, None),
+    (libc::SYS_nanosleep, None),
+    (libc::SYS_read, None),
+    (libc::SYS_rt_sigaction, None),
+    (libc::SYS_tgkill, None),
+];
+/// RUN, IRQFD, IOEVENTFD, SET_GSI_ROUTING, SET_USER_MEMORY_REGION, NMI, CHECK_EXTENSION.
+const CLOUD_HYPERVISOR_IOCTLS: &[u64] = &[KVM_RUN, 0x4020_ae76, 0x4040_ae79, 0x4008_ae6a, 0x4020_ae46, 0xae9a, 0xae03];
+
 fn install(lists: &[&[Allowed]]) -> Result<()> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for (number, argument) in lists.iter().copied().flatten() {
+        // No rule: whatever the arguments are.
+        let always = lists.iter().copied().flatten().any(|(other, argument)| other == number && argument.is_none());
         let rules = rules.entry(*number).or_default();
+        if always {
+            continue;
+        }
         let Some((index, values)) = argument else { continue };
         for &value in *values {
             // Descriptors' calls, protections and advice are 32 bits wide.
@@ -106,14 +158,23 @@ impl Filter {
         match self {
             Filter::None => Ok(()),
             Filter::Firecracker => install(&[ANY_THREAD, FIRECRACKER_VCPU]),
+            Filter::CloudHypervisor => install(&[ANY_THREAD, CLOUD_HYPERVISOR_VCPU]),
         }
     }
 
     /// The calling thread is the main one, and all vCPUs have been started.
     pub fn on_main(self) -> Result<()> {
         match self {
-            Filter::None => Ok(()),
+            Filter::None | Filter::CloudHypervisor => Ok(()),
             Filter::Firecracker => install(&[ANY_THREAD, FIRECRACKER_MAIN]),
+        }
+    }
+
+    /// The calling thread is about to build the VM.
+    pub fn on_builder(self) -> Result<()> {
+        match self {
+            Filter::None | Filter::Firecracker => Ok(()),
+            Filter::CloudHypervisor => install(&[ANY_THREAD, CLOUD_HYPERVISOR_VMM]),
         }
     }
 }

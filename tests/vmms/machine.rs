@@ -1,27 +1,33 @@
 //! A machine is built, step by step, and run.
 #![expect(unsafe_code, reason = "KVM is handed a pointer to the guest's RAM")]
 
-use std::fs::OpenOptions;
-use std::os::fd::AsRawFd;
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::Files;
-use crate::block::{Disk, QUEUE_NOTIFY};
+use crate::block::Disk;
 use crate::boot::{self, Start};
-use crate::bus::{self, Bus, locked};
-use crate::filter;
-use crate::kick::Target;
+use crate::bus::{self, Bus, Registers, locked};
+use crate::ioapic::Ioapic;
+use crate::kick::{Kick, Target};
+use crate::mmio::{self, Mmio};
+use crate::pci::{self, Pci};
 use crate::ram::Ram;
-use crate::style::{Step, Style, Worker};
-use crate::vcpu::{self, Runner};
+use crate::routes::{Interrupt, Routes};
+use crate::style::{Chip, Lines, Step, Style, Transport, Worker};
+use crate::vcpu::{Plan, Runner};
+use crate::{Files, filter};
 
 /// `ARCH_GET_XCOMP_SUPP` of arch/x86/include/uapi/asm/prctl.h.
 const ARCH_GET_XCOMP_SUPP: i32 = 0x1021;
@@ -38,7 +44,7 @@ struct Machine<'a> {
     kvm: Option<Kvm>,
     cpuid: Option<CpuId>,
     // Dropped in this order: the vCPUs before their VM.
-    vcpus: Vec<VcpuFd>,
+    vcpus: Vec<Option<VcpuFd>>,
     vm: Option<Arc<VmFd>>,
     devices: Option<Devices>,
 }
@@ -64,6 +70,40 @@ fn watch(devices: &Devices, queue: bool) -> Result<Epoll> {
     Ok(epoll)
 }
 
+/// Forks a process that serves the disk; what is left here are its registers. There are no other threads yet.
+fn in_a_process(mut disk: Disk, queue: &EventFd) -> Result<Disk> {
+    let mut ends = [0; 2];
+    // SAFETY: the kernel writes two descriptors.
+    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+        return Err(std::io::Error::last_os_error()).context("pipe2");
+    }
+    // SAFETY: both are new, and nobody else's.
+    let [mut from, to] = ends.map(|end| unsafe { File::from_raw_fd(end) });
+    // SAFETY: no other thread holds a lock that the child could need.
+    match unsafe { libc::fork() } {
+        -1 => Err(std::io::Error::last_os_error()).context("fork"),
+        0 => {
+            drop(to);
+            // SAFETY: takes integers only. The process is of no use without the VMM.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            let served = disk.learn_queue(&mut from).and_then(|()| {
+                loop {
+                    queue.read().context("the queue's eventfd")?;
+                    disk.serve()?;
+                }
+            });
+            let served: Result<()> = served;
+            // The VMM may have ended before the guest used the disk.
+            served.err().iter().for_each(|error| eprintln!("vmms: the disk's process: {error:#}"));
+            std::process::exit(1);
+        }
+        _ => {
+            disk.served_by(to);
+            Ok(disk)
+        }
+    }
+}
+
 /// A thread that serves the disk.
 fn serve_alone(queue: &EventFd, disk: &Mutex<Disk>, reset: &EventFd) {
     while queue.read().is_ok() {
@@ -85,6 +125,7 @@ pub fn run(style: &'static Style, files: &Files) -> Result<()> {
     filter::install_handler()?;
     let (ram, start, kvm, cpuid, vm, devices) = (None, None, None, None, None, None);
     let mut machine = Machine { style, files, ram, start, kvm, cpuid, vcpus: Vec::new(), vm, devices };
+    machine.vcpus.resize_with(style.cpus.into(), || None);
     for step in style.order {
         machine.step(*step).with_context(|| format!("{}: {step:?}", style.name))?;
     }
@@ -138,7 +179,17 @@ impl Machine<'_> {
                 let pit = kvm_pit_config { flags, ..Default::default() };
                 self.vm()?.create_pit2(pit).context("KVM_CREATE_PIT2")?;
             }
-            Step::SplitIrqchip => bail!("no style does this yet"),
+            Step::SplitIrqchip => {
+                let cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [24, 0, 0, 0], ..Default::default() };
+                self.vm()?.enable_cap(&cap).context("KVM_ENABLE_CAP")?;
+            }
+            Step::Routes => Routes::new(self.vm()?, true, BTreeMap::new()).apply()?,
+            Step::MaxVcpus => {
+                let most = made(&self.kvm, "/dev/kvm")?.get_max_vcpus();
+                if most < self.style.cpus.into() {
+                    bail!("KVM_CAP_MAX_VCPUS is {most}");
+                }
+            }
             Step::Slots => {
                 for (slot, part) in (0..).zip(&made(&self.ram, "RAM")?.parts) {
                     let region = kvm_userspace_memory_region {
@@ -152,22 +203,15 @@ impl Machine<'_> {
                     unsafe { self.vm()?.set_user_memory_region(region) }.context("KVM_SET_USER_MEMORY_REGION")?;
                 }
             }
-            Step::Vcpus => {
-                for id in 0..self.style.cpus {
-                    let vcpu = self.vm()?.create_vcpu(id.into()).context("KVM_CREATE_VCPU")?;
-                    self.vcpus.push(vcpu);
+            Step::Vcpus(steps) => {
+                let plan = self.plan()?;
+                for (id, vcpu) in (0..).zip(&mut self.vcpus) {
+                    for step in steps {
+                        plan.step(*step, id, vcpu).with_context(|| format!("vCPU {id}: {step:?}"))?;
+                    }
                 }
             }
-            Step::SetCpuid => {
-                for (id, vcpu) in (0..).zip(&self.vcpus) {
-                    vcpu::set_cpuid(vcpu, made(&self.cpuid, "CPUID")?, id, self.style.cpus)?;
-                }
-            }
-            Step::State => {
-                for vcpu in &self.vcpus {
-                    vcpu::set_state(vcpu, *made(&self.start, "a kernel")?, &made(&self.ram, "RAM")?.memory, true)?;
-                }
-            }
+            Step::Filter => self.style.filter.on_builder()?,
             Step::Devices => self.devices = Some(self.devices()?),
         }
         Ok(())
@@ -177,23 +221,53 @@ impl Machine<'_> {
         made(&self.vm, "a VM")
     }
 
+    fn plan(&self) -> Result<Plan> {
+        Ok(Plan {
+            vm: Arc::clone(self.vm()?),
+            offered: self.cpuid.clone(),
+            start: *made(&self.start, "a kernel")?,
+            memory: made(&self.ram, "RAM")?.memory.clone(),
+            cpus: self.style.cpus,
+        })
+    }
+
     fn devices(&self) -> Result<Devices> {
-        let eventfd = || EventFd::new(EFD_NONBLOCK).context("an eventfd");
-        let (serial, disk, reset) = (eventfd()?, eventfd()?, eventfd()?);
-        // A thread of its own waits in read(2).
-        let queue =
-            EventFd::new(if self.style.worker == Worker::Main { EFD_NONBLOCK } else { 0 }).context("an eventfd")?;
+        let style = self.style;
+        let eventfd = |flags| EventFd::new(flags).context("an eventfd");
         let vm = self.vm()?;
-        vm.register_irqfd(&serial, bus::SERIAL_IRQ.into()).context("KVM_IRQFD of the serial port")?;
-        vm.register_irqfd(&disk, bus::DISK_IRQ.into()).context("KVM_IRQFD of the disk")?;
-        let notify = IoEventAddress::Mmio(bus::DISK + QUEUE_NOTIFY);
-        vm.register_ioevent(&queue, &notify, 0_u32).context("KVM_IOEVENTFD")?;
+        let pci = style.transport == Transport::Pci;
+        let mut with_route = BTreeMap::new();
+        let mut interrupt = |gsi: u32| -> Result<Interrupt> {
+            let event = eventfd(EFD_NONBLOCK)?;
+            match style.lines {
+                Lines::IrqLine => return Ok(Interrupt::Line(Arc::clone(vm), gsi)),
+                Lines::Irqfd => vm.register_irqfd(&event, gsi).context("KVM_IRQFD")?,
+                Lines::IrqfdWithRoute => drop(with_route.insert(gsi, event.try_clone().context("an eventfd")?)),
+            }
+            Ok(Interrupt::Event(event))
+        };
+        let serial = interrupt(bus::SERIAL_IRQ.into())?;
+        let disk_interrupt = interrupt(if pci { bus::DISK_GSI } else { bus::DISK_IRQ.into() })?;
+        // A thread or process of its own waits in read(2).
+        let queue = eventfd(if style.worker == Worker::Main { EFD_NONBLOCK } else { 0 })?;
+        let offset = if pci { pci::QUEUE_NOTIFY } else { mmio::QUEUE_NOTIFY };
+        let at = IoEventAddress::Mmio(bus::DISK + offset);
+        // With virtio-pci any length will do; with virtio-mmio the queue's number is compared.
+        if pci { vm.register_ioevent(&queue, &at, NoDatamatch) } else { vm.register_ioevent(&queue, &at, 0_u32) }
+            .context("KVM_IOEVENTFD")?;
+        let routes = Routes::new(vm, style.chip == Chip::Kernel, with_route);
+        let ioapic = (style.chip == Chip::Split).then(|| Ioapic::new(routes.clone()));
+        let registers = if pci { Registers::Pci(Box::new(Pci::new(routes))) } else { Registers::Mmio(Mmio::default()) };
         let path = &self.files.disk;
         let image = OpenOptions::new().read(true).write(true).open(path);
         let image = image.with_context(|| format!("cannot open {}", path.display()))?;
-        let disk = Disk::new(made(&self.ram, "RAM")?.memory.clone(), image, disk)?;
+        let mut disk = Disk::new(made(&self.ram, "RAM")?.memory.clone(), image, disk_interrupt)?;
+        if style.worker == Worker::Process {
+            disk = in_a_process(disk, &queue)?;
+        }
+        let reset = eventfd(EFD_NONBLOCK)?;
         let reset_of_bus = reset.try_clone().context("an eventfd")?;
-        let bus = Arc::new(Bus::new(serial, Arc::new(Mutex::new(disk)), reset_of_bus));
+        let bus = Arc::new(Bus::new(serial, Arc::new(Mutex::new(disk)), registers, ioapic, reset_of_bus));
         Ok(Devices { bus, queue, reset })
     }
 
@@ -201,16 +275,17 @@ impl Machine<'_> {
         let devices = self.devices.take().context("the style has no devices")?;
         let stop = Arc::new(AtomicBool::new(false));
         let run_size = made(&self.kvm, "/dev/kvm")?.get_vcpu_mmap_size().context("KVM_GET_VCPU_MMAP_SIZE")?;
+        let plan = self.plan()?;
         let (mut threads, mut targets) = (Vec::new(), Vec::new());
-        for (id, mut vcpu) in self.vcpus.drain(..).enumerate() {
+        for (id, vcpu) in (0..).zip(self.vcpus.drain(..)) {
             let target = Arc::new(Target::default());
-            target.map_second(&vcpu, run_size)?;
-            let bus = Arc::clone(&devices.bus);
-            let runner = Runner { style: self.style, bus, target: Arc::clone(&target), stop: Arc::clone(&stop) };
-            let thread = std::thread::Builder::new().name(format!("vcpu {id}")).spawn(move || {
-                // A filter may forbid the thread to close it.
-                (runner.run(&mut vcpu), vcpu)
-            });
+            if let (Kick::SecondMapping, Some(vcpu)) = (self.style.kick, &vcpu) {
+                target.map_second(vcpu, run_size)?;
+            }
+            let (bus, plan) = (Arc::clone(&devices.bus), plan.clone());
+            let (target_of_thread, stop) = (Arc::clone(&target), Arc::clone(&stop));
+            let runner = Runner { style: self.style, id, plan, bus, target: target_of_thread, stop };
+            let thread = std::thread::Builder::new().name(format!("vcpu {id}")).spawn(move || runner.run(vcpu));
             threads.push(thread.context("a thread")?);
             targets.push(target);
         }

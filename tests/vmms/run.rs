@@ -144,4 +144,7 @@ styles! {
     firecracker "firecracker" 2;
     firecracker_restored "firecracker-restored" 1;
     libkrun "libkrun" 2;
+    cloud_hypervisor "cloud-hypervisor" 2;
+    crosvm "crosvm" 2;
+    kvmtool "kvmtool" 1;
 }

@@ -45,6 +45,17 @@ pub enum Worker {
     Process,
 }
 
+/// How devices interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lines {
+    /// By irqfds, all added when the device is made.
+    Irqfd,
+    /// By irqfds that are added with their route and removed with it.
+    IrqfdWithRoute,
+    /// `KVM_IRQ_LINE`.
+    IrqLine,
+}
+
 /// A step of the main thread.
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
@@ -80,14 +91,41 @@ pub enum Step {
     SplitIrqchip,
     /// `KVM_SET_USER_MEMORY_REGION`.
     Slots,
-    /// `KVM_CREATE_VCPU` for all, here; without this step each thread makes its own.
-    Vcpus,
-    /// `KVM_SET_CPUID2` for all, here.
-    SetCpuid,
-    /// Registers of all, here.
-    State,
-    /// The serial port's irqfd, the disk's ioeventfd and irqfd.
+    /// `KVM_SET_GSI_ROUTING` of the routes that `KVM_CREATE_IRQCHIP` made.
+    Routes,
+    /// `KVM_CAP_MAX_VCPUS`.
+    MaxVcpus,
+    /// Steps of all vCPUs; those that are not taken here each thread takes for its own.
+    Vcpus(&'static [VcpuStep]),
+    /// The serial port's interrupt, the disk's ioeventfd and interrupt, and whoever serves the disk.
     Devices,
+    /// The filter of the thread that builds the VM.
+    Filter,
+}
+
+/// A step of one vCPU.
+#[derive(Clone, Copy, Debug)]
+pub enum VcpuStep {
+    /// `KVM_CREATE_VCPU`, and `kvm_run` is mapped.
+    Create,
+    /// `KVM_CAP_XSAVE2` and `KVM_CAP_XCRS` on the VM.
+    Caps,
+    /// `KVM_GET_TSC_KHZ`.
+    TscKhz,
+    /// `KVM_SET_CPUID2`.
+    Cpuid,
+    /// `KVM_SET_MSRS`, all in one.
+    Msrs,
+    /// `KVM_GET_MSRS` of MTRRcap, whose failure is no matter, and `KVM_SET_MSRS` for each MSR.
+    MsrsOneByOne,
+    /// `KVM_SET_REGS`.
+    Regs,
+    /// `KVM_GET_SREGS`, `KVM_SET_SREGS`.
+    Sregs,
+    /// `KVM_SET_FPU`.
+    Fpu,
+    /// `KVM_GET_LAPIC`, `KVM_SET_LAPIC`.
+    Lapic,
 }
 
 /// A VMM.
@@ -111,8 +149,12 @@ pub struct Style {
     pub filter: Filter,
     /// Its processors.
     pub cpus: u8,
+    /// How interrupts are raised.
+    pub lines: Lines,
     /// What it does until vCPUs run.
     pub order: &'static [Step],
+    /// What each vCPU's thread does before that.
+    pub on_thread: &'static [VcpuStep],
 }
 
 /// What Firecracker asks of /dev/kvm before it goes on.
@@ -133,6 +175,9 @@ const FIRECRACKER_CAPS: &[Cap] = &[
     Cap::ExtCpuid,
 ];
 
+const FIRECRACKER_STATE: &[VcpuStep] =
+    &[VcpuStep::Msrs, VcpuStep::Regs, VcpuStep::Fpu, VcpuStep::Sregs, VcpuStep::Lapic];
+
 /// All of them.
 pub const STYLES: &[Style] = &[
     Style {
@@ -145,6 +190,7 @@ pub const STYLES: &[Style] = &[
         kick: Kick::SecondMapping,
         filter: Filter::Firecracker,
         cpus: 2,
+        lines: Lines::Irqfd,
         order: &[
             Step::Ram,
             Step::Open,
@@ -157,13 +203,14 @@ pub const STYLES: &[Style] = &[
             Step::Tss(0xfffb_d000),
             Step::Irqchip,
             Step::Pit(kvm_bindings::KVM_PIT_SPEAKER_DUMMY),
-            Step::Vcpus,
+            Step::Vcpus(&[VcpuStep::Create]),
             Step::Slots,
             Step::Load,
             Step::Devices,
-            Step::SetCpuid,
-            Step::State,
+            Step::Vcpus(&[VcpuStep::Cpuid]),
+            Step::Vcpus(FIRECRACKER_STATE),
         ],
+        on_thread: &[],
     },
     // A snapshot's RAM is a private mapping of its file. What is restored here is a guest that has not run yet.
     Style {
@@ -176,6 +223,7 @@ pub const STYLES: &[Style] = &[
         kick: Kick::SecondMapping,
         filter: Filter::Firecracker,
         cpus: 1,
+        lines: Lines::Irqfd,
         order: &[
             Step::Ram,
             Step::Load,
@@ -190,12 +238,13 @@ pub const STYLES: &[Style] = &[
             Step::Tss(0xfffb_d000),
             Step::Irqchip,
             Step::Pit(kvm_bindings::KVM_PIT_SPEAKER_DUMMY),
-            Step::Vcpus,
+            Step::Vcpus(&[VcpuStep::Create]),
             Step::Slots,
             Step::Devices,
-            Step::SetCpuid,
-            Step::State,
+            Step::Vcpus(&[VcpuStep::Cpuid]),
+            Step::Vcpus(FIRECRACKER_STATE),
         ],
+        on_thread: &[],
     },
     // libkrun names its disks on the command line, which Debian's kernel does not read (`VIRTIO_MMIO_CMDLINE_DEVICES`).
     Style {
@@ -208,6 +257,7 @@ pub const STYLES: &[Style] = &[
         kick: Kick::InHandler,
         filter: Filter::None,
         cpus: 2,
+        lines: Lines::Irqfd,
         order: &[
             Step::Ram,
             Step::Load,
@@ -221,9 +271,142 @@ pub const STYLES: &[Style] = &[
             Step::Irqchip,
             Step::Pit(kvm_bindings::KVM_PIT_SPEAKER_DUMMY),
             Step::Devices,
-            Step::Vcpus,
-            Step::SetCpuid,
-            Step::State,
+            Step::Vcpus(&[VcpuStep::Create]),
+            Step::Vcpus(&[VcpuStep::Cpuid]),
+            Step::Vcpus(FIRECRACKER_STATE),
         ],
+        on_thread: &[],
+    },
+    Style {
+        name: "cloud-hypervisor",
+        ram: Backing::HugeAdvice,
+        entry: Entry::Pvh,
+        chip: Chip::Split,
+        transport: Transport::Pci,
+        worker: Worker::Thread,
+        kick: Kick::Resend,
+        filter: Filter::CloudHypervisor,
+        cpus: 2,
+        lines: Lines::IrqfdWithRoute,
+        order: &[
+            Step::Open,
+            Step::Filter,
+            Step::Caps(&[
+                Cap::AdjustClock,
+                Cap::ExtCpuid,
+                Cap::GetTscKhz,
+                Cap::ImmediateExit,
+                Cap::Ioeventfd,
+                Cap::Irqchip,
+                Cap::Irqfd,
+                Cap::IrqRouting,
+                Cap::MpState,
+                Cap::SetIdentityMapAddr,
+                Cap::SetTssAddr,
+                Cap::SplitIrqchip,
+                Cap::TscDeadlineTimer,
+                Cap::UserMemory,
+                Cap::UserNmi,
+                Cap::VcpuEvents,
+                Cap::Xsave,
+            ]),
+            Step::Vm,
+            Step::MsrList,
+            Step::IdentityMap(0xfffb_c000),
+            Step::Tss(0xfffb_d000),
+            Step::SplitIrqchip,
+            Step::Ram,
+            Step::MaxVcpus,
+            Step::Cpuid,
+            Step::Slots,
+            Step::Load,
+            Step::Vcpus(&[VcpuStep::Create, VcpuStep::Caps]),
+            Step::Devices,
+            Step::Vcpus(&[
+                VcpuStep::TscKhz,
+                VcpuStep::Cpuid,
+                VcpuStep::Msrs,
+                VcpuStep::Regs,
+                VcpuStep::Sregs,
+                VcpuStep::Fpu,
+                VcpuStep::Lapic,
+            ]),
+        ],
+        on_thread: &[],
+    },
+    Style {
+        name: "crosvm",
+        ram: Backing::Memfd,
+        entry: Entry::Linux64,
+        chip: Chip::Kernel,
+        transport: Transport::Pci,
+        worker: Worker::Process,
+        kick: Kick::InHandler,
+        filter: Filter::None,
+        cpus: 2,
+        lines: Lines::Irqfd,
+        order: &[
+            Step::Open,
+            Step::Ram,
+            Step::Vm,
+            Step::Slots,
+            Step::Irqchip,
+            Step::Pit(0),
+            Step::Routes,
+            Step::IdentityMap(0xfffb_c000),
+            Step::Tss(0xfffb_d000),
+            Step::Load,
+            Step::Devices,
+            Step::Caps(&[Cap::UserMemory, Cap::ImmediateExit]),
+            Step::Cpuid,
+        ],
+        on_thread: &[
+            VcpuStep::Create,
+            VcpuStep::Cpuid,
+            VcpuStep::Regs,
+            VcpuStep::Sregs,
+            VcpuStep::Fpu,
+            VcpuStep::MsrsOneByOne,
+            VcpuStep::Lapic,
+        ],
+    },
+    Style {
+        name: "kvmtool",
+        ram: Backing::Mergeable,
+        entry: Entry::RealMode,
+        chip: Chip::Kernel,
+        transport: Transport::Pci,
+        worker: Worker::Thread,
+        kick: Kick::Restarting,
+        filter: Filter::None,
+        cpus: 1,
+        lines: Lines::IrqLine,
+        order: &[
+            Step::Open,
+            Step::Vm,
+            Step::Caps(&[
+                Cap::CoalescedMmio,
+                Cap::SetTssAddr,
+                Cap::Pit2,
+                Cap::UserMemory,
+                Cap::IrqRouting,
+                Cap::Irqchip,
+                Cap::Hlt,
+                Cap::IrqInjectStatus,
+                Cap::ExtCpuid,
+            ]),
+            Step::Tss(0xfffb_d000),
+            Step::Ram,
+            Step::Irqchip,
+            Step::Pit(0),
+            Step::Slots,
+            Step::Load,
+            Step::MaxVcpus,
+            Step::Vcpus(&[VcpuStep::Create, VcpuStep::Lapic]),
+            Step::Routes,
+            Step::Devices,
+            Step::Cpuid,
+        ],
+        on_thread: &[VcpuStep::Cpuid, VcpuStep::Sregs, VcpuStep::Regs, VcpuStep::Fpu, VcpuStep::Msrs],
     },
 ];

@@ -5,16 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_msr_entry};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{Cap, VcpuExit, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 
 use crate::boot::Start;
 use crate::bus::Bus;
 use crate::kick::Target;
-use crate::style::Style;
+use crate::style::{Style, VcpuStep};
 
 /// `KVM_SET_CPUID2`: what KVM offers, with this vCPU's APIC id, the hypervisor's bit and the timer's.
-pub fn set_cpuid(vcpu: &VcpuFd, offered: &CpuId, id: u8, cpus: u8) -> Result<()> {
+fn set_cpuid(vcpu: &VcpuFd, offered: &CpuId, id: u8, cpus: u8) -> Result<()> {
     let mut cpuid = offered.clone();
     for entry in cpuid.as_mut_slice() {
         match entry.function {
@@ -49,21 +49,66 @@ fn boot_msrs() -> [kvm_msr_entry; 11] {
     ]
 }
 
-/// Registers, in Firecracker's order.
-pub fn set_state(vcpu: &VcpuFd, start: Start, memory: &GuestMemoryMmap<()>, lapic: bool) -> Result<()> {
-    let msrs = boot_msrs();
-    let set = vcpu.set_msrs(&Msrs::from_entries(&msrs).context("MSRs")?).context("KVM_SET_MSRS")?;
-    if set != msrs.len() {
-        bail!("KVM_SET_MSRS took {set} of {}", msrs.len());
+/// All of the VM that a vCPU's own steps need.
+#[derive(Clone)]
+pub struct Plan {
+    pub vm: Arc<VmFd>,
+    pub offered: Option<CpuId>,
+    pub start: Start,
+    pub memory: GuestMemoryMmap<()>,
+    pub cpus: u8,
+}
+
+impl Plan {
+    /// Takes a step of vCPU `id`.
+    pub fn step(&self, step: VcpuStep, id: u8, vcpu: &mut Option<VcpuFd>) -> Result<()> {
+        if let VcpuStep::Create = step {
+            *vcpu = Some(self.vm.create_vcpu(id.into()).context("KVM_CREATE_VCPU")?);
+            return Ok(());
+        }
+        let vcpu = vcpu.as_mut().context("the style needs a vCPU before it is made")?;
+        match step {
+            VcpuStep::Create => {}
+            VcpuStep::Caps => {
+                self.vm.check_extension_int(Cap::Xsave2);
+                self.vm.check_extension_int(Cap::Xcrs);
+            }
+            VcpuStep::TscKhz => {
+                vcpu.get_tsc_khz().context("KVM_GET_TSC_KHZ")?;
+            }
+            VcpuStep::Cpuid => {
+                set_cpuid(vcpu, self.offered.as_ref().context("CPUID was not asked for")?, id, self.cpus)?;
+            }
+            VcpuStep::Msrs => {
+                let msrs = boot_msrs();
+                let set = vcpu.set_msrs(&Msrs::from_entries(&msrs).context("MSRs")?).context("KVM_SET_MSRS")?;
+                if set != msrs.len() {
+                    bail!("KVM_SET_MSRS took {set} of {}", msrs.len());
+                }
+            }
+            VcpuStep::MsrsOneByOne => {
+                const MTRR_CAP: kvm_msr_entry = kvm_msr_entry { index: 0xfe, reserved: 0, data: 0 };
+                let _ = vcpu.get_msrs(&mut Msrs::from_entries(&[MTRR_CAP]).context("MSRs")?);
+                for msr in boot_msrs() {
+                    let set = vcpu.set_msrs(&Msrs::from_entries(&[msr]).context("MSRs")?).context("KVM_SET_MSRS")?;
+                    if set != 1 {
+                        bail!("KVM_SET_MSRS did not take {:#x}", msr.index);
+                    }
+                }
+            }
+            VcpuStep::Regs => vcpu.set_regs(&self.start.regs()).context("KVM_SET_REGS")?,
+            VcpuStep::Fpu => {
+                let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+                vcpu.set_fpu(&fpu).context("KVM_SET_FPU")?;
+            }
+            VcpuStep::Sregs => {
+                let sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
+                vcpu.set_sregs(&self.start.sregs(&self.memory, sregs)?).context("KVM_SET_SREGS")?;
+            }
+            VcpuStep::Lapic => set_lint(vcpu)?,
+        }
+        Ok(())
     }
-    vcpu.set_regs(&start.regs()).context("KVM_SET_REGS")?;
-    vcpu.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }).context("KVM_SET_FPU")?;
-    let sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
-    vcpu.set_sregs(&start.sregs(memory, sregs)?).context("KVM_SET_SREGS")?;
-    if lapic {
-        set_lint(vcpu)?;
-    }
-    Ok(())
 }
 
 /// LINT0 is the PIC's, LINT1 is NMI: what every VMM makes of the local APIC's reset state.
@@ -83,22 +128,33 @@ fn set_lint(vcpu: &VcpuFd) -> Result<()> {
 /// What a vCPU's thread has.
 pub struct Runner {
     pub style: &'static Style,
+    pub id: u8,
+    pub plan: Plan,
     pub bus: Arc<Bus>,
     pub target: Arc<Target>,
     pub stop: Arc<AtomicBool>,
 }
 
 impl Runner {
-    /// Runs until it is told to stop.
-    pub fn run(&self, vcpu: &mut VcpuFd) -> Result<()> {
-        self.target.enter(vcpu);
-        let result = self.style.filter.on_vcpu().and_then(|()| self.exits(vcpu));
+    /// Runs until it is told to stop. The vCPU is given back: a filter may forbid its thread to close it.
+    pub fn run(&self, mut vcpu: Option<VcpuFd>) -> (Result<()>, Option<VcpuFd>) {
+        let result = self.run_until_told(&mut vcpu);
         self.target.leave();
         if result.is_err() {
             // The main thread shall not wait for a guest that has no CPU.
             let _ = self.bus.reset.write(1);
         }
-        result
+        (result, vcpu)
+    }
+
+    fn run_until_told(&self, vcpu: &mut Option<VcpuFd>) -> Result<()> {
+        for step in self.style.on_thread {
+            self.plan.step(*step, self.id, vcpu).with_context(|| format!("{step:?}"))?;
+        }
+        let vcpu = vcpu.as_mut().context("nobody has made the vCPU")?;
+        self.target.enter(vcpu);
+        self.style.filter.on_vcpu()?;
+        self.exits(vcpu)
     }
 
     fn exits(&self, vcpu: &mut VcpuFd) -> Result<()> {
@@ -108,6 +164,8 @@ impl Runner {
                 Ok(VcpuExit::IoOut(port, data)) => self.bus.port_write(port, data)?,
                 Ok(VcpuExit::MmioRead(address, data)) => self.bus.read(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.bus.write(address, data)?,
+                // No line of ours is level-triggered.
+                Ok(VcpuExit::IoapicEoi(_)) => {}
                 // HLT waits inside KVM_RUN: an exit is an error to all of them.
                 Ok(other) => bail!("exit {other:?}"),
                 Err(error) if error.errno() == libc::EINTR => self.target.interrupted(self.style.kick, vcpu)?,
