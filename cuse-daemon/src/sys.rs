@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "system calls that neither std nor nix wraps")]
 
 use std::ffi::CStr;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -93,6 +94,69 @@ pub fn mounted_nowhere(kind: &CStr) -> Result<OwnedFd, Errno> {
 pub fn same_address_space(a: Pid, b: Pid) -> bool {
     // SAFETY: takes integers only.
     unsafe { libc::syscall(libc::SYS_kcmp, a.as_raw(), b.as_raw(), KCMP_VM, 0, 0) == 0 }
+}
+
+/// userfaultfd(2), by system call: for whoever waits in user space only, which needs no privilege.
+pub const USERFAULTFD_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | 1;
+
+/// linux/userfaultfd.h
+mod userfault {
+    pub(super) const API: u64 = 0xaa;
+    pub(super) const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+    pub(super) const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+    pub(super) const REGISTER_MODE_WP: u64 = 1 << 1;
+    /// `EVENT_REMOVE`, `EVENT_UNMAP`.
+    pub(super) const EVENTS: u64 = 1 << 3 | 1 << 6;
+    /// `PAGEFAULT_FLAG_WP`, `WP_HUGETLBFS_SHMEM` (5.19): shared memory can be registered.
+    pub(super) const SHARED: u64 = 1 | 1 << 12;
+    /// `WP_ASYNC` (6.7): any memory can be.
+    pub(super) const ANY: u64 = 1 << 15;
+    pub(super) const EVENT_REMOVE: u8 = 0x15;
+    pub(super) const EVENT_UNMAP: u8 = 0x16;
+    pub(super) const MESSAGE: usize = 32;
+}
+
+/// Has a userfaultfd tell of memory that is unmapped or discarded. `EINVAL`: a kernel before 5.19.
+pub fn userfault_begin(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    let begin = |features| {
+        let mut api = [userfault::API, features, 0];
+        // SAFETY: the kernel reads and writes the 24 bytes of `api`, which outlives the call.
+        Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), userfault::UFFDIO_API, &raw mut api) }).map(drop)
+    };
+    let least = userfault::EVENTS | userfault::SHARED;
+    begin(least | userfault::ANY).or_else(|_| begin(least))
+}
+
+/// Adds a range of its process. No page is ever write-protected, so nothing faults. `EINVAL`: not all of it is memory that this
+/// kernel can watch. `EBUSY`: another userfaultfd has it.
+pub fn userfault_register(fd: BorrowedFd<'_>, range: &Range<u64>) -> Result<(), Errno> {
+    let mut register = [range.start, range.end - range.start, userfault::REGISTER_MODE_WP, 0];
+    // SAFETY: the kernel reads and writes the 32 bytes of `register`, which outlives the call.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), userfault::UFFDIO_REGISTER, &raw mut register) }).map(drop)
+}
+
+/// What a userfaultfd told of.
+#[derive(Debug, Default)]
+pub struct UserfaultNews {
+    /// Discarded; it may not have come to that yet.
+    pub removed: Vec<Range<u64>>,
+    /// Unmapped.
+    pub unmapped: Vec<Range<u64>>,
+}
+
+/// Lets threads go on that wait for their news to be read.
+pub fn userfault_read(fd: BorrowedFd<'_>) -> UserfaultNews {
+    let mut news = UserfaultNews::default();
+    let mut message = [0; userfault::MESSAGE];
+    while nix::unistd::read(fd, &mut message) == Ok(userfault::MESSAGE) {
+        let word = |at: usize| message[at..].first_chunk().copied().map_or(0, u64::from_ne_bytes);
+        match message[0] {
+            userfault::EVENT_REMOVE => news.removed.push(word(8)..word(16)),
+            userfault::EVENT_UNMAP => news.unmapped.push(word(8)..word(16)),
+            _ => {}
+        }
+    }
+    news
 }
 
 /// Waits for a change of traced thread `tid` and returns the raw status; `None`: with `block` off, nothing happened yet.

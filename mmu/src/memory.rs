@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use crate::slot::{Alias, Change, SlotError, SlotSpec, Slots};
+use crate::slot::{Alias, Backing, Change, SlotError, SlotSpec, Slots};
 
 /// Guest-physical memory of a VM.
 #[derive(Debug, Default)]
@@ -72,6 +72,12 @@ impl Memory {
             done => Ok(Some(done)),
         })?;
         Ok(change.unwrap_or(Change::Nothing))
+    }
+
+    /// Puts other RAM behind an existing slot, because that is what its owner has there now: flags and dirty bits stay.
+    pub fn set_backing(&self, id: u32, backing: Backing) -> Result<(), SlotError> {
+        self.change(|slots| Ok(Some((slots.with_backing(id, backing)?, ()))))?;
+        Ok(())
     }
 
     /// Deletes a slot; `Invalid` if there is none.

@@ -345,6 +345,18 @@ impl Slots {
         Ok((new, change))
     }
 
+    /// These slots, number `id` with other RAM of the same size.
+    pub(crate) fn with_backing(&self, id: u32, backing: Backing) -> Result<Self, SlotError> {
+        let mut new = self.clone();
+        let slot = new.sorted.iter_mut().find(|slot| slot.id == id).ok_or(SlotError::NotFound)?;
+        if !backing.offset.is_multiple_of(PAGE_BYTES) {
+            return Err(SlotError::Invalid);
+        }
+        slot.span = backing.mapping.span(backing.offset, slot.len()).ok_or(SlotError::Invalid)?;
+        slot.backing = backing;
+        Ok(new)
+    }
+
     /// These slots without `id`.
     pub(crate) fn without(&self, id: u32) -> Result<Self, SlotError> {
         if self.by_id(id).is_none() {

@@ -1,5 +1,6 @@
 //! The seam to the front ends: what the KVM objects see of a client, and what a front end sees of an open file.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,12 +143,21 @@ pub trait File: Send + Sync {
         None
     }
 
+    /// The client has put other memory at some of its addresses `range`, without telling by an ioctl: what lies there is RAM
+    /// of guests. `share` is [`Client::share`], by way of a thread of that address space.
+    fn remapped(&self, space: AddressSpace, range: &Range<u64>, share: &mut Share<'_>) {
+        let _ = (space, range, share);
+    }
+
     /// For names in `/proc/PID/fd`, status and logs.
     fn kind(&self) -> FileKind;
 
     /// The last descriptor is closed, or its last holder died. Called once, with no ioctl of this file under way.
     fn released(&self);
 }
+
+/// [`Client::share`] where there is no ioctl.
+pub type Share<'a> = dyn FnMut(u64, u64) -> Result<Vec<SharedPiece>, Errno> + 'a;
 
 /// Which of the API's file kinds a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

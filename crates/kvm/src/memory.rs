@@ -3,6 +3,7 @@
 //! Today's slots show memory of the client. 2007's were allocated by the kernel and reached through mmap of the VM file:
 //! here each has a file of its own, and [`Vm::ram_window`] says where in mmap of the VM file it shows.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 
 use kvm_abi::consts::{
@@ -16,7 +17,7 @@ use nix::errno::Errno;
 use x86_defs::{GuestPhysAddr, PAGE_BYTES, PAGE_MASK};
 
 use crate::caps::NR_MEMSLOTS;
-use crate::client::{Client, SharedPiece, WindowPiece};
+use crate::client::{Client, Share, SharedPiece, WindowPiece};
 use crate::vm::Vm;
 
 /// Largest slot of 2007, whose kernel allocated each page at once: more than any host had.
@@ -89,6 +90,27 @@ impl Vm {
         self.quiesce();
         drop(layout);
         Ok(())
+    }
+
+    /// The client's mappings at `range` are others now: slots show what is there, as the kernel's KVM looks it up. Where nothing
+    /// is, a slot stays as it was.
+    pub(crate) fn follow_remapping(&self, range: &Range<u64>, share: &mut Share<'_>) {
+        let layout = self.layout.lock();
+        let slots = self.memory.slots();
+        let touched = |slot: &&mmu::Slot| {
+            let start = slot.userspace_addr();
+            // 0: the slot is of 2007, and of no address.
+            start != 0 && start < range.end && range.start < start + slot.len()
+        };
+        for slot in slots.iter().filter(touched) {
+            let shared = share(slot.userspace_addr(), slot.len()).and_then(backing);
+            let set = shared.and_then(|backing| self.memory.set_backing(slot.id(), backing).map_err(errno));
+            if let Err(errno) = set {
+                tracing::warn!(vm = self.id, slot = slot.id(), %errno, "the guest goes on to see memory that was replaced");
+            }
+        }
+        self.quiesce();
+        drop(layout);
     }
 
     /// `KVM_GET_DIRTY_LOG`: bit n of byte n / 8 is page n of the slot; whole 64-bit words. Cleared by being read, and only

@@ -4,6 +4,7 @@
 //! running vCPUs.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -14,7 +15,7 @@ use nix::errno::Errno;
 use parking_lot::Mutex;
 
 use crate::chip::Chip;
-use crate::client::{AddressSpace, Client, File, FileKind, Reply, WindowPiece};
+use crate::client::{AddressSpace, Client, File, FileKind, Reply, Share, WindowPiece};
 use crate::coalesced::Zones;
 use crate::era::Era;
 use crate::exit::hypercall;
@@ -191,6 +192,12 @@ impl File for Vm {
 
     fn ram_window(&self) -> Option<Vec<WindowPiece>> {
         (self.era() == Era::Legacy).then(|| Vm::ram_window(self))
+    }
+
+    fn remapped(&self, space: AddressSpace, range: &Range<u64>, share: &mut Share<'_>) {
+        if space == self.address_space {
+            self.follow_remapping(range, share);
+        }
     }
 
     fn kind(&self) -> FileKind {

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 
 use super::inject::Held;
 use super::maps::{self, Advice, Area, Pagemap};
-use super::space::{FileId, Space, errno_of};
+use super::space::{FileId, Origin, Space, errno_of};
 use super::stop::Stopping;
 use super::{install, vm};
 
@@ -144,6 +144,7 @@ fn replace(
     let mapping = Mapping::create("softkvm-ram", len).map_err(|err| errno_of(&err))?;
     let areas: Vec<&Area> = parts.iter().map(|part| part.area).collect();
     let advice = maps::advice(tid, &areas).map_err(|err| errno_of(&err))?;
+    let origins = origins(tid, parts);
 
     // From the copy until the new mappings are in place nobody may write to the old ones.
     let stopping = stop_others();
@@ -161,8 +162,32 @@ fn replace(
     drop(stopping);
     mapped?;
     tracing::debug!(pid = space.id.pid, ?parts, len, "guest memory is now shared");
-    space.mapped.keep(file_id(mapping.file()).map_err(|err| errno_of(&err))?, &mapping);
+    let id = file_id(mapping.file()).map_err(|err| errno_of(&err))?;
+    space.own.add(id, origins);
+    space.mapped.keep(id, &mapping);
     Ok(mapping)
+}
+
+/// Files behind private memory, where in ours they will show. One that cannot be opened is gone with its mapping.
+fn origins(tid: Pid, parts: &[&Part<'_>]) -> Vec<Origin> {
+    let mut origins = Vec::new();
+    let mut begin = 0;
+    for part in parts {
+        let range = begin..begin + (part.range.end - part.range.start);
+        begin = range.end;
+        if part.area.inode == 0 {
+            continue;
+        }
+        let path = format!("/proc/{tid}/map_files/{:x}-{:x}", part.area.range.start, part.area.range.end);
+        match File::open(path) {
+            Ok(file) => {
+                let offset = part.area.offset + (part.range.start - part.area.range.start);
+                origins.push(Origin { range, file: Arc::new(file), offset });
+            }
+            Err(err) => tracing::debug!(%err, name = part.area.name, "the file behind private memory cannot be opened"),
+        }
+    }
+    origins
 }
 
 /// Pages that hold something: where they are in the client, and where they go in the new file.

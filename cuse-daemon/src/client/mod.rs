@@ -10,6 +10,7 @@ pub mod space;
 pub mod stop;
 pub mod view;
 pub mod vm;
+pub mod watch;
 pub mod window;
 
 use std::cell::{Cell, OnceCell, RefCell};
@@ -294,7 +295,9 @@ impl Client for Caller<'_> {
         let end = addr.checked_add(len).ok_or(Errno::EINVAL)?;
         let space = self.space()?;
         let _exclusive = space.exclusive();
-        memory::share(self.tid(), space, &(addr..end), || self.hold(), || self.stop_others(space))
+        let shared = memory::share(self.tid(), space, &(addr..end), || self.hold(), || self.stop_others(space))?;
+        watch::over(self.front, space, &(addr..end), || self.hold());
+        Ok(shared)
     }
 
     fn address_space(&self) -> AddressSpace {

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use kvm::client::AddressSpace;
@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use parking_lot::{Mutex, MutexGuard};
 
+use super::watch::Watch;
 use crate::sys;
 
 /// One address space, for as long as a VM of it or a request from it lives.
@@ -30,6 +31,37 @@ pub struct Space {
     pub placing: AtomicBool,
     /// Its shared files, as far as they are mapped here.
     pub mapped: Mapped,
+    /// Files of ours that it has where its private memory was.
+    pub own: Own,
+    /// Tells of what it does to guest RAM by itself. `None` inside: this kernel does not.
+    pub watch: OnceLock<Option<Watch>>,
+}
+
+/// Memory that was private until we put a file in its place, and what it showed before it was written: zeros, or a file.
+#[derive(Debug, Default)]
+pub struct Own(Mutex<HashMap<FileId, Vec<Origin>>>);
+
+/// A part of a file of ours that was a private mapping of another one.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// Bytes of ours.
+    pub range: Range<u64>,
+    /// The other one.
+    pub file: Arc<File>,
+    /// Where in it the range begins.
+    pub offset: u64,
+}
+
+impl Own {
+    /// Adds a file.
+    pub fn add(&self, file: FileId, origins: Vec<Origin>) {
+        self.0.lock().insert(file, origins);
+    }
+
+    /// What parts of `file` were; `None`: it is none of these.
+    pub fn origins(&self, file: FileId) -> Option<Vec<Origin>> {
+        self.0.lock().get(&file).cloned()
+    }
 }
 
 /// Device and inode.
@@ -127,7 +159,8 @@ impl Spaces {
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let id = AddressSpace { pid: tgid.as_raw().cast_unsigned(), generation };
         let (exclusive, placing) = (Mutex::new(()), AtomicBool::new(false));
-        Ok(Space { id, tgid, memory, exclusive, placing, mapped: Mapped::default() })
+        let (mapped, own, watch) = (Mapped::default(), Own::default(), OnceLock::new());
+        Ok(Space { id, tgid, memory, exclusive, placing, mapped, own, watch })
     }
 }
 

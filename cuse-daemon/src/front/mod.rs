@@ -10,6 +10,7 @@ mod opener;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::fs;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -18,7 +19,7 @@ use std::sync::{Arc, OnceLock};
 
 use cuse_rs::layout::{Attr, AttrOut, EntryOut, IoctlFlags, OpenFlags, OpenOut, PollOut, ROOT_ID, StatfsOut};
 use cuse_rs::{Answer, BackingId, Call, Ioctl, Operation, Service, Session};
-use kvm::client::File;
+use kvm::client::{File, FileKind, Share};
 use nix::errno::Errno;
 use nix::sys::stat::{fstat, major, minor};
 use parking_lot::{Mutex, RwLock};
@@ -156,6 +157,14 @@ impl Front {
     /// Is this thread of a client inside a request to us?
     pub fn is_waiting(&self, tid: u32) -> bool {
         self.session().into_iter().chain(self.device.get()).any(|session| session.is_waiting(tid))
+    }
+
+    /// The client of `space` has other memory at `range`: its VMs are told. `share` as [`File::remapped`] has it.
+    pub fn remapped(&self, space: &Arc<Space>, range: &Range<u64>, share: &mut Share<'_>) {
+        let open = self.files.open.read();
+        let vms: Vec<_> = open.values().filter(|open| open.shared.file.kind() == FileKind::Vm).cloned().collect();
+        drop(open);
+        vms.iter().for_each(|open| open.shared.file.remapped(space.id, range, share));
     }
 
     /// Takes a new KVM object in.

@@ -137,6 +137,26 @@ fn bytes_cross_pages_and_slots() {
     assert_eq!(view.read(GuestPhysAddr(u64::MAX), &mut back[..2]), Err(AccessError::Hole(GuestPhysAddr(u64::MAX))));
 }
 
+/// A view sees it from its next look on; flags and dirty bits are the slot's, not the RAM's.
+#[test]
+fn a_slot_gets_other_ram() {
+    let memory = three();
+    assert_eq!(memory.set_slot(spec(0, 0x1000, 0x4000, LOG)), Ok(Change::Flags));
+    let mut view = View::new(&memory);
+    view.write(GuestPhysAddr(0x2000), b"old").unwrap();
+    let mapping = Mapping::create("other", 0x8000).unwrap();
+    mapping.write(0x4000 + 0x1000, b"new").unwrap();
+    memory.set_backing(0, Backing::new(mapping.clone(), 0x4000)).unwrap();
+    assert!(view.refresh(), "there is a new picture");
+    let mut seen = [0; 3];
+    view.read(GuestPhysAddr(0x2000), &mut seen).unwrap();
+    assert_eq!(&seen, b"new");
+    assert_eq!(memory.take_dirty(0), Ok(vec![0b0010]));
+    assert_eq!(memory.set_backing(0, Backing::new(mapping.clone(), 0x5000)), Err(SlotError::Invalid), "too short");
+    assert_eq!(memory.set_backing(0, Backing::new(mapping.clone(), 1)), Err(SlotError::Invalid));
+    assert_eq!(memory.set_backing(9, Backing::new(mapping, 0)), Err(SlotError::NotFound));
+}
+
 #[test]
 fn a_moved_slot_keeps_its_contents() {
     let memory = three();
