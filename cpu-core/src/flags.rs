@@ -89,8 +89,10 @@ impl Flags {
     }
 
     /// The six status flags in their RFLAGS places.
+    #[inline(always)]
     pub fn bits(self) -> u64 {
-        self.bits_folded()
+        // In registers: a handler that passed on the address of a local could not end in a jump.
+        bits_of_parts(self.kind, self.a, self.b)
     }
 
     /// As [`Self::bits`], where the compiler sees what made the flags and folds the rest.
@@ -179,6 +181,11 @@ impl Flags {
             _ => condition_of_bits(cc, self.bits()),
         }
     }
+}
+
+#[inline(never)]
+fn bits_of_parts(kind: u64, a: u64, b: u64) -> u64 {
+    Flags { kind, a, b }.bits_folded()
 }
 
 /// SF, ZF and PF of `result`.

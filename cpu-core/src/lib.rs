@@ -31,6 +31,7 @@ mod word;
 pub use cpu::{Cpu, Kick};
 pub use host_evex::host_has_avx512;
 pub use isa::{FEATURES, families, is_implemented};
+pub use op::STACK_BYTES;
 pub use platform::{HostPlatform, Hypercall, Platform};
 pub use run::Poll;
 pub use state::{

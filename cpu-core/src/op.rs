@@ -23,9 +23,16 @@ use crate::state::Seg;
 /// so the op outlives the call. The loop vouches for this at the first head; each handler passes it on to the next.
 pub(crate) type Handler = unsafe fn(*mut Cpu, *const Op, u64, u64, i64);
 
-/// Most instructions between two looks at the world. Without tail calls each handler holds a stack frame until the
-/// quantum ends, so it is small there.
-pub(crate) const QUANTUM: i64 = if cfg!(debug_assertions) { 400 } else { 1 << 20 };
+/// Most instructions between two looks at the world. A handler whose call of the next one has not become a jump (none has in
+/// a debug build; in others it is up to the compiler) holds its frame until the quantum ends, so the quantum bounds the
+/// stack.
+pub(crate) const QUANTUM: i64 = if cfg!(debug_assertions) { 400 } else { 1 << 15 };
+
+/// Stack that a thread needs to run a CPU, bytes. Handlers that hold on to their frames have 512 bytes each; they use some 60
+/// to 200.
+pub const STACK_BYTES: usize = 16 << 20;
+
+const _: () = assert!(cfg!(debug_assertions) || STACK_BYTES / QUANTUM as usize >= 512);
 
 /// One decoded instruction.
 #[derive(Clone, Copy, Debug)]

@@ -15,9 +15,6 @@ use crate::vmx::{Exit, Io, Mmio};
 
 const PAGE: u64 = 0x1000;
 
-/// Instructions between two looks at the clock while somebody has to be asked: a fraction of any sensible [`Poll::every`].
-const POLLED_QUANTUM: i64 = if QUANTUM < 1 << 15 { QUANTUM } else { 1 << 15 };
-
 /// Who has to be asked whether the guest may go on, because no [`Kick`](crate::Kick) tells.
 pub struct Poll<'a> {
     /// How often; a guest that executes slowly is asked for up to some ten thousand instructions later.
@@ -96,7 +93,6 @@ impl Cpu {
     }
 
     fn run_entered(&mut self, mut polling: Option<Polling<'_>>) -> Exit {
-        let quantum = if polling.is_some() { POLLED_QUANTUM } else { QUANTUM };
         loop {
             if let Some(exit) = self.look_around() {
                 return exit;
@@ -113,7 +109,7 @@ impl Cpu {
                 || self.has_breakpoints()
                 || !self.mmio.answered.is_empty()
                 || !self.io_elements.is_empty();
-            let exit = if alone { self.run_one() } else { self.run_traces(quantum) };
+            let exit = if alone { self.run_one() } else { self.run_traces() };
             if let Some(exit) = exit {
                 return exit;
             }
@@ -196,13 +192,13 @@ impl Cpu {
     }
 
     /// Runs traces until the quantum ends, an instruction stops, or somebody asks for attention.
-    fn run_traces(&mut self, quantum: i64) -> Option<Exit> {
+    fn run_traces(&mut self) -> Option<Exit> {
         self.make_room_for_traces();
         let head = self.find_trace(self.rip);
         if head.is_null() {
             return if self.kick.asked() { None } else { self.run_one() };
         }
-        self.begin(quantum);
+        self.begin(QUANTUM);
         self.execute(head);
         self.end()
     }

@@ -75,6 +75,32 @@ fn a_vm_without_memory_is_an_emulation_failure() {
     });
 }
 
+/// Handlers go from one to the next by jumps as far as the compiler makes them; what it leaves as calls, as in these, holds a
+/// stack frame for each instruction until the quantum ends.
+#[test]
+fn long_loops_do_not_fill_the_stack() {
+    inside("ends::long_loops_do_not_fill_the_stack", WITHIN, || {
+        let code = assemble(Mode::Long, |a| {
+            let mut top = a.create_label();
+            a.mov(rax, cr4)?;
+            a.or(eax, 0x600)?; // OSFXSR, OSXMMEXCPT
+            a.mov(cr4, rax)?;
+            a.mov(ecx, 2_000_000)?;
+            a.set_label(&mut top)?;
+            a.bt(rax, rcx)?;
+            a.ror(rbx, 3)?;
+            a.setb(byte_ptr(0x9000))?;
+            a.roundss(xmm0, xmm1, 1)?;
+            a.cmpps(xmm2, xmm1, 3)?;
+            a.dec(ecx)?;
+            a.jne(top)?;
+            a.hlt()
+        })
+        .expect("a loop assembles");
+        assert_eq!(end_of(Mode::Long, &code), End::Hlt);
+    });
+}
+
 /// Random bytes end in some exit that the API knows, or go on until they are interrupted; the VM answers afterwards, and
 /// so does the next one.
 #[test]

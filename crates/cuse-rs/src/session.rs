@@ -51,6 +51,11 @@ pub trait Service: Send + Sync + 'static {
 
     /// Called on a new worker before it reads, for what the thread needs (priority, signal mask).
     fn worker_started(&self) {}
+
+    /// Stack that a worker needs, bytes: memory is used as it is touched.
+    fn stack_bytes(&self) -> usize {
+        2 << 20
+    }
 }
 
 /// Why a session cannot start.
@@ -189,7 +194,8 @@ impl Session {
         // Counted before it runs: two workers that start one each must not both see none.
         self.idle.fetch_add(1, Ordering::AcqRel);
         self.workers.fetch_add(1, Ordering::Relaxed);
-        thread::Builder::new().name(name).spawn(move || session.work(&service)).map(drop).inspect_err(|_| {
+        let worker = thread::Builder::new().name(name).stack_size(service.stack_bytes());
+        worker.spawn(move || session.work(&service)).map(drop).inspect_err(|_| {
             self.idle.fetch_sub(1, Ordering::AcqRel);
             self.workers.fetch_sub(1, Ordering::Relaxed);
         })

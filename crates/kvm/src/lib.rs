@@ -38,6 +38,7 @@ mod vm;
 mod xsave;
 
 pub use caps::Capability;
+pub use cpu_core::STACK_BYTES as VCPU_STACK_BYTES;
 pub use cpuid::OFFERED as OFFERED_FEATURES;
 pub use run_page::SIZE as VCPU_MMAP_SIZE;
 pub use system::{Kvm, system_file};

@@ -367,6 +367,10 @@ impl Service for FileSystem {
     fn worker_started(&self) {
         place::worker_started();
     }
+
+    fn stack_bytes(&self) -> usize {
+        kvm::VCPU_STACK_BYTES
+    }
 }
 
 /// The requests of the character device: all of them mean `/dev/kvm`.
@@ -382,5 +386,9 @@ impl Service for CharacterDevice {
 
     fn worker_started(&self) {
         place::worker_started();
+    }
+
+    fn stack_bytes(&self) -> usize {
+        kvm::VCPU_STACK_BYTES
     }
 }
