@@ -100,7 +100,7 @@ pub struct Cpu {
     pub(crate) fb: u64,
     /// Instructions left in this quantum; current only while no handler runs.
     pub(crate) budget: i64,
-    /// Epoch that trace heads compare; anything else than theirs sends them to `head_cold`. Points into `kick`.
+    /// Epoch that trace heads compare; anything else than theirs sends them to `enter_again`. Points into `kick`.
     pub(crate) stamp: *const AtomicU64,
     /// Address-space generation and mode that jump cache and return stack entries carry.
     pub(crate) code_context: u64,

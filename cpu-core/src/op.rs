@@ -8,7 +8,7 @@
 use std::sync::atomic::Ordering;
 
 use crate::access::By;
-use crate::cpu::{Cpu, Done, Stop, Then};
+use crate::cpu::{Cpu, Done, JumpEntry, Stop, Then};
 use crate::flags::Flags;
 use crate::host::HostWord;
 use crate::state::Seg;
@@ -76,9 +76,15 @@ pub(crate) struct Head {
     pub(crate) ip: u64,
     /// Index in `Traces`.
     pub(crate) trace: u32,
-    pub(crate) unused: u16,
+    /// [`Head::MARK`], where a stub has 0.
+    pub(crate) mark: u16,
     /// Instructions of the trace.
     pub(crate) count: u16,
+}
+
+impl Head {
+    /// Tells a head from a stub, which a link leads to as well.
+    pub(crate) const MARK: u16 = u16::MAX;
 }
 
 impl Op {
@@ -210,7 +216,40 @@ macro_rules! dispatch {
 pub(crate) unsafe fn handler<S: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     let mut m = Machine { cpu, op, fa, fb, budget };
     // SAFETY: handlers are called with the running CPU and one of its ops.
-    match unsafe { S::run(&mut m) } {
+    let to = unsafe { S::run(&mut m) };
+    // SAFETY: as above.
+    unsafe { go(m, to) }
+}
+
+/// The handler of `A` where `B` is the op behind it: one dispatch for both. Each stops, misses and leaves at its own op, and
+/// `B` that starts again does so by its own handler.
+///
+/// # Safety
+/// That of a [`Handler`], and the op behind is one of `B`.
+pub(crate) unsafe fn pair<A: Semantics, B: Semantics>(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    let mut m = Machine { cpu, op, fa, fb, budget };
+    // SAFETY: handlers are called with the running CPU and one of its ops.
+    match unsafe { A::run(&mut m) } {
+        To::Next => {}
+        // SAFETY: as above.
+        to => return unsafe { go(m, to) },
+    }
+    // SAFETY: the trace builder makes pairs of neighbours only.
+    m.op = unsafe { op.add(1) };
+    // SAFETY: the first is complete, so the second's handler would be called with just this.
+    let to = unsafe { B::run(&mut m) };
+    // SAFETY: as above.
+    unsafe { go(m, to) }
+}
+
+/// Where the op of `m` goes on: the last thing that its handler does.
+///
+/// # Safety
+/// That of a [`Handler`], with the arguments in `m`; `to` is what the semantics of its op returned.
+#[inline(always)]
+unsafe fn go(m: Machine, to: To) {
+    let Machine { cpu, op, .. } = m;
+    match to {
         // SAFETY: a trace ends in an op that does not return `Next`, so there is one behind.
         To::Next => dispatch!(cpu, unsafe { op.add(1) }, m),
         // SAFETY: as above, with a data slot between.
@@ -341,9 +380,8 @@ unsafe fn leave_to(cpu: *mut Cpu, op: *const Op, to: *const Op, fa: u64, fb: u64
     let target = unsafe { *to };
     // SAFETY: a head and an op have one layout in these fields.
     let head = unsafe { *to.cast::<Head>() };
-    let is_head = std::ptr::fn_addr_eq(target.handler, self::head as Handler);
     // SAFETY: `cpu` is the running CPU.
-    unsafe { (*cpu).rip = if is_head { head.ip } else { target.imm } };
+    unsafe { (*cpu).rip = if head.mark == Head::MARK { head.ip } else { target.imm } };
 }
 
 impl Cpu {
@@ -441,55 +479,58 @@ impl Cpu {
     }
 }
 
-use crate::cpu::JumpEntry;
-
-/// Head of a trace: charges its instructions, and looks whether anybody wants attention.
-///
-/// # Safety
-/// That of a [`Handler`], with a [`Head`] in the place of the op.
-pub(crate) unsafe fn head(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
-    let m = Machine { cpu, op, fa, fb, budget };
-    let head = op.cast::<Head>();
-    // SAFETY: `cpu` is the running CPU.
-    let stamp = unsafe { (*cpu).stamp };
-    // SAFETY: it points into the `Kick` that the CPU keeps alive.
-    let stamp = unsafe { &*stamp }.load(Ordering::Relaxed);
-    // SAFETY: a head's handler is called with a head; copied out, since nobody else is to see a reference to it.
-    let Head { stamp: known, ip, count, .. } = unsafe { *head };
-    // The budget may go below zero by one trace; the instruction count stays exact.
-    if stamp != known || budget <= 0 {
-        // SAFETY: as above.
-        let go = unsafe { head_cold(cpu, op, fa, fb, budget) };
-        if !go {
-            return;
+/// Head of a trace: charges its instructions, and looks whether anybody wants attention. Its op is a [`Head`].
+pub(crate) struct Enter;
+impl Semantics for Enter {
+    #[inline(always)]
+    unsafe fn run(m: &mut Machine) -> To {
+        // SAFETY: `cpu` is the running CPU.
+        let stamp = unsafe { (*m.cpu).stamp };
+        // SAFETY: it points into the `Kick` that the CPU keeps alive.
+        let stamp = unsafe { &*stamp }.load(Ordering::Relaxed);
+        // SAFETY: a head's handler is called with a head; copied out, since nobody else is to see a reference to it.
+        let Head { stamp: known, ip, count, .. } = unsafe { *m.op.cast::<Head>() };
+        // The budget may go below zero by one trace; the instruction count stays exact.
+        if stamp != known || m.budget <= 0 {
+            return To::Other(enter_again);
         }
+        // SAFETY: `cpu` is the running CPU.
+        unsafe { (*m.cpu).gpr[17] = ip };
+        m.budget -= i64::from(count);
+        To::Next
     }
-    // SAFETY: `cpu` is the running CPU.
-    unsafe { (*cpu).gpr[17] = ip };
-    let m = Machine { budget: m.budget - i64::from(count), ..m };
-    // SAFETY: a head is followed by its first instruction.
-    dispatch!(cpu, unsafe { op.add(1) }, m)
 }
 
-/// True: the trace is what memory holds, go on. False: back to the loop, RIP at the trace.
+/// Enters a trace whose stamp is an old one, or back to the loop with RIP at it.
 ///
 /// # Safety
 /// That of a [`Handler`], with a [`Head`] in the place of the op.
 #[cold]
 #[inline(never)]
-unsafe fn head_cold(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) -> bool {
+unsafe fn enter_again(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
-    let cpu = unsafe { &mut *cpu };
-    // SAFETY: called with a head only.
-    let head = unsafe { *op.cast::<Head>() };
-    if budget > 0 && cpu.trace_is_current(head.trace) {
-        return true;
+    if unsafe { (&mut *cpu).may_enter(op, fa, fb, budget) } {
+        let m = Machine { cpu, op, fa, fb, budget };
+        // The stamp is the current one now, unless attention was asked for in between: then it ends here the next time.
+        dispatch!(cpu, op, m)
     }
-    cpu.fa = fa;
-    cpu.fb = fb;
-    cpu.budget = budget;
-    cpu.rip = head.ip;
-    false
+}
+
+impl Cpu {
+    /// True: the trace is what memory holds, go on. False: the CPU is ready for the loop.
+    #[inline(never)]
+    fn may_enter(&mut self, op: *const Op, fa: u64, fb: u64, budget: i64) -> bool {
+        // SAFETY: called with a head only.
+        let head = unsafe { *op.cast::<Head>() };
+        if budget > 0 && self.trace_is_current(head.trace) {
+            return true;
+        }
+        self.fa = fa;
+        self.fb = fb;
+        self.budget = budget;
+        self.rip = head.ip;
+        false
+    }
 }
 
 /// Behind a trace that ended for want of space: goes on at the op's own address, as a jump to it would.
@@ -565,12 +606,8 @@ pub(crate) unsafe fn cross(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budge
     if context == unsafe { (*cpu).code_context } {
         dispatch!(cpu, target, m)
     }
-    // SAFETY: as in `resolve`.
-    let target = unsafe { resolve_cold(cpu, op, fa, fb, budget) };
-    if target.is_null() {
-        return;
-    }
-    dispatch!(cpu, target, m)
+    // SAFETY: as above; a jump, so the hot path keeps no frame for it.
+    unsafe { resolve(cpu, op, fa, fb, budget) }
 }
 
 // Plain functions as handlers

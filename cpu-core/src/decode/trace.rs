@@ -19,7 +19,7 @@ use super::digest::{Branch, Digest, FlagsOut, Lowered};
 use crate::cpu::{Cpu, SLOT_WIDE};
 use crate::host;
 use crate::isa;
-use crate::op::{Continue, CrossLink, Handler, Head, Machine, Op, Semantics, To, cross, handler, head, resolve};
+use crate::op::{Continue, CrossLink, Enter, Handler, Head, Machine, Op, Semantics, To, cross, handler, resolve};
 use crate::state::Seg;
 
 const PAGE: u64 = 0x1000;
@@ -411,11 +411,18 @@ impl Cpu {
             return NONE;
         }
         let index = self.traces.list.len() as u32;
-        let first = self.traces.push(blank(head));
+        let first = self.traces.push(blank(handler::<Enter>));
         let aligned = self.seg_base[Seg::Cs as usize] & (PAGE - 1) == 0;
-        self.traces.emit(&lowered, ip, ip.wrapping_add(len as u64), aligned, resolve);
-        let head =
-            Head { handler: head, stamp: self.kick.epoch(), ip, trace: index, unused: 0, count: lowered.len() as u16 };
+        self.traces.emit(&lowered, ip, ip.wrapping_add(len as u64), aligned, resolve, NonNull::new(first));
+        let head = Head {
+            // SAFETY: `first` was pushed just now.
+            handler: unsafe { (*first).handler },
+            stamp: self.kick.epoch(),
+            ip,
+            trace: index,
+            mark: Head::MARK,
+            count: lowered.len() as u16,
+        };
         // SAFETY: `first` was pushed just now; `Head` has the size and alignment of `Op`.
         unsafe { first.cast::<Head>().write(head) };
 
@@ -471,7 +478,7 @@ impl Cpu {
         // SAFETY: inside the arena; `build` keeps traces below the last `RESERVE` slots.
         let first = unsafe { self.traces.arena.as_ptr().add(self.traces.used) };
         let next = ip.wrapping_add(u64::from(lowered.op.len)) & self.ip_mask();
-        self.traces.emit(&[lowered], ip, next, false, stop_at);
+        self.traces.emit(&[lowered], ip, next, false, stop_at, None);
         self.traces.used = used;
         Some(first)
     }
@@ -503,8 +510,17 @@ impl Semantics for SetWide {
 }
 
 impl Traces {
-    /// Writes the ops of a trace behind its head, its links last. `end` is the offset behind the last instruction.
-    fn emit(&mut self, lowered: &[Lowered], ip: u64, end: u64, aligned: bool, stub: Handler) {
+    /// Writes the ops of a trace behind its head, its links last. `end` is the offset behind the last instruction, `alone` an
+    /// op that may take the first one over, as neighbours do: the head.
+    fn emit(
+        &mut self,
+        lowered: &[Lowered],
+        ip: u64,
+        end: u64,
+        aligned: bool,
+        stub: Handler,
+        mut alone: Option<NonNull<Op>>,
+    ) {
         let total = lowered.len() as u16;
         let mut live = true;
         let mut quiet = [false; MAX_INSTRUCTIONS];
@@ -521,6 +537,7 @@ impl Traces {
             links[count] = NonNull::new(link).map(|link| (link, target));
             count += 1;
         };
+        let mut taken_over = false;
         for (i, one) in lowered.iter().enumerate() {
             let left = total - i as u16;
             if one.idle {
@@ -528,6 +545,7 @@ impl Traces {
             }
             if let Some(wide) = one.wide {
                 self.push(Op { imm: wide, left, ..blank(handler::<SetWide>) });
+                alone = None;
             }
             let mut op = Op { left, ..one.op };
             if quiet[i]
@@ -535,12 +553,18 @@ impl Traces {
             {
                 op.handler = handler;
             }
-            if let Some(handler) = lowered.get(i + 1).and_then(|next| (one.fused)(next.condition?)) {
+            let fused = lowered.get(i + 1).and_then(|next| (one.fused)(next.condition?));
+            if let Some(handler) = fused {
                 // The branch's op stays behind this one: it holds the link, and what the branch gives back.
                 op.handler = handler;
             }
             let next = ip.wrapping_add(u64::from(op.off)).wrapping_add(u64::from(op.len));
             let at = self.push(op);
+            alone = match alone {
+                _ if std::mem::replace(&mut taken_over, fused.is_some()) => None,
+                Some(first) if take_over(first, at) => None,
+                _ => NonNull::new(at),
+            };
             let data = one.data.then(|| self.push(blank(stub)));
             match (one.branch, data) {
                 (Some(Branch::Conditional(target) | Branch::Always(target)), _) => want(at, target),
@@ -567,6 +591,22 @@ impl Traces {
             self.push(blank(stub));
         }
     }
+}
+
+/// Gives the op at `first` a handler that does the one at `second` as well, if they are neighbours and there is such.
+fn take_over(first: NonNull<Op>, second: *mut Op) -> bool {
+    if first.as_ptr().wrapping_add(1) != second {
+        return false;
+    }
+    // SAFETY: pushed for the trace that is being written; it holds an op.
+    let second = unsafe { (*second).handler };
+    // SAFETY: likewise; an op, or the place of a head.
+    let handler = unsafe { &raw mut (*first.as_ptr()).handler };
+    // SAFETY: as above.
+    let Some(both) = isa::pair(unsafe { *handler }, second) else { return false };
+    // SAFETY: as above.
+    unsafe { *handler = both };
+    true
 }
 
 /// Decodes and lowers up to `max` instructions that lie wholly in `bytes`. Returns them and their length in bytes.

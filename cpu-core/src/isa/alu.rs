@@ -31,7 +31,7 @@ pub(super) const ROWS: &[Row] = &[
 ];
 
 /// A two-operand instruction that replaces all six flags.
-trait Alu2: 'static {
+pub(super) trait Alu2: 'static {
     /// Kind of the flags that `eval` returns.
     const KIND: u64;
     /// The first operand is written.
@@ -51,7 +51,7 @@ trait Alu2: 'static {
 }
 
 /// `dst ← dst + src`. SDM Vol. 2 "ADD".
-struct Add;
+pub(super) struct Add;
 impl Alu2 for Add {
     const KIND: u64 = kind::ADD;
     #[inline(always)]
@@ -64,7 +64,7 @@ impl Alu2 for Add {
 }
 
 /// `dst ← dst − src`. SDM Vol. 2 "SUB".
-struct Sub;
+pub(super) struct Sub;
 impl Alu2 for Sub {
     const KIND: u64 = kind::SUB;
     #[inline(always)]
@@ -77,7 +77,7 @@ impl Alu2 for Sub {
 }
 
 /// As SUB; the difference is dropped. SDM Vol. 2 "CMP".
-struct Cmp;
+pub(super) struct Cmp;
 impl Alu2 for Cmp {
     const KIND: u64 = kind::SUB;
     const WRITES: bool = false;
@@ -126,7 +126,7 @@ impl Alu2 for Sbb {
 }
 
 /// `dst ← dst AND src`. SDM Vol. 2 "AND".
-struct And;
+pub(super) struct And;
 impl Alu2 for And {
     const KIND: u64 = kind::SUB;
     #[inline(always)]
@@ -139,7 +139,7 @@ impl Alu2 for And {
 }
 
 /// As AND; the result is dropped. SDM Vol. 2 "TEST".
-struct Test;
+pub(super) struct Test;
 impl Alu2 for Test {
     const KIND: u64 = kind::SUB;
     const WRITES: bool = false;
@@ -156,7 +156,7 @@ impl Alu2 for Test {
 }
 
 /// `dst ← dst OR src`. SDM Vol. 2 "OR".
-struct Or;
+pub(super) struct Or;
 impl Alu2 for Or {
     const KIND: u64 = kind::SUB;
     #[inline(always)]
@@ -166,7 +166,7 @@ impl Alu2 for Or {
 }
 
 /// `dst ← dst XOR src`. SDM Vol. 2 "XOR".
-struct Xor;
+pub(super) struct Xor;
 impl Alu2 for Xor {
     const KIND: u64 = kind::SUB;
     #[inline(always)]
@@ -176,11 +176,11 @@ impl Alu2 for Xor {
 }
 
 /// Destination and source of [`Alu2`].
-struct RegReg<A, W, const FLAGS: bool>(PhantomData<(A, W)>);
-struct RegImm<A, W, const FLAGS: bool>(PhantomData<(A, W)>);
-struct RegMem<A, W, F, const FLAGS: bool>(PhantomData<(A, W, F)>);
-struct MemReg<A, W, F, const FLAGS: bool>(PhantomData<(A, W, F)>);
-struct MemImm<A, W, F, const FLAGS: bool>(PhantomData<(A, W, F)>);
+pub(super) struct RegReg<A, W, const FLAGS: bool>(PhantomData<(A, W)>);
+pub(super) struct RegImm<A, W, const FLAGS: bool>(PhantomData<(A, W)>);
+pub(super) struct RegMem<A, W, F, const FLAGS: bool>(PhantomData<(A, W, F)>);
+pub(super) struct MemReg<A, W, F, const FLAGS: bool>(PhantomData<(A, W, F)>);
+pub(super) struct MemImm<A, W, F, const FLAGS: bool>(PhantomData<(A, W, F)>);
 
 #[inline(always)]
 fn reg_op<A: Alu2, W: HostWord, const FLAGS: bool>(m: &mut Machine, src: W) -> To {
@@ -358,7 +358,7 @@ fn locked_imm<A: Alu2, W: HostWord>(cpu: &mut crate::cpu::Cpu, op: &crate::op::O
 }
 
 /// A one-operand instruction.
-trait Alu1: 'static {
+pub(super) trait Alu1: 'static {
     /// Kind of the flags that `eval` makes; `None` where it keeps them.
     const KIND: Option<u64>;
     /// CF passes through.
@@ -372,7 +372,7 @@ trait Alu1: 'static {
 }
 
 /// `dst ← dst + 1`, CF kept. SDM Vol. 2 "INC".
-struct Inc;
+pub(super) struct Inc;
 impl Alu1 for Inc {
     const KIND: Option<u64> = Some(kind::INC);
     const KEEPS_CF: bool = true;
@@ -386,7 +386,7 @@ impl Alu1 for Inc {
 }
 
 /// `dst ← dst − 1`, CF kept. SDM Vol. 2 "DEC".
-struct Dec;
+pub(super) struct Dec;
 impl Alu1 for Dec {
     const KIND: Option<u64> = Some(kind::DEC);
     const KEEPS_CF: bool = true;

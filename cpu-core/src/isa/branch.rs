@@ -92,7 +92,7 @@ impl Cpu {
     }
 }
 
-struct Jump;
+pub(super) struct Jump;
 impl Semantics for Jump {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
@@ -126,7 +126,7 @@ fn jmp_checked(cpu: &mut Cpu, op: &Op) -> Done {
 }
 
 /// A conditional branch on flags of a known kind, or of any.
-struct Jcc<const CC: u8, const KNOWN: u64>;
+pub(super) struct Jcc<const CC: u8, const KNOWN: u64>;
 impl<const CC: u8, const KNOWN: u64> Semantics for Jcc<CC, KNOWN> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
@@ -142,7 +142,7 @@ impl<const CC: u8, const KNOWN: u64> Semantics for Jcc<CC, KNOWN> {
 
 /// `S` and the conditional branch behind it in one dispatch. `S` misses, faults and leaves as by itself: the branch has
 /// not begun then.
-struct Fused<S, const CC: u8>(PhantomData<S>);
+pub(super) struct Fused<S, const CC: u8>(PhantomData<S>);
 impl<S: Semantics, const CC: u8> Semantics for Fused<S, CC> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
@@ -235,7 +235,7 @@ fn jcc_checked<const CC: u8>(cpu: &mut Cpu, op: &Op) -> Done {
     Ok(Then::Branch)
 }
 
-struct Call<F>(PhantomData<F>);
+pub(super) struct Call<F>(PhantomData<F>);
 impl<F: Form> Semantics for Call<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
@@ -286,7 +286,7 @@ fn call_to<W: HostWord>(cpu: &mut Cpu, op: &Op, target: u64) -> Done {
     Ok(Then::Branch)
 }
 
-struct JumpReg;
+pub(super) struct JumpReg;
 impl Semantics for JumpReg {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
@@ -294,7 +294,7 @@ impl Semantics for JumpReg {
     }
 }
 
-struct JumpMem<F>(PhantomData<F>);
+pub(super) struct JumpMem<F>(PhantomData<F>);
 impl<F: Form> Semantics for JumpMem<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
@@ -359,7 +359,7 @@ fn noncanonical(m: &mut Machine) -> To {
     To::Stop
 }
 
-struct CallReg<F>(PhantomData<F>);
+pub(super) struct CallReg<F>(PhantomData<F>);
 impl<F: Form> Semantics for CallReg<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
@@ -368,7 +368,7 @@ impl<F: Form> Semantics for CallReg<F> {
     }
 }
 
-struct CallMem<F>(PhantomData<F>);
+pub(super) struct CallMem<F>(PhantomData<F>);
 impl<F: Form> Semantics for CallMem<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {
@@ -394,7 +394,7 @@ fn call_any<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     call_to::<W>(cpu, op, target)
 }
 
-struct Ret64<F>(PhantomData<F>);
+pub(super) struct Ret64<F>(PhantomData<F>);
 impl<F: Form> Semantics for Ret64<F> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {

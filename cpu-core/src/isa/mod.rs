@@ -13,6 +13,7 @@ mod flag;
 mod io;
 mod mov;
 mod muldiv;
+mod pair;
 mod segment;
 mod shift;
 mod simd;
@@ -26,6 +27,7 @@ pub use feature::FEATURES;
 
 pub(crate) use control::cr4_exists;
 pub(crate) use far::has_room;
+pub(crate) use pair::pair;
 
 pub(crate) use simd::state::MXCSR_MASK;
 

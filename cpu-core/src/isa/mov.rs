@@ -112,11 +112,11 @@ impl Lowered {
     }
 }
 
-struct RegReg<W>(PhantomData<W>);
-struct RegImm<W>(PhantomData<W>);
-struct Load<W, F>(PhantomData<(W, F)>);
-struct Store<W, F>(PhantomData<(W, F)>);
-struct StoreImm<W, F>(PhantomData<(W, F)>);
+pub(super) struct RegReg<W>(PhantomData<W>);
+pub(super) struct RegImm<W>(PhantomData<W>);
+pub(super) struct Load<W, F>(PhantomData<(W, F)>);
+pub(super) struct Store<W, F>(PhantomData<(W, F)>);
+pub(super) struct StoreImm<W, F>(PhantomData<(W, F)>);
 
 impl<W: HostWord> Semantics for RegReg<W> {
     #[inline(always)]
@@ -180,17 +180,17 @@ fn mov(d: &Digest<'_>) -> Option<Lowered> {
 }
 
 /// How the narrow source fills the wide destination.
-trait Extension: 'static {
+pub(super) trait Extension: 'static {
     fn extend<S: HostWord>(value: S) -> u64;
 }
-struct Zero;
+pub(super) struct Zero;
 impl Extension for Zero {
     #[inline(always)]
     fn extend<S: HostWord>(value: S) -> u64 {
         value.zext()
     }
 }
-struct Sign;
+pub(super) struct Sign;
 impl Extension for Sign {
     #[inline(always)]
     fn extend<S: HostWord>(value: S) -> u64 {
@@ -198,8 +198,8 @@ impl Extension for Sign {
     }
 }
 
-struct ExtendReg<E, S, W>(PhantomData<(E, S, W)>);
-struct ExtendMem<E, S, W, F>(PhantomData<(E, S, W, F)>);
+pub(super) struct ExtendReg<E, S, W>(PhantomData<(E, S, W)>);
+pub(super) struct ExtendMem<E, S, W, F>(PhantomData<(E, S, W, F)>);
 
 impl<E: Extension, S: HostWord, W: HostWord> Semantics for ExtendReg<E, S, W> {
     #[inline(always)]
@@ -248,7 +248,7 @@ fn extend<E: Extension>(d: &Digest<'_>) -> Option<Lowered> {
     Some(d.lower(h).keeps(memory))
 }
 
-struct Lea<W, const INDEXED: bool>(PhantomData<W>);
+pub(super) struct Lea<W, const INDEXED: bool>(PhantomData<W>);
 impl<W: HostWord, const INDEXED: bool> Semantics for Lea<W, INDEXED> {
     #[inline(always)]
     unsafe fn run(m: &mut Machine) -> To {

@@ -64,7 +64,7 @@ fn sign_changed<W: Word>(result: W) -> bool {
 }
 
 /// SDM Vol. 2 "SAL/SAR/SHL/SHR".
-struct Shl;
+pub(super) struct Shl;
 impl Shift for Shl {
     #[inline(always)]
     fn eval<W: Word>(dst: W, count: u32, _: bool) -> (W, u64) {
@@ -75,7 +75,7 @@ impl Shift for Shl {
 }
 
 /// SDM Vol. 2 "SAL/SAR/SHL/SHR".
-struct Shr;
+pub(super) struct Shr;
 impl Shift for Shr {
     #[inline(always)]
     fn eval<W: Word>(dst: W, count: u32, _: bool) -> (W, u64) {
@@ -179,7 +179,7 @@ fn flags_after<S: Shift, W: Word>(old: Flags, result: W, bits: u64) -> Flags {
 }
 
 /// By a constant count that is not 0, or by CL.
-struct Reg<S, W, const CL: bool, const FLAGS: bool>(PhantomData<(S, W)>);
+pub(super) struct Reg<S, W, const CL: bool, const FLAGS: bool>(PhantomData<(S, W)>);
 
 impl<S: Shift, W: HostWord, const CL: bool, const FLAGS: bool> Semantics for Reg<S, W, CL, FLAGS> {
     #[inline(always)]

@@ -79,9 +79,9 @@ impl Cpu {
     }
 }
 
-struct PushReg64<F>(PhantomData<F>);
-struct PushImm64<F>(PhantomData<F>);
-struct PopReg64<F>(PhantomData<F>);
+pub(super) struct PushReg64<F>(PhantomData<F>);
+pub(super) struct PushImm64<F>(PhantomData<F>);
+pub(super) struct PopReg64<F>(PhantomData<F>);
 
 #[inline(always)]
 pub(super) fn push_64<F: Form>(m: &mut Machine, value: u64) -> Result<Stored, To> {
