@@ -93,7 +93,7 @@ fn responsible(case: &Case, expected: &Outcome, actual: &Outcome) -> Instruction
 pub fn differences(vendor: Vendor, case: &Case, expected: &Outcome, actual: &Outcome) -> Vec<Difference> {
     let instruction = responsible(case, expected, actual);
     let mut found = Vec::new();
-    if vendor::is_open(vendor, &instruction, expected, actual.end) {
+    if vendor::is_open(vendor, case, &instruction, expected, actual.end) {
         return found;
     }
     let mut report = |what: &str, expected: String, actual: String| {

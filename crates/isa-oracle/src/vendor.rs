@@ -3,7 +3,7 @@
 //! The interpreter follows the SDM. The host that recorded a vector may be of another vendor: what such a host does
 //! differently is written here once, with the reason, is printed at the head of the vectors it touches, and is masked.
 
-use iced_x86::{Code, CodeSize, FlowControl as Flow, Instruction, MemorySize, Mnemonic as M, OpKind};
+use iced_x86::{Code, CodeSize, FlowControl as Flow, Instruction, MemorySize, Mnemonic as M, OpKind, Register};
 
 use crate::compare::Mask;
 use crate::state::{Case, End, Exception, Mode, Outcome, flag};
@@ -321,7 +321,7 @@ fn has_short_address(instruction: &Instruction) -> bool {
 }
 
 /// Whether nothing can be said of an instruction that ends so on the host, and `actual` elsewhere.
-pub(crate) fn is_open(vendor: Vendor, instruction: &Instruction, outcome: &Outcome, actual: End) -> bool {
+pub(crate) fn is_open(vendor: Vendor, case: &Case, instruction: &Instruction, outcome: &Outcome, actual: End) -> bool {
     let intel = vendor == Vendor::Intel;
     let expected = outcome.end;
     let raised =
@@ -335,6 +335,16 @@ pub(crate) fn is_open(vendor: Vendor, instruction: &Instruction, outcome: &Outco
     }
     // Between two elements of a gather, a single-step trap may come (SDM Vol. 2 "VGATHERDPS").
     if instruction.is_vsib() && expected == End::Done && outcome.state.rip == instruction.ip() {
+        return true;
+    }
+    // AMD's CPUs want the offset from FS or GS to be canonical as well; to the SDM the linear address is what counts (Vol. 1
+    // "Canonical Addressing").
+    if vendor == Vendor::Amd
+        && matches!(expected, End::Exception(Exception { vector: 12 | 13, .. }))
+        && expected != actual
+        && matches!(instruction.memory_segment(), Register::FS | Register::GS)
+        && offset(case, instruction, outcome).is_some_and(|offset| (offset as i64) << 16 >> 16 != offset as i64)
+    {
         return true;
     }
     match instruction.mnemonic() {
@@ -501,6 +511,19 @@ fn open_destination(mask: &mut Mask, case: &Case, instruction: &Instruction, siz
             }
         }
     }
+}
+
+/// Offset from FS or GS of the memory operand of `instruction`, with the registers that it found when it faulted as `outcome`.
+fn offset(case: &Case, instruction: &Instruction, outcome: &Outcome) -> Option<u64> {
+    let base = match instruction.memory_segment() {
+        Register::FS => outcome.state.fs_base,
+        _ => outcome.state.gs_base,
+    };
+    let found = Case { state: outcome.state.clone(), ..case.clone() };
+    let with_segment =
+        |kind| matches!(kind, OpKind::Memory | OpKind::MemorySegSI | OpKind::MemorySegESI | OpKind::MemorySegRSI);
+    let operand = (0..instruction.op_count()).find(|operand| with_segment(instruction.op_kind(*operand)))?;
+    Some(crate::generate::operand_address(&found, instruction, operand)?.wrapping_sub(base))
 }
 
 /// Linear address of operand 0.
