@@ -151,6 +151,12 @@ impl<'a> Caller<'a> {
                 %kind,
                 "cannot reach into the VMM: not allowed to trace it. Run softkvm with CAP_SYS_PTRACE (docker: --cap-add SYS_PTRACE)"
             ),
+            Errno::EACCES => tracing::error!(
+                tid,
+                %kind,
+                "cannot reach into the VMM: its thread is under a seccomp filter, and we may not suspend it. Run softkvm with \
+                 CAP_SYS_ADMIN and under no filter itself (docker: --security-opt seccomp=unconfined), or the VMM without filters"
+            ),
             Errno::ENOEXEC => {
                 tracing::error!(tid, %kind, "the VMM is no 64-bit program, or enters the kernel in an unusual way")
             }

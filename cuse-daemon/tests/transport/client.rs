@@ -36,6 +36,7 @@ fn client() {
         "panic" => panics(),
         "compat" => compat(),
         "seccomp" => seccomp(),
+        "seccomp-stays" => seccomp_stays(),
         "spaces" => spaces(),
         "churn" => churn(),
         "churn-alone" => churn_alone(),
@@ -532,18 +533,26 @@ fn compat() {
 }
 
 /// A filter that lets nothing but ioctl, write and exit through: the calls that the daemon injects are not its business.
-fn seccomp() {
-    let kvm = device();
+/// Puts this thread, and what it starts, under a filter: `calls` are allowed, all others end in `otherwise`.
+pub fn filter_this_thread(calls: &[libc::c_long], otherwise: u32) {
+    let statement = |code, jf, k| libc::sock_filter { code, jt: 0, jf, k };
+    let (load, equal, end) = (0x20, 0x15, 0x06);
+    let allow =
+        |number: &libc::c_long| [statement(equal, 1, *number as u32), statement(end, 0, libc::SECCOMP_RET_ALLOW)];
+    let mut program = vec![statement(load, 0, 0)];
+    program.extend(calls.iter().flat_map(allow));
+    program.push(statement(end, 0, otherwise));
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: takes integers only.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
+    // SAFETY: `filter` is a valid program that outlives the call.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) }, 0);
+}
+
+/// `KVM_CREATE_VM` of a thread that may make hardly any other system call.
+fn create_under_a_filter(kvm: File) -> Result<RawFd, Errno> {
     let (sender, receiver) = std::sync::mpsc::channel();
     let runner = std::thread::spawn(move || {
-        let allow = |number: libc::c_long| {
-            [
-                libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: number as u32 },
-                libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW },
-            ]
-        };
-        let load = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
-        let refuse = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ERRNO | libc::EPERM as u32 };
         let calls = [
             libc::SYS_ioctl,
             libc::SYS_exit,
@@ -553,22 +562,25 @@ fn seccomp() {
             libc::SYS_sigaltstack,
             libc::SYS_rt_sigprocmask,
         ];
-        let mut program = vec![load];
-        program.extend(calls.into_iter().flat_map(allow));
-        program.push(refuse);
-        let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
-        // SAFETY: takes integers only.
-        assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
-        // SAFETY: `filter` is a valid program that outlives the call.
-        assert_eq!(unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) }, 0);
+        filter_this_thread(&calls, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32);
         let vm = ioctl(&kvm, request::CREATE, 0);
         sender.send(vm).unwrap();
-        let keep = kvm;
-        std::mem::forget(keep);
+        std::mem::forget(kvm);
     });
     let vm = receiver.recv().unwrap();
     runner.join().unwrap();
-    let vm = owned(vm.expect("a filter does not matter"));
+    vm
+}
+
+fn seccomp() {
+    let vm = owned(create_under_a_filter(device()).expect("a filter does not matter"));
+    assert_eq!(ioctl(&vm, request::VERSION, 0), Ok(12));
+}
+
+fn seccomp_stays() {
+    let kvm = device();
+    assert_eq!(create_under_a_filter(kvm.try_clone().unwrap()), Err(Errno::EACCES));
+    let vm = create(&kvm);
     assert_eq!(ioctl(&vm, request::VERSION, 0), Ok(12));
 }
 

@@ -97,6 +97,14 @@ fn a_seccomp_filter_does_not_matter() {
     both("seccomp");
 }
 
+/// Where the daemon is itself under a filter, it may suspend nobody's: the client is told, and lives on.
+#[test]
+fn a_seccomp_filter_that_stays_is_an_error() {
+    client::filter_this_thread(&[], libc::SECCOMP_RET_ALLOW);
+    let Some(daemon) = Daemon::start(true) else { return };
+    daemon.run("seccomp-stays");
+}
+
 #[test]
 fn address_spaces_are_told_apart() {
     both("spaces");
