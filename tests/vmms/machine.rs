@@ -225,7 +225,7 @@ impl Machine<'_> {
         Ok(Plan {
             vm: Arc::clone(self.vm()?),
             offered: self.cpuid.clone(),
-            start: *made(&self.start, "a kernel")?,
+            start: self.start,
             memory: made(&self.ram, "RAM")?.memory.clone(),
             cpus: self.style.cpus,
         })

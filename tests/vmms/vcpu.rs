@@ -54,12 +54,16 @@ fn boot_msrs() -> [kvm_msr_entry; 11] {
 pub struct Plan {
     pub vm: Arc<VmFd>,
     pub offered: Option<CpuId>,
-    pub start: Start,
+    pub start: Option<Start>,
     pub memory: GuestMemoryMmap<()>,
     pub cpus: u8,
 }
 
 impl Plan {
+    fn start(&self) -> Result<Start> {
+        self.start.context("the style needs a kernel before it is loaded")
+    }
+
     /// Takes a step of vCPU `id`.
     pub fn step(&self, step: VcpuStep, id: u8, vcpu: &mut Option<VcpuFd>) -> Result<()> {
         if let VcpuStep::Create = step {
@@ -96,14 +100,14 @@ impl Plan {
                     }
                 }
             }
-            VcpuStep::Regs => vcpu.set_regs(&self.start.regs()).context("KVM_SET_REGS")?,
+            VcpuStep::Regs => vcpu.set_regs(&self.start()?.regs()).context("KVM_SET_REGS")?,
             VcpuStep::Fpu => {
                 let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
                 vcpu.set_fpu(&fpu).context("KVM_SET_FPU")?;
             }
             VcpuStep::Sregs => {
                 let sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
-                vcpu.set_sregs(&self.start.sregs(&self.memory, sregs)?).context("KVM_SET_SREGS")?;
+                vcpu.set_sregs(&self.start()?.sregs(&self.memory, sregs)?).context("KVM_SET_SREGS")?;
             }
             VcpuStep::Lapic => set_lint(vcpu)?,
         }
