@@ -217,7 +217,7 @@ impl Vcpu {
             let stopped = if time.stopped.swap(false, Relaxed) { GUEST_STOPPED } else { 0 };
             let generation = time.vm.generation.load(Relaxed);
             let start = *time.vm.start.lock();
-            let scale = Scale::of_khz(self.machine.tsc_khz().into());
+            let scale = Scale::of_khz(self.machine.counted_khz().into());
             page[8..16].copy_from_slice(&self.machine.tsc_at(start.host_tsc).to_le_bytes());
             page[16..24].copy_from_slice(&start.ns.to_le_bytes());
             page[24..28].copy_from_slice(&scale.mul.to_le_bytes());

@@ -26,15 +26,42 @@ use crate::paravirt::{self, Paravirt};
 const RATIO_BITS: u32 = 48;
 const RATIO_ONE: u64 = 1 << RATIO_BITS;
 
+/// A counter whose rate is asked to differ from the host's by no more is the host's: in millionths (`tsc_tolerance_ppm` in
+/// x86.c). A VM that has moved here comes with the rate that was measured where it was.
+const TOLERANCE_PPM: u64 = 250;
+
 /// The host's time-stamp counter, kHz. Measured once, over 4 ms: reading both clocks takes tens of ns, so to about 10 ppm.
 pub(crate) fn host_tsc_khz() -> u32 {
     static KHZ: OnceLock<u32> = OnceLock::new();
     *KHZ.get_or_init(|| {
-        let (start, from) = (Instant::now(), host_tsc());
+        let (start, from) = both_clocks();
         std::thread::sleep(Duration::from_millis(4));
-        let (ticks, elapsed) = (host_tsc() - from, start.elapsed());
-        (u128::from(ticks) * 1_000_000 / elapsed.as_nanos()).try_into().unwrap_or(u32::MAX)
+        let (end, to) = both_clocks();
+        (u128::from(to - from) * 1_000_000 / (end - start).as_nanos()).try_into().unwrap_or(u32::MAX)
     })
+}
+
+/// The system's clock and the counter in one moment: the closest of some readings, for between the two a thread may lose its
+/// CPU.
+fn both_clocks() -> (Instant, u64) {
+    let read = || {
+        let (before, now, after) = (host_tsc(), Instant::now(), host_tsc());
+        (after.wrapping_sub(before), now, before)
+    };
+    let (_, now, tsc) = (0..16).map(|_| read()).min_by_key(|(gap, ..)| *gap).expect("some readings");
+    (now, tsc)
+}
+
+/// Guest's counts to one of the host's, for a counter of `khz`.
+fn tsc_ratio(khz: u32, host: u32) -> u64 {
+    let (khz, host) = (u64::from(khz), u64::from(host));
+    let lowest = host * (1_000_000 - TOLERANCE_PPM) / 1_000_000;
+    let highest = host * (1_000_000 + TOLERANCE_PPM) / 1_000_000;
+    if (lowest..=highest).contains(&khz) {
+        return RATIO_ONE;
+    }
+    let ratio = (u128::from(khz) << RATIO_BITS) / u128::from(host);
+    u64::try_from(ratio).expect("`checked_tsc_khz` bounds the rate")
 }
 
 /// A rate that a guest's counter can have; 0 is the host's.
@@ -252,9 +279,14 @@ impl Machine {
         self.msrs.write(msr::IA32_MISC_ENABLE, value, false)
     }
 
-    /// `KVM_GET_TSC_KHZ`
+    /// `KVM_GET_TSC_KHZ`: as it was asked for.
     pub(crate) fn tsc_khz(&self) -> u32 {
         self.tsc_khz.load(Relaxed) as u32
+    }
+
+    /// How fast the counter really counts, kHz.
+    pub(crate) fn counted_khz(&self) -> u32 {
+        if self.tsc_ratio.load(Relaxed) == RATIO_ONE { host_tsc_khz() } else { self.tsc_khz() }
     }
 
     /// `KVM_SET_TSC_KHZ`: the counter goes on from where it is at another rate. False: out of range.
@@ -262,8 +294,7 @@ impl Machine {
         let host = host_tsc_khz();
         let Some(khz) = checked_tsc_khz(khz) else { return false };
         let now = self.tsc();
-        let ratio = if khz == host { RATIO_ONE } else { (u64::from(khz) << RATIO_BITS) / u64::from(host) };
-        self.tsc_ratio.store(ratio, Relaxed);
+        self.tsc_ratio.store(tsc_ratio(khz, host), Relaxed);
         self.tsc_khz.store(khz.into(), Relaxed);
         self.set_tsc_offset(now.wrapping_sub(self.scaled()));
         true
@@ -384,6 +415,19 @@ mod tests {
         assert_eq!(clock.offset(77_000, 9_999, RATIO_ONE, 100), 77_000 - 9_999);
     }
 
+    /// `kvm_set_tsc_khz` and `set_tsc_khz` in x86.c.
+    #[test]
+    fn the_ratio_is_that_of_the_rates() {
+        let counts = |khz| (u128::from(tsc_ratio(khz, 2_400_000)) * 2_400_000_000) >> RATIO_BITS;
+        assert_eq!(
+            [1_200_000, 4_800_000, 2_399_000, 1].map(counts),
+            [1_200_000_000, 4_800_000_000, 2_398_999_999, 999]
+        );
+        // Within 250 ppm it is the host's.
+        assert_eq!([2_399_400, 2_400_600, 2_399_999].map(counts), [2_400_000_000; 3]);
+        assert_eq!([2_399_399, 2_400_601].map(counts), [2_399_398_999, 2_400_600_999]);
+    }
+
     #[test]
     fn another_rate_goes_on_from_where_the_counter_is() {
         let machine = Machine::new(Clock::default(), VmClock::new(), Arc::new(Options::new()), true, Era::Modern);
@@ -391,7 +435,13 @@ mod tests {
         assert!(machine.set_tsc_khz(host_tsc_khz() / 2));
         let after = machine.tsc();
         assert!(after >= before && after - before < 1_000_000_000, "{before} {after}");
-        assert_eq!(machine.tsc_khz(), host_tsc_khz() / 2);
+        assert_eq!((machine.tsc_khz(), machine.counted_khz()), (host_tsc_khz() / 2, host_tsc_khz() / 2));
+        let counts = machine.tsc_at(2_000_000_000) - machine.tsc_at(1_000_000_000);
+        assert!(counts.abs_diff(500_000_000) < 1_000, "{counts}");
+        // What another machine has measured of the same counter.
+        assert!(machine.set_tsc_khz(host_tsc_khz() + host_tsc_khz() / 10_000));
+        assert_eq!(machine.tsc_at(2_000_000_000) - machine.tsc_at(1_000_000_000), 1_000_000_000);
+        assert!(machine.tsc_khz() > host_tsc_khz() && machine.counted_khz() == host_tsc_khz());
         assert!(machine.set_tsc_khz(0));
         assert_eq!(machine.tsc_khz(), host_tsc_khz());
     }
