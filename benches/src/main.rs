@@ -2,7 +2,9 @@
 //! the same machine. Run by `cargo xtask bench`.
 
 mod bare;
+mod costs;
 mod image;
+mod latency;
 mod peer;
 mod report;
 mod round;
@@ -23,6 +25,8 @@ use softkvm_tests::softkvm;
 use peer::Peer;
 use report::{Machine, Report};
 use row::Row;
+use vmm::Part;
+use workload::Guest;
 
 /// Measure softkvm: a guest's workloads beside others who run the same guest, and single costs.
 #[derive(Parser)]
@@ -50,8 +54,8 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
     /// The part that needs a /dev/kvm, measured on the one that is there
-    #[arg(long, hide = true)]
-    inside: bool,
+    #[arg(long, value_enum, hide = true)]
+    inside: Option<Part>,
 }
 
 fn main() -> ExitCode {
@@ -65,8 +69,12 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    if args.inside {
-        return row::print_json(&vmm::measure()?);
+    if let Some(part) = args.inside {
+        return row::print_json(&match part {
+            Part::Exits => vmm::measure()?,
+            Part::Costs => costs::measure()?,
+            Part::Latency => latency::measure()?,
+        });
     }
     softkvm::require_host()?;
     let earlier = args.compare.as_deref().map(Report::read).transpose()?;
@@ -87,16 +95,25 @@ fn run(args: &Args) -> Result<()> {
         peer.ensure(&bar)?;
     }
     let mut report = Report::new(Machine::here(&assets::kernel::ensure(&bar)?.release, &peers), args.scale);
-    if !workloads.is_empty() {
-        let disc = image::disc(&workloads, args.scale, &bar)?;
-        for round in 0..args.rounds {
+    let mut guests = Vec::new();
+    for guest in Guest::ALL {
+        let own: Vec<_> = workloads.iter().copied().filter(|w| w.guest == *guest).collect();
+        if !own.is_empty() {
+            guests.push((image::ensure(*guest, &own, args.scale, &bar)?, own));
+        }
+    }
+    for round in 0..args.rounds as usize {
+        for (image, own) in &guests {
             // Whoever is first in one round is last in the next.
             for turn in 0..peers.len() {
-                let peer = peers[(turn + round as usize) % peers.len()];
+                let peer = peers[(turn + round) % peers.len()];
+                if !own.iter().any(|workload| peer.runs(workload)) {
+                    continue;
+                }
                 let what = format!("round {} of {}: {peer}", round + 1, args.rounds);
                 bar.step(&what);
                 let progress = |name: &str| bar.detail(&format!("{what}: {name}"));
-                let samples = round::run(peer, &disc, args.parent.as_deref(), &workloads, progress)?;
+                let samples = round::run(peer, image, args.parent.as_deref(), own, progress)?;
                 report.add(peer, samples)?;
             }
         }
@@ -135,8 +152,13 @@ fn selects(part: &str, name: &str) -> bool {
 type Group = (&'static [&'static str], fn() -> Result<Vec<Row>>);
 
 /// Single costs that are measured together.
-const GROUPS: &[Group] =
-    &[(bare::NAMES, bare::measure), (vmm::NAMES, vmm::measure_inside_softkvm), (sector::NAMES, sector::measure)];
+const GROUPS: &[Group] = &[
+    (bare::NAMES, bare::measure),
+    (vmm::NAMES, vmm::measure_inside_softkvm),
+    (costs::NAMES, || vmm::inside(&[], Part::Costs)),
+    (latency::NAMES, || vmm::inside(&[], Part::Latency)),
+    (sector::NAMES, sector::measure),
+];
 
 #[cfg(test)]
 mod tests {

@@ -16,7 +16,8 @@ use serde_json::Value;
 use softkvm_tests::console::Console;
 use softkvm_tests::softkvm;
 
-use crate::image;
+use crate::image::{self, Image};
+use crate::workload::{By, Workload};
 
 /// One who runs a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -42,7 +43,6 @@ impl fmt::Display for Peer {
     }
 }
 
-const MEMORY_MIB: u32 = 256;
 /// TFTP serves it to the guest: as many blocks as `udp` in work.c takes, and more.
 const UDP_FILE: (&str, usize) = ("udp", 16 << 20);
 /// How fast Bochs believes that it is. Its clock counts instructions, so this decides how much of them the timer's interrupts
@@ -59,35 +59,40 @@ impl Peer {
         packages::ensure(needs, progress)
     }
 
-    /// False if it has neither disk nor network card on virtio.
-    pub(crate) fn has_virtio(self) -> bool {
-        self != Peer::Bochs
+    /// Bochs has neither disk nor network card on virtio, and Debian's build of it one CPU.
+    pub(crate) fn runs(self, workload: &Workload) -> bool {
+        self != Peer::Bochs || workload.by != By::Virtio && workload.guest.cpus() == 1
     }
 
-    /// Boots the disc. `parent`: the other build of softkvm.
-    pub(crate) fn start(self, disc: &Path, parent: Option<&Path>) -> Result<Console> {
+    /// Boots a guest. `parent`: the other build of softkvm.
+    pub(crate) fn start(self, image: &Image, parent: Option<&Path>) -> Result<Console> {
         let on = |softkvm: &Path| {
             let mut command = Command::new(softkvm);
-            command.args(["run", "--"]).args(machine(Accel::Kvm, disc)?.command_line());
+            command.args(["run", "--"]).args(machine(Accel::Kvm, image)?.command_line());
             Console::start(&mut command)
         };
         match self {
             Peer::Softkvm => on(softkvm::binary()?),
             Peer::Parent => on(parent.context("--parent names no build of softkvm")?),
-            Peer::Tcg => Console::start(&mut machine(Accel::Tcg, disc)?.command()),
-            Peer::Bochs => bochs(disc),
+            Peer::Tcg => Console::start(&mut machine(Accel::Tcg, image)?.command()),
+            Peer::Bochs => bochs(image),
         }
     }
 }
 
 /// QEMU's PC with its default places of the interrupt controllers, and the same CPU for all accelerators.
-fn machine(accel: Accel, disc: &Path) -> Result<Machine> {
+fn machine(accel: Accel, image: &Image) -> Result<Machine> {
     let folder = image::folder()?;
     let served = folder.join(UDP_FILE.0);
     if fs::metadata(&served).map_or(0, |file| file.len()) != UDP_FILE.1 as u64 {
         fs::write(&served, vec![b'u'; UDP_FILE.1]).with_context(|| format!("cannot write {}", served.display()))?;
     }
-    let mut machine = Machine::new(accel, MEMORY_MIB).irqchip(Irqchip::On).disk(disc);
+    let guest = image.guest;
+    let mut machine = Machine::new(accel, guest.memory_mib()).cpus(guest.cpus()).irqchip(Irqchip::On).disk(&image.disc);
+    if let Some(disk) = &image.disk {
+        machine.push(["-drive"]);
+        machine.push([format!("if=virtio,format=raw,snapshot=on,file={}", disk.display())]);
+    }
     machine.push(["-cpu", "qemu64", "-netdev"]);
     machine.push([format!(
         "user,id=net,tftp={},guestfwd=tcp:10.0.2.100:7-cmd:cat",
@@ -100,26 +105,31 @@ fn machine(accel: Accel, disc: &Path) -> Result<Machine> {
 
 /// Debian's Bochs has a debugger, which is told to continue, and no `nogui`: the display is VNC's, which nobody looks at.
 /// The disc is a CD on its IDE controller; the first serial port is its stdout.
-fn bochs(disc: &Path) -> Result<Console> {
+fn bochs(image: &Image) -> Result<Console> {
     let folder = image::folder()?;
     let (settings, debugger) = (folder.join("bochsrc"), folder.join("bochs-debugger"));
     let write =
         |path: &PathBuf, text: &str| fs::write(path, text).with_context(|| format!("cannot write {}", path.display()));
-    write(&settings, &bochsrc(disc))?;
+    write(&settings, &bochsrc(image))?;
     write(&debugger, "continue\n")?;
     let program = packages::find(BOCHS).unwrap_or_else(|| PathBuf::from(BOCHS.file));
-    Console::start(Command::new(program).arg("-q").arg("-f").arg(settings).arg("-rc").arg(debugger))
+    Console::start(Command::new(program).args(["-q", "-unlock", "-f"]).arg(settings).arg("-rc").arg(debugger))
 }
 
-fn bochsrc(disc: &Path) -> String {
+fn bochsrc(image: &Image) -> String {
+    let disk = image.disk.as_ref().map_or_else(String::new, |disk| {
+        // Writes go to a file of its own that Bochs forgets.
+        format!("ata0-slave: type=disk, path={}, mode=volatile\n", disk.display())
+    });
     format!(
         "display_library: rfb, options=\"timeout=0\"\n\
          romimage: file={bios}\n\
          vgaromimage: file={vga}\n\
-         cpu: model=core2_penryn_t9600, count=1, ips={BOCHS_IPS}\n\
-         memory: guest={MEMORY_MIB}, host={MEMORY_MIB}\n\
+         cpu: model=core2_penryn_t9600, count={cpus}, ips={BOCHS_IPS}\n\
+         memory: guest={memory}, host={memory}\n\
          ata0: enabled=1\n\
          ata0-master: type=cdrom, path={disc}, status=inserted\n\
+         {disk}\
          boot: cdrom\n\
          clock: sync=none\n\
          com1: enabled=1, mode=file, dev=/dev/stdout\n\
@@ -129,7 +139,9 @@ fn bochsrc(disc: &Path) -> String {
          info: action=ignore\n",
         bios = BOCHS_BIOS.file,
         vga = VGA_BIOS.file,
-        disc = disc.display(),
+        cpus = image.guest.cpus(),
+        memory = image.guest.memory_mib(),
+        disc = image.disc.display(),
     )
 }
 

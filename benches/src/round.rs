@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use assets::iso;
 use softkvm_tests::console::Console;
 
-use crate::image::USER_SPACE;
+use crate::image::{Image, USER_SPACE};
 use crate::peer::{Counter, Peer};
-use crate::workload::{self, Needs, Workload};
+use crate::workload::{self, By, Workload};
 
 /// What a workload was once seen to take.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,15 +38,15 @@ impl Lines {
 /// Nothing of one guest takes longer, even on Bochs and on a machine that has more to do.
 const LIMIT: Duration = Duration::from_secs(1800);
 
-/// Runs those of the disc's workloads that the peer can; tells `progress` of each that begins.
+/// Boots a guest and runs those of its workloads that the peer can; tells `progress` of each that begins.
 pub(crate) fn run(
     peer: Peer,
-    disc: &Path,
+    image: &Image,
     parent: Option<&Path>,
     workloads: &[Workload],
     progress: impl Fn(&str),
 ) -> Result<Vec<Sample>> {
-    let mut console = peer.start(disc, parent)?;
+    let mut console = peer.start(image, parent)?;
     samples(&mut console, peer, workloads, progress).with_context(|| format!("a guest on {peer}"))
 }
 
@@ -72,10 +72,7 @@ fn samples(console: &mut Console, peer: Peer, workloads: &[Workload], progress: 
     console.expect(USER_SPACE, LIMIT)?;
     let seconds = entered.elapsed().as_secs_f64();
     samples.push(Sample { name: workload::BOOT, seconds, instructions: executed()?, result: String::new() });
-    for workload in workloads.iter().filter(|w| w.name != workload::BOOT) {
-        if workload.needs == Needs::Virtio && !peer.has_virtio() {
-            continue;
-        }
+    for workload in workloads.iter().filter(|w| w.by != By::Boot && peer.runs(w)) {
         let lines = Lines::of(workload.name);
         console.expect(&lines.begin, LIMIT)?;
         let began = Instant::now();

@@ -1,9 +1,11 @@
 //! The bare API, by a VMM of our own: what an exit costs, and a VM.
 
+use std::ffi::OsStr;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use kvm_ioctls::Kvm;
 use softkvm_tests::softkvm;
 use tiny_vmm::code_asm::*;
@@ -12,12 +14,15 @@ use tiny_vmm::{Guest, Mode, VcpuExit, assemble};
 use crate::row::Row;
 
 const OUT: &str = "exit round trip, OUT, tiny VMM";
+const IN: &str = "exit round trip, IN, tiny VMM";
 const MMIO: &str = "exit round trip, MMIO read, tiny VMM";
+const MMIO_WRITE: &str = "exit round trip, MMIO write, tiny VMM";
+const HLT: &str = "exit round trip, HLT, tiny VMM";
 /// Behind the names of the rows measured without placement.
 const UNPLACED: &str = ", unplaced";
 const FIRST: &str = "KVM_CREATE_VM to the first instruction";
 const LOOP: &str = "tight loop, tiny VMM";
-pub(crate) const NAMES: &[&str] = &[OUT, MMIO, FIRST, LOOP];
+pub(crate) const NAMES: &[&str] = &[OUT, IN, MMIO, MMIO_WRITE, HLT, FIRST, LOOP];
 
 const RAM: usize = 2 << 20;
 const EXITS: u32 = 20_000;
@@ -25,15 +30,27 @@ const ITERATIONS: u32 = 200_000_000;
 
 /// Measures in a process that sees softkvm's /dev/kvm; exits once more with all threads left to the scheduler.
 pub(crate) fn measure_inside_softkvm() -> Result<Vec<Row>> {
-    let mut rows = inside(&[])?;
-    let unplaced = inside(&["--no-placement"])?.into_iter().filter(|row| [OUT, MMIO].contains(&row.name.as_str()));
+    let mut rows = inside(&[], Part::Exits)?;
+    let unplaced =
+        inside(&["--no-placement"], Part::Exits)?.into_iter().filter(|row| [OUT, MMIO].contains(&row.name.as_str()));
     rows.extend(unplaced.map(|row| Row { name: row.name + UNPLACED, ..row }));
     Ok(rows)
 }
 
-fn inside(options: &[&str]) -> Result<Vec<Row>> {
+/// What is measured together in a process of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Part {
+    Exits,
+    Costs,
+    Latency,
+}
+
+/// The rows of a process that sees softkvm's /dev/kvm: this program with `--inside PART`.
+pub(crate) fn inside(options: &[&str], part: Part) -> Result<Vec<Row>> {
+    let part = part.to_possible_value().expect("none is hidden");
+    let part: &OsStr = part.get_name().as_ref();
     let me = std::env::current_exe().context("our own path")?;
-    let output = softkvm::run(options, &[me.as_os_str(), "--inside".as_ref()])?
+    let output = softkvm::run(options, &[me.as_os_str(), "--inside".as_ref(), part])?
         .stderr(Stdio::inherit())
         .output()
         .context("cannot start softkvm")?;
@@ -47,7 +64,10 @@ fn inside(options: &[&str]) -> Result<Vec<Row>> {
 pub(crate) fn measure() -> Result<Vec<Row>> {
     Ok(vec![
         Row::new(OUT, "µs", Some(round_trip(|a| a.out(dx, al))?), None),
+        Row::new(IN, "µs", Some(round_trip(|a| a.in_(al, dx))?), None),
         Row::new(MMIO, "µs", Some(round_trip(|a| a.mov(al, byte_ptr(rbx)))?), None),
+        Row::new(MMIO_WRITE, "µs", Some(round_trip(|a| a.mov(byte_ptr(rbx), al))?), None),
+        Row::new(HLT, "µs", Some(round_trip(|a| a.hlt())?), None),
         Row::new(FIRST, "µs", Some(first_instruction()?), None),
         Row::new(LOOP, "MIPS", Some(tight_loop()?), None),
     ])
@@ -74,8 +94,8 @@ fn round_trip(body: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::Iced
 fn exits(guest: &mut Guest, count: u32) -> Result<()> {
     for _ in 0..count {
         match guest.run().context("KVM_RUN")? {
-            VcpuExit::IoOut(..) => {}
-            VcpuExit::MmioRead(_, data) => data.fill(0),
+            VcpuExit::IoOut(..) | VcpuExit::MmioWrite(..) | VcpuExit::Hlt => {}
+            VcpuExit::IoIn(_, data) | VcpuExit::MmioRead(_, data) => data.fill(0),
             other => bail!("an unexpected exit: {other:?}"),
         }
     }

@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use assets::initramfs::Archive;
@@ -72,19 +72,7 @@ fn unpacked(debs: &[PathBuf]) -> Root {
     for folder in ["dev", "tmp", "programs", "keys"] {
         fs::create_dir_all(root.0.join(folder)).expect("a temporary folder");
     }
-    for folder in ["bin", "lib", "lib64", "sbin"] {
-        fs::create_dir_all(root.0.join("usr").join(folder)).expect("a folder");
-        std::os::unix::fs::symlink(Path::new("usr").join(folder), root.0.join(folder)).expect("a link");
-    }
-    for deb in debs {
-        // dpkg-deb itself would put a folder in the place of the link `bin`.
-        let mut dpkg =
-            Command::new("dpkg-deb").arg("--fsys-tarfile").arg(deb).stdout(Stdio::piped()).spawn().expect("dpkg-deb");
-        let stream = dpkg.stdout.take().expect("a pipe was asked for");
-        let tar =
-            Command::new("tar").args(["-x", "--keep-directory-symlink", "-C"]).arg(&root.0).stdin(stream).status();
-        assert!(tar.expect("tar").success() && dpkg.wait().expect("it ends").success(), "{}", deb.display());
-    }
+    root::unpack_all(debs, &root.0).expect("the packages are unpacked");
     let put = |name: &str, content: &[u8]| fs::write(root.0.join(name), content).expect("a file");
     for (name, minor) in [("null", 3), ("zero", 5)] {
         let (kind, mode) = (SFlag::S_IFCHR, Mode::from_bits_truncate(0o666));

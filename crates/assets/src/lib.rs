@@ -69,7 +69,8 @@ pub fn store(stem: &str, extension: &str, bytes: &[u8]) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn content_hash<T: Hash + ?Sized>(content: &T) -> u64 {
+/// A number that tells contents apart, the same for the same build of Rust.
+pub fn content_hash<T: Hash + ?Sized>(content: &T) -> u64 {
     let mut hasher = DefaultHasher::new();
     content.hash(&mut hasher);
     hasher.finish()

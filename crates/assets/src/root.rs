@@ -101,6 +101,35 @@ pub fn unpack(archive: &mut Archive, deb: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Unpacks packages into a new folder. Maintainer scripts do not run.
+pub fn unpack_all(debs: &[PathBuf], folder: &Path) -> Result<()> {
+    for top in MERGED {
+        let real = folder.join("usr").join(top);
+        fs::create_dir_all(&real).with_context(|| format!("cannot create {}", real.display()))?;
+        std::os::unix::fs::symlink(Path::new("usr").join(top), folder.join(top)).context("cannot link")?;
+    }
+    for deb in debs {
+        // dpkg-deb itself would put a folder in the place of the link `bin`.
+        let mut dpkg = Command::new("dpkg-deb")
+            .arg("--fsys-tarfile")
+            .arg(deb)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start dpkg-deb")?;
+        let stdout = dpkg.stdout.take().context("a pipe was asked for")?;
+        let mut tar = Command::new("tar");
+        let left_out = LEFT_OUT.iter().map(|path| format!("--exclude=./{}", path.trim_end_matches('/')));
+        tar.args(["--extract", "--keep-directory-symlink", "--directory"]).arg(folder).args(left_out).stdin(stdout);
+        let extracted = tar.status().context("cannot start tar")?;
+        let status = dpkg.wait().context("waiting for dpkg-deb")?;
+        if !extracted.success() || !status.success() {
+            bail!("cannot unpack {}: dpkg-deb {status}, tar {extracted}", deb.display());
+        }
+    }
+    Ok(())
+}
+
 fn add_all(archive: &mut Archive, stream: &mut tar::Archive<impl Read>) -> Result<()> {
     for entry in stream.entries()? {
         let mut entry = entry?;

@@ -58,6 +58,15 @@ impl Guest {
 
     /// The same on an open /dev/kvm.
     pub fn on(kvm: &Kvm, mode: Mode, ram: usize, code: &[u8]) -> Result<Self> {
+        Self::make(kvm, mode, ram, code, false)
+    }
+
+    /// The same with interrupt controllers in the kernel.
+    pub fn with_irqchip(kvm: &Kvm, mode: Mode, ram: usize, code: &[u8]) -> Result<Self> {
+        Self::make(kvm, mode, ram, code, true)
+    }
+
+    fn make(kvm: &Kvm, mode: Mode, ram: usize, code: &[u8], irqchip: bool) -> Result<Self> {
         assert!(ram >= 1 << 20, "the paging structures lie below 1 MiB");
         let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
         let mut ram = MmapMut::map_anon(ram).context("no memory for the guest")?;
@@ -73,6 +82,9 @@ impl Guest {
         // SAFETY: the region is the whole of `ram`, which `Guest` keeps mapped until the VM is closed, and which is
         // only touched here while no vCPU runs.
         unsafe { vm.set_user_memory_region(region) }.context("KVM_SET_USER_MEMORY_REGION")?;
+        if irqchip {
+            vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+        }
         let vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
         let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
         mode.enter(&mut sregs, &mut ram);

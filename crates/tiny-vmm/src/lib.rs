@@ -7,6 +7,7 @@ mod alarm;
 mod guest;
 mod mode;
 
+pub use alarm::{Alarm, Kick};
 pub use guest::{End, Guest, InternalError};
 pub use iced_x86::code_asm;
 pub use kvm_ioctls::VcpuExit;
