@@ -31,6 +31,26 @@ pub fn test_program(name: &str, version: &str) -> Result<PathBuf> {
         .with_context(|| format!("cargo named no test program of {name}"))
 }
 
+/// A program made of `source`, which uses crates as `dependencies` (lines of a manifest) says: built now or found in the cache.
+pub fn program(name: &str, dependencies: &str, source: &str) -> Result<PathBuf> {
+    let cache = assets::cache()?;
+    let _one_at_a_time = assets::lock(&cache, name)?;
+    let folder = cache.join(format!("foreign/{name}"));
+    fs::create_dir_all(folder.join("src")).with_context(|| format!("cannot create {}", folder.display()))?;
+    let manifest =
+        format!("[package]\nname = \"{name}\"\nedition = \"2024\"\n[workspace]\n[dependencies]\n{dependencies}\n");
+    fs::write(folder.join("Cargo.toml"), manifest).context("cannot write a manifest")?;
+    fs::write(folder.join("src/main.rs"), source).context("cannot write a source file")?;
+    let target = cache.join("foreign-target");
+    let mut build = cargo();
+    build.args(["build", "--release", "--manifest-path"]).arg(folder.join("Cargo.toml"));
+    let output = build.arg("--target-dir").arg(&target).output().context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("{name} does not build:\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(target.join("release").join(name))
+}
+
 /// A copy of the registry's source. cargo has checked its hash; the copy makes it a package of its own.
 fn source(cache: &Path, name: &str, version: &str) -> Result<PathBuf> {
     let copy = cache.join(format!("foreign/{name}-{version}"));

@@ -15,7 +15,7 @@ use assets::kernel::Kernel;
 use assets::packages::{self, BUSYBOX};
 use assets::{Quiet, kernel};
 use softkvm_tests::console::Console;
-use softkvm_tests::softkvm;
+use softkvm_tests::{foreign, long, softkvm};
 
 /// Generous: a loaded machine must not fail a style.
 const WITHIN: Duration = Duration::from_secs(180);
@@ -132,6 +132,27 @@ fn boots(style: &str, processors: u32) {
     second.copy_from_slice(first);
     assert!(read(&disk) == image, "the guest wrote something else than it read");
     assert_eq!(said("AFTER "), sha256(&disk), "the guest read something else than it wrote");
+}
+
+/// libkrun itself, from crates.io, with Debian's kernel in the place of its own: that one is a shared object which is not
+/// there. Debian's kernel finds none of libkrun's devices but the serial port, so it reads no disk.
+#[test]
+fn the_real_libkrun() {
+    if !long() {
+        println!("skipped: the long form builds libkrun");
+        return;
+    }
+    const LIBKRUN: &str = "libkrun = { version = \"=1.19.7\", default-features = false }";
+    let program = foreign::program("krun-client", LIBKRUN, include_str!("foreign/krun.rs")).expect("libkrun builds");
+    let folder = Folder(std::env::temp_dir().join(format!("softkvm-vmms-krun-{}", std::process::id())));
+    fs::create_dir_all(&folder.0).expect("a temporary folder");
+    let kernel = kernel::ensure(&Quiet).expect("the kernel");
+    let initrd = assets::initramfs::ensure(&Quiet).expect("the initramfs");
+    let vmlinux = kernel.vmlinux().expect("the kernel's ELF file");
+    let line = [program.as_os_str(), vmlinux.as_os_str(), initrd.as_os_str()];
+    let mut console = Console::start(&mut softkvm::client(&[], &line).expect("softkvm")).expect("it starts");
+    console.expect(assets::initramfs::BOOTED, WITHIN).expect("user space");
+    println!("{}", console.text());
 }
 
 macro_rules! styles {
