@@ -12,7 +12,7 @@ use mmu::tlb::Tlb;
 use mmu::{Memory, View};
 use x86_defs::{Cr0, Cr4, Dr7, Efer, Rflags, cpuid};
 
-use crate::decode::trace::Traces;
+use crate::decode::trace::{LinkedPages, Traces};
 use crate::fault::Fault;
 use crate::flags::{Flags, STATUS};
 use crate::op::{Op, RasEntry};
@@ -202,6 +202,8 @@ pub struct Cpu {
     pub(crate) code_window: (u64, u32),
     /// Part of `code_context`: what was found under another one is forgotten.
     pub(crate) flush_generation: u64,
+    /// Where what was found under `code_context` lies.
+    pub(crate) linked: LinkedPages,
 }
 
 /// Features that frequent instructions ask for, looked up once in the CPUID table.
@@ -387,6 +389,7 @@ impl Cpu {
             kick,
             code_window: (0, 0),
             flush_generation: 1,
+            linked: LinkedPages::default(),
         });
         cpu.reset();
         cpu
@@ -625,15 +628,14 @@ impl Cpu {
     /// Drops all translations and what was found through them.
     pub fn flush_tlb(&mut self) {
         self.tlb.flush();
-        self.flush_generation += 1;
-        self.code_context = self.flush_generation << 8 | self.code_context & 0xff;
+        self.forget_jumps();
     }
 
-    /// INVLPG: drops the page of `la`.
+    /// INVLPG: drops the page of `la`, and what was found through it.
     pub(crate) fn flush_page(&mut self, la: u64) {
-        self.tlb.flush_page(la);
-        self.flush_generation += 1;
-        self.code_context = self.flush_generation << 8 | self.code_context & 0xff;
+        if self.tlb.flush_page(la) || self.linked.may_hold(la) {
+            self.forget_jumps();
+        }
     }
 
     /// The instruction was serialising: what others wrote to code is seen from here on.

@@ -464,6 +464,7 @@ impl Cpu {
         }
         let head = self.trace_at(ip);
         if !head.is_null() {
+            self.may_link(ip);
             self.jumps[jump_index(ip)] = JumpEntry { ip, context: self.code_context, op: head };
         }
         head

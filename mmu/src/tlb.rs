@@ -150,15 +150,17 @@ impl Tlb {
         }
     }
 
-    /// INVLPG: drops the page of `la` in every context.
-    pub fn flush_page(&mut self, la: u64) {
+    /// INVLPG: drops the page of `la` in every context. True: everything went, for the page may have been a large one.
+    pub fn flush_page(&mut self, la: u64) -> bool {
         if self.large.is_some_and(|(base, mask)| la & mask == base) {
-            return self.flush();
+            self.flush();
+            return true;
         }
         self.structures.flush();
         self.read[slot(la)].tag = 0;
         self.write[slot(la)].tag = 0;
         self.fetch[(la >> 12) as usize & (FETCH_ENTRIES - 1)].tag = 0;
+        false
     }
 
     /// Drops write entries that reach the 4 KiB at host address `page`, whatever their linear address: code was

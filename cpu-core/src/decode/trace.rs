@@ -54,6 +54,37 @@ impl Hasher for AddressHasher {
     }
 }
 
+/// The linear pages that jump cache, return stack and links across pages lead to, and perhaps some more: INVLPG elsewhere
+/// leaves these alone.
+pub(crate) struct LinkedPages([u64; LINKED_BITS / 64]);
+
+/// Pages that are told apart, by the low bits of their numbers.
+const LINKED_BITS: usize = 1 << 14;
+
+impl Default for LinkedPages {
+    fn default() -> Self {
+        Self([0; LINKED_BITS / 64])
+    }
+}
+
+impl LinkedPages {
+    fn place(la: u64) -> (usize, u64) {
+        let page = (la / PAGE) as usize % LINKED_BITS;
+        (page / 64, 1 << (page % 64))
+    }
+
+    fn enter(&mut self, la: u64) {
+        let (word, bit) = Self::place(la);
+        self.0[word] |= bit;
+    }
+
+    /// False: nothing leads to the page of `la`.
+    pub(crate) fn may_hold(&self, la: u64) -> bool {
+        let (word, bit) = Self::place(la);
+        self.0[word] & bit != 0
+    }
+}
+
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
 struct Trace {
@@ -110,6 +141,10 @@ struct Single {
 /// Entries of the cache of single instructions.
 const SINGLES: usize = 256;
 
+fn single_index(ip: u64) -> usize {
+    (ip ^ ip >> 8) as usize % SINGLES
+}
+
 // SAFETY: the arena is owned, and reached only through its owner.
 unsafe impl Send for Traces {}
 
@@ -164,6 +199,13 @@ impl Traces {
         self.by_address.clear();
         self.pages.clear();
         self.flushes += 1;
+    }
+
+    /// When an instruction was last executed by itself at offset `ip`, it went over the end of its page.
+    fn crosses_page(&self, gpa: u64, ip: u64, mode: Mode) -> bool {
+        self.singles[single_index(ip)].is_some_and(|known| {
+            known.ip == ip && known.mode == mode && (gpa & (PAGE - 1)) + u64::from(known.lowered.op.len) > PAGE
+        })
     }
 
     /// Traces were decoded from the page at host address `page`.
@@ -337,9 +379,15 @@ impl Cpu {
     }
 
     /// Drops the jump cache, return stack and links across pages.
-    fn forget_jumps(&mut self) {
+    pub(crate) fn forget_jumps(&mut self) {
         self.flush_generation += 1;
         self.code_context = self.flush_generation << 8 | self.code_context & 0xff;
+        self.linked = LinkedPages::default();
+    }
+
+    /// The trace at offset `ip` of CS may be linked to from now on.
+    pub(crate) fn may_link(&mut self, ip: u64) {
+        self.linked.enter(self.wrap_linear(self.seg_base[Seg::Cs as usize].wrapping_add(ip)));
     }
 
     /// Finds or decodes the trace at offset `ip` of CS. Null where the loop must take one instruction by itself.
@@ -368,7 +416,7 @@ impl Cpu {
                 return NONE;
             }
         }
-        self.build(gpa, ip, mode)
+        if self.traces.crosses_page(gpa, ip, mode) { NONE } else { self.build(gpa, ip, mode) }
     }
 
     /// Guest-physical address that a fetch at `la` reads; `None` for a fault, which the loop finds again.
@@ -452,7 +500,7 @@ impl Cpu {
     /// budget. Good until the next call. `None`: the instruction needs more bytes.
     pub(crate) fn single(&mut self, bytes: &[u8], ip: u64) -> Option<*const Op> {
         let mode = self.mode();
-        let at = (ip ^ ip >> 8) as usize % SINGLES;
+        let at = single_index(ip);
         let known = self.traces.singles[at].filter(|known| {
             let len = usize::from(known.lowered.op.len);
             known.ip == ip && known.mode == mode && bytes.len() >= len && bytes[..len] == known.bytes[..len]

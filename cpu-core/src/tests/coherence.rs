@@ -403,3 +403,60 @@ fn a_slot_changed_under_a_running_cpu_is_other_code() {
     assert_eq!(machine.cpu.run(), Exit::Hlt);
     changer.join().expect("no panic");
 }
+
+/// INVLPG of a page whose code was linked to, and of one that holds data: a call finds the page that is mapped then.
+#[test]
+fn code_behind_another_translation_is_found_behind_invlpg() {
+    const FUNCTION: u64 = 0x4000_0000;
+    const TABLE: u64 = 0x8_5000;
+    let mut machine = machine(|a| {
+        a.mov(rsi, FUNCTION)?;
+        a.mov(rdi, TABLE)?;
+        a.xor(r9d, r9d)?;
+        a.call(rsi)?;
+        a.call(rsi)?;
+        a.add(r9, rax)?;
+        // Data first: what leads to the function stays.
+        a.invlpg(ptr(rbx))?;
+        a.call(rsi)?;
+        a.add(r9, rax)?;
+        a.mov(qword_ptr(rdi), rbp)?;
+        a.invlpg(ptr(rsi))?;
+        a.call(rsi)?;
+        a.add(r9, rax)?;
+        a.hlt()
+    });
+    let (first, second) = (0x10_0000, 0x10_1000);
+    machine.write(first, &[0xb8, 1, 0, 0, 0, 0xc3]); // mov eax, 1; ret
+    machine.write(second, &[0xb8, 16, 0, 0, 0, 0xc3]);
+    machine.write(PAGE_DIRECTORY - 0x1000 + 8, &0x8_4007u64.to_le_bytes());
+    machine.write(0x8_4000, &(TABLE | 7).to_le_bytes());
+    machine.write(TABLE, &(first | 7).to_le_bytes());
+    machine.cpu.flush_tlb();
+    machine.cpu.set_reg(Gpr::Rbx, 0x9_0000);
+    machine.cpu.set_reg(Gpr::Rbp, second | 7);
+    machine.cpu.rip = CODE;
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!(machine.cpu.reg(Gpr::R9), 1 + 1 + 16);
+}
+
+/// An instruction over a page end becomes one that ends before it, and the other way round.
+#[test]
+fn an_instruction_at_a_page_end_that_changes_its_length_is_seen() {
+    const AT: u64 = 0x3_0ffd;
+    let mut machine = machine(|a| {
+        a.mov(rax, AT)?;
+        a.jmp(rax)
+    });
+    let mut run = |bytes: &[u8]| {
+        machine.write(AT, bytes);
+        machine.cpu.set_reg(Gpr::R8, 0);
+        machine.cpu.rip = AT;
+        assert_eq!(machine.cpu.run(), Exit::Hlt);
+        machine.cpu.reg(Gpr::R8)
+    };
+    for _ in 0..3 {
+        assert_eq!(run(&[0x41, 0xb8, 1, 0, 0, 0, 0xf4]), 1); // mov r8d, 1; hlt
+        assert_eq!(run(&[0x41, 0xb0, 2, 0xf4]), 2); // mov r8b, 2; hlt
+    }
+}

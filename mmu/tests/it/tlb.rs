@@ -97,7 +97,9 @@ fn hits_are_what_a_walk_says() {
                 view.write(space.directory_entry(la), &entry.to_le_bytes()).expect("RAM");
                 // INVLPG for a large page is for all of it; otherwise for each page that may be in the TLB.
                 let pages = if old & pte::PS != 0 { la..la + 1 } else { la & !0x1f_ffff..(la & !0x1f_ffff) + 0x4000 };
-                pages.step_by(0x1000).for_each(|page| tlb.flush_page(page));
+                pages.step_by(0x1000).for_each(|page| {
+                    tlb.flush_page(page);
+                });
             }
             3 => {
                 space = &spaces[(next() & 1) as usize];
@@ -112,7 +114,9 @@ fn hits_are_what_a_walk_says() {
                 paging.cr0 ^= Cr0::WP;
                 tlb.flush();
             }
-            9 => tlb.flush_page(la),
+            9 => {
+                tlb.flush_page(la);
+            }
             _ => {}
         }
         let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Fetch][(bits >> 32) as usize % 3];
