@@ -25,8 +25,12 @@ use crate::state::Seg;
 const PAGE: u64 = 0x1000;
 /// Ops that the arena holds: 32 MiB of address space, touched as it fills.
 const ARENA_OPS: usize = 1 << 20;
-/// Slots kept free for one trace (head, ops with data and wide displacements, links: 227 at most) and a single instruction.
-const RESERVE: usize = 512;
+/// Slots kept free for one trace (head, ops with data and wide displacements, links: 227 at most).
+const RESERVE: usize = 256;
+/// Slots that one single instruction may take (displacement, op, data, end, three links of two: 10 at most).
+const SINGLE_OPS: usize = 16;
+/// Where the single instructions' slots begin, behind all traces.
+const SINGLES_AT: usize = ARENA_OPS - SINGLES * SINGLE_OPS;
 /// Most instructions of a trace.
 const MAX_INSTRUCTIONS: usize = 32;
 /// Most bytes of an instruction (SDM Vol. 2 "Instruction Format").
@@ -121,21 +125,21 @@ pub(crate) struct Traces {
     /// By host address, so that it does not matter by which guest-physical address a store comes (aliases of 2007).
     pages: Map<u64, CodePage>,
     singles: Vec<Option<Single>>,
-    /// The ops of the last single instruction hold a predicted return.
-    single_is_call: bool,
     /// How often the arena was emptied.
     pub(crate) flushes: u64,
     /// How many traces were decoded.
     pub(crate) decoded: u64,
 }
 
-/// An instruction that was executed by itself, kept by its bytes.
+/// An instruction that was executed by itself, kept by its bytes; its ops lie in the arena, in slots of their own.
 #[derive(Clone, Copy)]
 struct Single {
     ip: u64,
     mode: Mode,
     bytes: [u8; MAX_INSTRUCTION_BYTES],
-    lowered: Lowered,
+    len: u8,
+    /// A predicted return may lead into its ops.
+    is_call: bool,
 }
 
 /// Entries of the cache of single instructions.
@@ -180,7 +184,6 @@ impl Traces {
             by_address: Map::default(),
             pages: Map::default(),
             singles: vec![None; SINGLES],
-            single_is_call: false,
             flushes: 0,
             decoded: 0,
         }
@@ -188,7 +191,7 @@ impl Traces {
 
     /// No room for another trace.
     fn is_full(&self) -> bool {
-        self.used + RESERVE > ARENA_OPS
+        self.used + RESERVE > SINGLES_AT
     }
 
     /// Empties the arena. No trace may be running, and the caller drops what points into it.
@@ -204,7 +207,7 @@ impl Traces {
     /// When an instruction was last executed by itself at offset `ip`, it went over the end of its page.
     fn crosses_page(&self, gpa: u64, ip: u64, mode: Mode) -> bool {
         self.singles[single_index(ip)].is_some_and(|known| {
-            known.ip == ip && known.mode == mode && (gpa & (PAGE - 1)) + u64::from(known.lowered.op.len) > PAGE
+            known.ip == ip && known.mode == mode && (gpa & (PAGE - 1)) + u64::from(known.len) > PAGE
         })
     }
 
@@ -501,33 +504,30 @@ impl Cpu {
     pub(crate) fn single(&mut self, bytes: &[u8], ip: u64) -> Option<*const Op> {
         let mode = self.mode();
         let at = single_index(ip);
-        let known = self.traces.singles[at].filter(|known| {
-            let len = usize::from(known.lowered.op.len);
+        // SAFETY: inside the arena; `build` keeps traces below the slots of single instructions.
+        let first = unsafe { self.traces.arena.as_ptr().add(SINGLES_AT + at * SINGLE_OPS) };
+        let old = self.traces.singles[at];
+        let known = old.is_some_and(|known| {
+            let len = usize::from(known.len);
             known.ip == ip && known.mode == mode && bytes.len() >= len && bytes[..len] == known.bytes[..len]
         });
-        let lowered = match known {
-            Some(known) => known.lowered,
-            None => {
-                let (lowered, len) = lower_all(bytes, ip, mode, 1);
-                let lowered = *lowered.first()?;
-                let mut kept = [0; MAX_INSTRUCTION_BYTES];
-                kept[..len].copy_from_slice(&bytes[..len]);
-                self.traces.singles[at] = Some(Single { ip, mode, bytes: kept, lowered });
-                lowered
+        if !known {
+            let (lowered, len) = lower_all(bytes, ip, mode, 1);
+            let lowered = *lowered.first()?;
+            if old.is_some_and(|old| old.is_call) {
+                self.forget_jumps();
             }
-        };
-        // A call pushes a predicted return that lies in its ops, which are overwritten here.
-        let is_call = matches!(lowered.branch, Some(Branch::Call(_) | Branch::CallIndirect));
-        if std::mem::replace(&mut self.traces.single_is_call, is_call) {
-            self.forget_jumps();
+            let mut kept = [0; MAX_INSTRUCTION_BYTES];
+            kept[..len].copy_from_slice(&bytes[..len]);
+            let is_call = matches!(lowered.branch, Some(Branch::Call(_) | Branch::CallIndirect));
+            self.traces.singles[at] = Some(Single { ip, mode, bytes: kept, len: len as u8, is_call });
+            let next = ip.wrapping_add(len as u64) & self.ip_mask();
+            let used = std::mem::replace(&mut self.traces.used, SINGLES_AT + at * SINGLE_OPS);
+            self.traces.emit(&[lowered], ip, next, false, stop_at, None);
+            debug_assert!(self.traces.used <= SINGLES_AT + (at + 1) * SINGLE_OPS);
+            self.traces.used = used;
         }
         self.gpr[17] = ip;
-        let used = std::mem::replace(&mut self.traces.used, ARENA_OPS - RESERVE / 2);
-        // SAFETY: inside the arena; `build` keeps traces below the last `RESERVE` slots.
-        let first = unsafe { self.traces.arena.as_ptr().add(self.traces.used) };
-        let next = ip.wrapping_add(u64::from(lowered.op.len)) & self.ip_mask();
-        self.traces.emit(&[lowered], ip, next, false, stop_at, None);
-        self.traces.used = used;
         Some(first)
     }
 }
