@@ -12,7 +12,7 @@ pub use kvm_bindings::{
     kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_irq_routing, kvm_irq_routing_entry, kvm_mp_state,
     kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_regs, kvm_run, kvm_segment, kvm_signal_mask,
     kvm_sregs, kvm_sregs2, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
-    kvm_xsave,
+    kvm_xen_hvm_config, kvm_xsave,
 };
 pub use plain::{ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, MsrFilterRange, Plain, kvm_coalesced_mmio_zone};
 

@@ -75,6 +75,7 @@ plain! {
     kvm_xcr { xcr, reserved, value }
     kvm_xcrs { nr_xcrs, flags, xcrs, padding }
     kvm_x86_mce { status, addr, misc, mcg_status, bank, pad1, pad2 }
+    kvm_xen_hvm_config { flags, msr, blob_addr_32, blob_addr_64, blob_size_32, blob_size_64, pad2 }
     kvm_msr_entry { index, reserved, data }
     kvm_cpuid_entry { function, eax, ebx, ecx, edx, padding }
     kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding }

@@ -84,6 +84,7 @@ requests! {
     KVM_ENABLE_CAP = iow 0xa3 kvm_enable_cap;
     KVM_CLEAR_DIRTY_LOG = iowr 0xc0 kvm_clear_dirty_log;
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
+    KVM_XEN_HVM_CONFIG = iow 0x7a kvm_xen_hvm_config;
     KVM_SET_BOOT_CPU_ID = io 0x78;
     KVM_X86_SET_MSR_FILTER = iow 0xc6 kvm_msr_filter;
     // vCPU
@@ -131,6 +132,7 @@ requests! {
     // The size is that of the first 4 KiB; more may follow.
     KVM_GET_XSAVE2 = ior 0xcf kvm_xsave;
     // several files
+    KVM_GET_SUPPORTED_HV_CPUID = iowr 0xc1 kvm_cpuid2;
     KVM_GET_STATS_FD = io 0xce;
     KVM_SET_DEVICE_ATTR = iow 0xe1 kvm_device_attr;
     KVM_GET_DEVICE_ATTR = iow 0xe2 kvm_device_attr;

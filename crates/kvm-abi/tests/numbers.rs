@@ -75,6 +75,8 @@ const OF_TODAY: &[(u32, u32)] = &[
     (KVM_GET_SREGS2, 0x8140_aecc),
     (KVM_SET_SREGS2, 0x4140_aecd),
     (KVM_GET_XSAVE2, 0x9000_aecf),
+    (KVM_GET_SUPPORTED_HV_CPUID, 0xc008_aec1),
+    (KVM_XEN_HVM_CONFIG, 0x4038_ae7a),
     (KVM_GET_STATS_FD, 0x0000_aece),
     (KVM_SET_DEVICE_ATTR, 0x4018_aee1),
     (KVM_GET_DEVICE_ATTR, 0x4018_aee2),

@@ -6,7 +6,7 @@ use kvm_abi::consts::*;
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::exit::hypercall;
-use crate::{debug, kvmclock, mce, memory, nested, options, run_page, steal, sync_regs, xsave};
+use crate::{debug, kvmclock, mce, memory, nested, options, run_page, steal, sync_regs, xen, xsave};
 
 /// `KVM_CAP_MAX_VCPUS`: vCPUs in one VM. Linux 6.1 has the same.
 pub(crate) const MAX_VCPUS: u32 = 1024;
@@ -73,6 +73,7 @@ capabilities! {
     PitState2                    = KVM_CAP_PIT_STATE2                  => 1;
     Ioeventfd                    = KVM_CAP_IOEVENTFD                   => 1;
     SetIdentityMapAddr           = KVM_CAP_SET_IDENTITY_MAP_ADDR       => 1;
+    XenHvm                       = KVM_CAP_XEN_HVM                     => xen::FLAGS;
     AdjustClock                  = KVM_CAP_ADJUST_CLOCK                => kvmclock::CLOCK_FLAGS;
     VcpuEvents                   = KVM_CAP_VCPU_EVENTS                 => 1;
     Debugregs                    = KVM_CAP_DEBUGREGS                   => 1;
@@ -99,6 +100,12 @@ capabilities! {
     MaxVcpuId                    = KVM_CAP_MAX_VCPU_ID                 => MAX_VCPU_ID;
     GetMsrFeatures               = KVM_CAP_GET_MSR_FEATURES            => 1;
     SetBootCpuId                 = KVM_CAP_SET_BOOT_CPU_ID             => 1;
+    Hyperv                       = KVM_CAP_HYPERV                      => 1;
+    HypervTime                   = KVM_CAP_HYPERV_TIME                 => 1;
+    HypervVpIndex                = KVM_CAP_HYPERV_VP_INDEX             => 1;
+    HypervCpuid                  = KVM_CAP_HYPERV_CPUID                => 1;
+    SysHypervCpuid               = KVM_CAP_SYS_HYPERV_CPUID            => 1;
+    HypervEnforceCpuid           = KVM_CAP_HYPERV_ENFORCE_CPUID        => 1;
     DisableQuirks                = KVM_CAP_DISABLE_QUIRKS              => 1;
     VcpuAttributes               = KVM_CAP_VCPU_ATTRIBUTES             => 1;
     MsrPlatformInfo              = KVM_CAP_MSR_PLATFORM_INFO           => 1;

@@ -85,7 +85,8 @@ impl VmClock {
         Arc::new(Self { start, generation: AtomicU32::new(1), wall_clock: AtomicU64::new(0) })
     }
 
-    fn ns_at(&self, host_tsc: u64) -> u64 {
+    /// What it reads when the host's counter reads this.
+    pub(crate) fn ns_at(&self, host_tsc: u64) -> u64 {
         let start = *self.start.lock();
         start.ns.wrapping_add(Scale::of_khz(host_tsc_khz().into()).ns(host_tsc.wrapping_sub(start.host_tsc)))
     }

@@ -13,6 +13,7 @@ mod era;
 mod eventfd;
 pub mod exit;
 pub mod header;
+mod hyperv;
 mod interrupt;
 pub mod ioctl;
 mod ioeventfd;
@@ -35,6 +36,7 @@ mod sync_regs;
 mod system;
 mod vcpu;
 mod vm;
+mod xen;
 mod xsave;
 
 pub use caps::Capability;

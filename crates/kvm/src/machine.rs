@@ -16,6 +16,7 @@ use crate::chip::VcpuApic;
 use crate::cpuid;
 use crate::era::Era;
 use crate::exit;
+use crate::hyperv::{self, VcpuHyperv};
 use crate::kvmclock::{PvTime, VmClock};
 use crate::mce::Mce;
 use crate::msr::{self as msrs, Bank, is_apic_base};
@@ -141,6 +142,8 @@ pub(crate) struct Machine {
     pub(crate) time: PvTime,
     /// Other services of KVM to its guests.
     pub(crate) pv: Paravirt,
+    /// What there is of Hyper-V's interface, beside the VM's.
+    pub(crate) hyperv: VcpuHyperv,
     /// Brings the vCPU's owner back from the guest.
     kick: OnceLock<Arc<Kick>>,
     /// MSRs without a meaning of their own here.
@@ -168,6 +171,7 @@ impl Machine {
             apic: OnceLock::new(),
             time: PvTime::new(time),
             pv: Paravirt::new(),
+            hyperv: VcpuHyperv::default(),
             kick: OnceLock::new(),
             msrs: Bank::new(),
         };
@@ -230,6 +234,7 @@ impl Machine {
     fn set_tsc_offset(&self, offset: u64) {
         self.tsc_offset.store(offset, Relaxed);
         self.time.counter_changed();
+        self.options.hyperv.time_changed();
     }
 
     /// `KVM_VCPU_TSC_OFFSET`
@@ -334,6 +339,7 @@ impl Platform for VcpuPlatform {
             _ if Mce::has(index) => self.0.mce.lock().read(index, true),
             _ => {
                 let held = self.0.msrs.read(index).or_else(|| self.0.read_pv_msr(index));
+                let held = held.or_else(|| self.0.read_hyperv_msr(index, true));
                 held.or_else(|| msrs::constant_of(self.0.era, index))
             }
         }
@@ -343,7 +349,7 @@ impl Platform for VcpuPlatform {
         matches!(index, msr::IA32_APIC_BASE | msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST)
             || Mce::has(index)
             || self.0.msrs.read(index).is_some()
-            || paravirt::indices().any(|known| known == index)
+            || paravirt::indices().chain(hyperv::indices()).any(|known| known == index)
     }
 
     fn allows_msr(&mut self, index: u32, write: bool) -> bool {
@@ -375,6 +381,9 @@ impl Platform for VcpuPlatform {
     /// The guest may move and disable its APIC; x2APIC mode needs one in the kernel.
     fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
         match index {
+            _ if self.0.options.xen.is_msr(index) => {
+                return self.0.options.xen.write_page(self.0.options.hyperv.memory(), value);
+            }
             msr::IA32_APIC_BASE if !is_apic_base(&self.0, value) => return None,
             msr::IA32_APIC_BASE => return self.0.guest_sets_apic_base(value),
             msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => {
@@ -392,6 +401,7 @@ impl Platform for VcpuPlatform {
             msr::MISC_FEATURES_ENABLES if value & !self.0.misc_features() != 0 => return None,
             _ if Mce::has(index) => return self.0.mce.lock().write(index, value, true),
             _ if self.0.write_pv_msr(index, value).is_some() => {}
+            _ if self.0.write_hyperv_msr(index, value, true).is_some() => {}
             _ if msrs::constant_of(self.0.era, index).is_some() => {}
             _ => return self.0.msrs.write(index, value, true),
         }
@@ -430,7 +440,9 @@ mod tests {
 
     #[test]
     fn another_rate_goes_on_from_where_the_counter_is() {
-        let machine = Machine::new(Clock::default(), VmClock::new(), Arc::new(Options::new()), true, Era::Modern);
+        let time = VmClock::new();
+        let options = Arc::new(Options::new(Arc::new(mmu::Memory::new()), time.clone()));
+        let machine = Machine::new(Clock::default(), time, options, true, Era::Modern);
         let before = machine.tsc();
         assert!(machine.set_tsc_khz(host_tsc_khz() / 2));
         let after = machine.tsc();

@@ -10,6 +10,7 @@ use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
 use x86_defs::{Cr0, Efer, vector};
 
 use crate::era::Era;
+use crate::hyperv;
 use crate::machine::Machine;
 use crate::mce::Mce;
 use crate::paravirt;
@@ -172,7 +173,11 @@ const IN_SREGS: [u32; 3] = [msr::IA32_EFER, msr::IA32_FS_BASE, msr::IA32_GS_BASE
 pub(crate) fn index_list() -> Vec<u32> {
     let core = Cpu::msr_indices().filter(|index| !IN_SREGS.contains(index));
     let rows = ROWS.iter().filter(|row| row.listed).map(|row| row.index);
-    core.chain([msr::IA32_MCG_STATUS, msr::IA32_TSC_DEADLINE]).chain(paravirt::indices()).chain(rows).collect()
+    core.chain([msr::IA32_MCG_STATUS, msr::IA32_TSC_DEADLINE])
+        .chain(paravirt::indices())
+        .chain(hyperv::indices())
+        .chain(rows)
+        .collect()
 }
 
 fn has_type(types: u8, byte: u8) -> bool {
@@ -227,6 +232,9 @@ pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
     if index == msr::MSR_PLATFORM_INFO {
         return vcpu.machine.msrs.read(index);
     }
+    if let Some(value) = vcpu.machine.read_hyperv_msr(index, false) {
+        return Some(value);
+    }
     vcpu.cpu.msr(index)
 }
 
@@ -257,6 +265,12 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
         }
         msr::IA32_TSC_ADJUST if !vcpu.machine.tsc_adjust.load(Relaxed) => {}
         _ if Mce::has(index) => return vcpu.machine.mce.lock().write(index, value, false),
+        _ if vcpu.machine.options.xen.is_msr(index) => {
+            return vcpu.machine.options.xen.write_page(&vcpu.vm.memory, value);
+        }
+        _ if hyperv::indices().any(|known| known == index) => {
+            return vcpu.machine.write_hyperv_msr(index, value, false);
+        }
         _ if vcpu.machine.msrs.read(index).is_some() => return vcpu.machine.msrs.write(index, value, false),
         _ => return vcpu.cpu.set_msr(index, value),
     }

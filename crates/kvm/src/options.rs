@@ -1,5 +1,6 @@
 //! What user space has chosen for a VM as a whole, by `KVM_ENABLE_CAP` and ioctls of its kind, and what its vCPUs make of it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use kvm_abi::consts::{
@@ -7,13 +8,17 @@ use kvm_abi::consts::{
     KVM_X86_QUIRK_LINT0_REENABLED, KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS,
     KVM_X86_QUIRK_OUT_7E_INC_RIP,
 };
+use mmu::Memory;
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
 use crate::caps::MAX_VCPU_ID;
 use crate::exit::msr;
+use crate::hyperv::Partition;
+use crate::kvmclock::VmClock;
 use crate::machine::host_tsc_khz;
 use crate::msr_filter::Filter;
+use crate::xen::Xen;
 
 /// `KVM_X86_VALID_QUIRKS`: the answer for `KVM_CAP_DISABLE_QUIRKS2`. Memory types mean nothing here, so CD_NW_CLEARED is the same
 /// on and off.
@@ -47,13 +52,19 @@ pub(crate) struct Options {
     has_mmu_pages: AtomicBool,
     /// `KVM_X86_SET_MSR_FILTER`
     pub(crate) msr_filter: Filter,
+    /// What there is of Hyper-V's interface.
+    pub(crate) hyperv: Partition,
+    /// What there is of Xen's.
+    pub(crate) xen: Xen,
     /// `KVM_CAP_X86_USER_SPACE_MSR`: why an access to an MSR is user space's.
     msr_exits: AtomicU32,
 }
 
 impl Options {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(memory: Arc<Memory>, time: Arc<VmClock>) -> Self {
         Self {
+            hyperv: Partition::new(memory, time),
+            xen: Xen::default(),
             disabled_quirks: AtomicU64::new(0),
             shows_platform_info: AtomicBool::new(true),
             boot_cpu: AtomicU32::new(0),

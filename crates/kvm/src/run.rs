@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use cpu_core::{Exit, Gpr, Poll};
-use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN};
+use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SYSTEM_EVENT};
 use nix::errno::Errno;
 use x86_defs::Rflags;
 
@@ -116,6 +116,11 @@ impl Vcpu {
             }
             if self.machine.cpuid_is_stale.swap(false, Relaxed) {
                 self.load_cpuid();
+            }
+            if let Some(event) = self.machine.hyperv.take_event() {
+                self.page.set_system_event(event);
+                self.page.set_exit_reason(KVM_EXIT_SYSTEM_EVENT);
+                return Ok(());
             }
             self.cpu.set_interrupt_window_exiting(self.wants_interrupt_window());
             let exit = self.enter_guest(client);

@@ -11,7 +11,7 @@ use std::sync::atomic::{
     Ordering::{Relaxed, Release},
 };
 
-use kvm_abi::consts::kvm_sync_regs;
+use kvm_abi::consts::{KVM_EXIT_XEN_HCALL, kvm_sync_regs};
 use kvm_abi::{Plain, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events};
 use mmu::Mapping;
 
@@ -275,6 +275,28 @@ impl RunPage {
         self.u32(EXIT + 8).store(reason, Relaxed);
         self.u32(EXIT + 12).store(index, Relaxed);
         self.u64(EXIT + 16).store(data, Relaxed);
+    }
+
+    /// `system_event`: type, and no data.
+    pub(crate) fn set_system_event(&self, event: u32) {
+        self.u32(EXIT).store(event, Relaxed);
+        self.u32(EXIT + 4).store(0, Relaxed);
+    }
+
+    /// `xen.u.hcall`, of type `KVM_EXIT_XEN_HCALL`: mode, level, number, and six parameters. The result is user space's.
+    pub(crate) fn set_xen_hypercall(&self, longmode: bool, cpl: u8, input: u64, params: &[u64; 6]) {
+        self.u32(EXIT).store(KVM_EXIT_XEN_HCALL, Relaxed);
+        self.u32(EXIT + 8).store(longmode.into(), Relaxed);
+        self.u32(EXIT + 12).store(cpl.into(), Relaxed);
+        self.u64(EXIT + 16).store(input, Relaxed);
+        for (word, &value) in params.iter().enumerate() {
+            self.u64(EXIT + 32 + 8 * word).store(value, Relaxed);
+        }
+    }
+
+    /// `xen.u.hcall.result`
+    pub(crate) fn xen_result(&self) -> u64 {
+        self.u64(EXIT + 24).load(Relaxed)
     }
 
     /// `hypercall`: number, six arguments, result, flags.

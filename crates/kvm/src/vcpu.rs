@@ -108,6 +108,7 @@ impl VcpuFile {
         if vcpus.contains_key(&id) {
             return Err(Errno::EEXIST);
         }
+        machine.hyperv.set_index(vcpus.len() as u32);
         vcpus.insert(id, VcpuEntry { kick, counters: counters.clone() });
         if let Some(chip) = vm.chip() {
             let base = machine.apic_base.load(Relaxed);
@@ -177,6 +178,7 @@ impl Vcpu {
             let enabled = self.machine.msrs.read(IA32_MISC_ENABLE).is_some_and(|value| value & misc_enable::MWAIT != 0);
             cpuid::change(&mut self.cpuid, bit::MONITOR, enabled);
         }
+        self.machine.hyperv.load_cpuid(&self.cpuid);
         let table: Vec<_> = self.cpuid.iter().map(crate::state::to_core_cpuid).collect();
         self.cpu.set_cpuid(&table);
         self.machine.x2apic.store(cpuid::has(&self.cpuid, bit::X2APIC), Relaxed);

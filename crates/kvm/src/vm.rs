@@ -71,19 +71,21 @@ pub(crate) struct Vm {
 impl Vm {
     /// A VM without memory or vCPUs.
     pub(crate) fn new(kvm: Arc<Kvm>, address_space: AddressSpace) -> Arc<Self> {
+        let (memory, time) = (Arc::new(Memory::new()), VmClock::new());
+        let options = Arc::new(Options::new(memory.clone(), time.clone()));
         Arc::new(Self {
             id: kvm.next_vm_id(),
             kvm,
             address_space,
             created: Instant::now(),
             era: OnceLock::new(),
-            memory: Arc::new(Memory::new()),
+            memory,
             layout: Mutex::default(),
             vcpus: Mutex::default(),
             identity_map_addr: AtomicU64::new(0xfffb_c000),
             clock: Clock::default(),
-            options: Arc::new(Options::new()),
-            time: VmClock::new(),
+            options,
+            time,
             chip: OnceLock::new(),
             ioeventfds: Ioeventfds::default(),
             manual_dirty_log: AtomicU32::new(0),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use cpu_core::{Events, Seg};
 use irqchip::lapic::event;
 use kvm_abi::consts::{
-    KVM_EXIT_IOAPIC_EOI, KVM_EXIT_TPR_ACCESS, KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED,
+    KVM_EXIT_IOAPIC_EOI, KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_TPR_ACCESS, KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED,
     KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_X86_QUIRK_LINT0_REENABLED,
 };
 use nix::errno::Errno;
@@ -42,6 +42,11 @@ impl Vcpu {
             }
             if machine.cpuid_is_stale.swap(false, Relaxed) {
                 self.load_cpuid();
+            }
+            if let Some(event) = machine.hyperv.take_event() {
+                self.page.set_system_event(event);
+                self.page.set_exit_reason(KVM_EXIT_SYSTEM_EVENT);
+                return Ok(());
             }
             apic.lapic.advance(machine.now());
             if let Some(vector) = apic.waker.take_eoi() {

@@ -7,17 +7,18 @@
 
 use cpu_core::{Gpr, Seg};
 use irqchip::{DeliveryMode, Message};
-use kvm_abi::consts::KVM_EXIT_HYPERCALL;
+use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_XEN};
 use mmu::View;
 use nix::time::{ClockId, clock_gettime};
 use x86_defs::cpuid::{self as bit, Feature};
-use x86_defs::{GuestPhysAddr, PAGE_SHIFT};
+use x86_defs::{Cr0, GuestPhysAddr, PAGE_SHIFT, vector};
 
 use super::{Outcome, Pending, Reason, Row};
+use crate::hyperv;
 use crate::machine::host_tsc;
 use crate::vcpu::Vcpu;
 
-pub(super) const ROW: Row = Row { reason: Reason::Vmcall, vmx: Some(18), shows: &["HYPERCALL"] };
+pub(super) const ROW: Row = Row { reason: Reason::Vmcall, vmx: Some(18), shows: &["HYPERCALL", "XEN"] };
 
 /// `KVM_E…` of `linux/kvm_para.h`.
 const EPERM: i64 = 1;
@@ -25,6 +26,9 @@ const EFAULT: i64 = 14;
 const EINVAL: i64 = 22;
 const EOPNOTSUPP: i64 = 95;
 const ENOSYS: i64 = 1000;
+
+/// EAX bit 31 tells Hyper-V's hypercalls from Xen's.
+const HYPERV_MARK: u64 = 1 << 31;
 
 /// Bytes of VMCALL and VMMCALL.
 const LEN: u64 = 3;
@@ -72,6 +76,13 @@ pub(super) fn handle(vcpu: &mut Vcpu) -> Outcome {
         vcpu.page.set_exit_reason(KVM_EXIT_HYPERCALL);
         return Outcome::User;
     }
+    if vcpu.vm.options.xen.intercepts() {
+        let marked = vcpu.cpu.reg(Gpr::Rax) & HYPERV_MARK != 0 && vcpu.machine.has_hyperv_hypercalls();
+        return if marked { answer_hyperv(vcpu, long) } else { show_xen(vcpu, long) };
+    }
+    if vcpu.machine.has_hyperv_hypercalls() {
+        return answer_hyperv(vcpu, long);
+    }
     let number = vcpu.cpu.reg(Gpr::Rax) & mask(long);
     let a = [Gpr::Rbx, Gpr::Rcx, Gpr::Rdx, Gpr::Rsi].map(|register| vcpu.cpu.reg(register) & mask(long));
     let cpl = vcpu.cpu.sregs().segments[Seg::Ss as usize].dpl;
@@ -92,6 +103,51 @@ pub(super) fn handle(vcpu: &mut Vcpu) -> Outcome {
     Outcome::Resume
 }
 
+/// `kvm_hv_hypercall`: #UD outside CPL 0 and protected mode.
+fn answer_hyperv(vcpu: &mut Vcpu, long: bool) -> Outcome {
+    use Gpr::*;
+    let sregs = vcpu.cpu.sregs();
+    if sregs.segments[Seg::Ss as usize].dpl != 0 || !sregs.cr0.contains(Cr0::PE) {
+        rewind(vcpu);
+        vcpu.cpu.queue_exception(vector::UD, None);
+        return Outcome::Resume;
+    }
+    let pair = |high, low| vcpu.cpu.reg(high) << 32 | vcpu.cpu.reg(low) & 0xffff_ffff;
+    let (control, input) = if long { (vcpu.cpu.reg(Rcx), vcpu.cpu.reg(Rdx)) } else { (pair(Rdx, Rax), pair(Rbx, Rcx)) };
+    let result = hyperv::answer(&vcpu.machine, &vcpu.vm.memory, control, input);
+    vcpu.cpu.set_reg(Rax, result & mask(long));
+    if !long {
+        vcpu.cpu.set_reg(Rdx, result >> 32);
+    }
+    Outcome::Resume
+}
+
+/// `kvm_xen_hypercall`: none is answered here. api.rst §5, `xen`: RIP stays at the instruction until user space has answered.
+fn show_xen(vcpu: &mut Vcpu, long: bool) -> Outcome {
+    use Gpr::*;
+    let registers = if long { [Rdi, Rsi, Rdx, R10, R8, R9] } else { [Rbx, Rcx, Rdx, Rsi, Rdi, Rbp] };
+    let params = registers.map(|register| vcpu.cpu.reg(register) & mask(long));
+    let input = vcpu.cpu.reg(Rax) & mask(long);
+    let cpl = vcpu.cpu.sregs().segments[Seg::Ss as usize].dpl;
+    rewind(vcpu);
+    vcpu.page.set_xen_hypercall(long, cpl, input, &params);
+    vcpu.page.set_exit_reason(KVM_EXIT_XEN);
+    vcpu.pending = Some(Pending::Xen { rip: vcpu.linear_rip() });
+    Outcome::User
+}
+
+/// User space's answer is in `xen.u.hcall.result`.
+pub(super) fn complete_xen(vcpu: &mut Vcpu) -> Outcome {
+    vcpu.cpu.set_reg(Gpr::Rax, vcpu.page.xen_result());
+    vcpu.cpu.skip_instruction(LEN as u8);
+    Outcome::Resume
+}
+
+fn rewind(vcpu: &mut Vcpu) {
+    let regs = vcpu.cpu.regs();
+    vcpu.cpu.set_regs(&cpu_core::Regs { rip: regs.rip.wrapping_sub(LEN), ..regs });
+}
+
 fn mask(long: bool) -> u64 {
     if long { u64::MAX } else { 0xffff_ffff }
 }
@@ -104,8 +160,7 @@ fn is_range(gpa: u64, pages: u64) -> bool {
 
 /// api.rst §5, `hypercall`. Linux moves RIP behind the instruction only once user space has answered.
 fn show(vcpu: &mut Vcpu, number: u64, args: &[u64], long: bool) -> Outcome {
-    let regs = vcpu.cpu.regs();
-    vcpu.cpu.set_regs(&cpu_core::Regs { rip: regs.rip.wrapping_sub(LEN), ..regs });
+    rewind(vcpu);
     vcpu.page.set_hypercall(number, args, long);
     vcpu.page.set_exit_reason(KVM_EXIT_HYPERCALL);
     vcpu.pending = Some(Pending::Hypercall);

@@ -40,6 +40,8 @@ pub(crate) enum Pending {
     MmioWrite,
     /// RDMSR or WRMSR, an instruction of `len` bytes.
     Msr { read: bool, len: u8 },
+    /// A hypercall of Xen's.
+    Xen { rip: u64 },
     /// A hypercall; RIP is still at it. Wherever user space moves it, the answer counts (`complete_hypercall_exit`).
     Hypercall,
 }
@@ -131,6 +133,8 @@ pub(crate) fn handle(vcpu: &mut Vcpu, exit: &Exit) -> Outcome {
 /// Finishes the last exit with user space's answer.
 pub(crate) fn complete(vcpu: &mut Vcpu, pending: Pending) -> Outcome {
     match pending {
+        Pending::Xen { rip } if rip != vcpu.linear_rip() => Outcome::Resume,
+        Pending::Xen { .. } => hypercall::complete_xen(vcpu),
         Pending::Io { rip, .. } | Pending::MmioRead { rip } if rip != vcpu.linear_rip() => {
             vcpu.cpu.abandon_exit();
             Outcome::Resume

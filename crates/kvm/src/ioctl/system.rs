@@ -8,7 +8,7 @@ use super::{Caller, Fam};
 use crate::client::Client;
 use crate::system::System;
 use crate::vm::Vm;
-use crate::{caps, cpuid, mce, msr, run_page};
+use crate::{caps, cpuid, hyperv, mce, msr, run_page};
 
 /// The version since 2.6.22. api.rst `KVM_GET_API_VERSION`. EINVAL: an argument.
 pub(super) fn get_api_version(_: &Caller<'_, System>, _: &dyn Client, arg: u64) -> Result<i32, Errno> {
@@ -85,7 +85,12 @@ pub(super) fn get_emulated_cpuid(_: &Caller<'_, System>, list: &Fam<'_, kvm_cpui
     store_cpuid(list, &cpuid::emulated())
 }
 
-fn store_cpuid(list: &Fam<'_, kvm_cpuid_entry2>, table: &[kvm_cpuid_entry2]) -> Result<(), Errno> {
+/// What there is of Hyper-V's interface. api.rst `KVM_GET_SUPPORTED_HV_CPUID`. E2BIG: room for fewer entries.
+pub(super) fn get_supported_hv_cpuid(_: &Caller<'_, System>, list: &Fam<'_, kvm_cpuid_entry2>) -> Result<(), Errno> {
+    store_cpuid(list, &hyperv::supported())
+}
+
+pub(super) fn store_cpuid(list: &Fam<'_, kvm_cpuid_entry2>, table: &[kvm_cpuid_entry2]) -> Result<(), Errno> {
     if (list.count() as usize) < table.len() {
         return Err(Errno::E2BIG);
     }

@@ -6,6 +6,7 @@ use kvm_abi::{
     kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_guest_debug,
     kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs,
     kvm_sregs2, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
+    kvm_xen_hvm_config,
     legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
 };
 use nix::errno::Errno;
@@ -87,6 +88,7 @@ ioctls! {
     KVM_GET_MSR_FEATURE_INDEX_LIST 0x0a System InOutFam<kvm_msr_list, u32>,        GetMsrFeatures, Full => system::get_msr_feature_index_list;
     KVM_GET_MSRS               0x88 System InOutFam<kvm_msrs, kvm_msr_entry>,      GetMsrFeatures, Full => system::get_msrs;
     KVM_X86_GET_MCE_CAP_SUPPORTED 0x9d System Out<u64>,                            Mce,            Full => system::get_mce_cap_supported;
+    KVM_GET_SUPPORTED_HV_CPUID 0xc1 System InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, SysHypervCpuid, Full => system::get_supported_hv_cpuid;
     KVM_GET_DEVICE_ATTR        0xe2 System In<DeviceAttr>,                         SysAttributes,  Full => attributes::get_of_system;
     KVM_HAS_DEVICE_ATTR        0xe3 System In<DeviceAttr>,                         SysAttributes,  Full => attributes::has_of_system;
 
@@ -113,6 +115,7 @@ ioctls! {
     KVM_CREATE_PIT2            0x77 Vm     In<[u32; 16]>,                          Pit2,           Full => chip::create_pit2;
     KVM_SET_BOOT_CPU_ID        0x78 Vm     Value,                                  SetBootCpuId,   Full => vm::set_boot_cpu_id;
     KVM_IOEVENTFD              0x79 Vm     In<[u32; 16]>,                          Ioeventfd,      Full => chip::set_ioeventfd;
+    KVM_XEN_HVM_CONFIG         0x7a Vm     In<kvm_xen_hvm_config>,                 XenHvm,         Full => vm::xen_hvm_config;
     KVM_SET_CLOCK              0x7b Vm     In<kvm_clock_data>,                     AdjustClock,    Full => vm::set_clock;
     KVM_GET_CLOCK              0x7c Vm     Out<kvm_clock_data>,                    AdjustClock,    Full => vm::get_clock;
     KVM_GET_PIT2               0x9f Vm     Out<[u32; 28]>,                         PitState2,      Full => chip::get_pit2;
@@ -165,6 +168,7 @@ ioctls! {
     KVM_KVMCLOCK_CTRL          0xad Vcpu   Value,                                  KvmclockCtrl,   Full => vcpu::kvmclock_ctrl;
     KVM_GET_NESTED_STATE       0xbe Vcpu   InOut<[u32; 32]>,                       NestedState,    Full => vcpu::get_nested_state;
     KVM_SET_NESTED_STATE       0xbf Vcpu   In<[u32; 32]>,                          NestedState,    Full => vcpu::set_nested_state;
+    KVM_GET_SUPPORTED_HV_CPUID 0xc1 Vcpu   InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, HypervCpuid,    Full => vcpu::get_supported_hv_cpuid;
     KVM_GET_SREGS2             0xcc Vcpu   Out<kvm_sregs2>,                        Sregs2,         Full => vcpu::get_sregs2;
     KVM_SET_SREGS2             0xcd Vcpu   In<kvm_sregs2>,                         Sregs2,         Full => vcpu::set_sregs2;
     KVM_GET_STATS_FD           0xce Vcpu   Value,                                  BinaryStatsFd,  Full => vcpu::get_stats_fd;

@@ -14,13 +14,14 @@ use x86_defs::cpuid as bit;
 use x86_defs::{Cr0, Cr4, Efer, Rflags, vector};
 
 use super::Fam;
+use super::system::store_cpuid;
 use crate::client::{Client, SignalMask};
 use crate::era::Era;
 use crate::interrupt::InterruptQueue;
 use crate::mce::Injected;
 use crate::stats::StatsFile;
 use crate::vcpu::Vcpu;
-use crate::{cpuid, debug, msr, nested, state, xsave};
+use crate::{cpuid, debug, hyperv, msr, nested, state, xsave};
 
 /// `MAX_IO_MSRS`: entries of one `KVM_GET_MSRS` or `KVM_SET_MSRS` are fewer.
 pub(super) const MAX_IO_MSRS: u32 = 256;
@@ -557,15 +558,23 @@ pub(super) fn set_mp_state(vcpu: &mut Vcpu, state: &kvm_mp_state) -> Result<(), 
     Ok(())
 }
 
-/// `KVM_CAP_ENFORCE_PV_FEATURE_CPUID`: the guest has those of KVM's services that its CPUID tells. api.rst `KVM_ENABLE_CAP`.
-/// EINVAL: another capability, flags.
+/// `KVM_CAP_ENFORCE_PV_FEATURE_CPUID`, `KVM_CAP_HYPERV_ENFORCE_CPUID`: the guest has those of KVM's services, and of Hyper-V's, that
+/// its CPUID tells. api.rst `KVM_ENABLE_CAP`. EINVAL: another capability, flags.
 pub(super) fn enable_cap(vcpu: &mut Vcpu, cap: &kvm_enable_cap) -> Result<(), Errno> {
-    if cap.flags != 0 || cap.cap != KVM_CAP_ENFORCE_PV_FEATURE_CPUID {
-        return Err(Errno::EINVAL);
+    let enforce = cap.args[0] != 0;
+    match cap.cap {
+        _ if cap.flags != 0 => return Err(Errno::EINVAL),
+        KVM_CAP_ENFORCE_PV_FEATURE_CPUID => vcpu.enforces_pv = enforce,
+        KVM_CAP_HYPERV_ENFORCE_CPUID => vcpu.machine.hyperv.enforce(enforce),
+        _ => return Err(Errno::EINVAL),
     }
-    vcpu.enforces_pv = cap.args[0] != 0;
     vcpu.load_cpuid();
     Ok(())
+}
+
+/// As on `/dev/kvm`. api.rst `KVM_GET_SUPPORTED_HV_CPUID`. E2BIG: room for fewer entries.
+pub(super) fn get_supported_hv_cpuid(_: &mut Vcpu, list: &Fam<'_, kvm_cpuid_entry2>) -> Result<(), Errno> {
+    store_cpuid(list, &hyperv::supported())
 }
 
 /// A file with statistics of the vCPU. api.rst `KVM_GET_STATS_FD`.

@@ -6,7 +6,7 @@ use kvm_abi::consts::*;
 use kvm_abi::legacy::{kvm_memory_alias, kvm_memory_region};
 use kvm_abi::{
     ClearDirtyLog, DirtyLog, MsrFilter, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    kvm_userspace_memory_region, kvm_xen_hvm_config,
 };
 use nix::errno::Errno;
 
@@ -52,6 +52,13 @@ pub(super) fn enable_cap(vm: &Caller<'_, Vm>, cap: &kvm_enable_cap) -> Result<()
 pub(super) fn set_msr_filter(vm: &Caller<'_, Vm>, filter: &MsrFilter) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
     vm.options.msr_filter.set(vm.client, filter)
+}
+
+/// Which MSR Xen's guests name their hypercall page by, and who answers. api.rst `KVM_XEN_HVM_CONFIG`. EINVAL as
+/// [`Xen::configure`](crate::xen::Xen::configure).
+pub(super) fn xen_hvm_config(vm: &Caller<'_, Vm>, config: &kvm_xen_hvm_config) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    vm.options.xen.configure(config)
 }
 
 /// A file with statistics of the VM. api.rst `KVM_GET_STATS_FD`.
@@ -172,6 +179,7 @@ pub(super) fn set_clock(vm: &Caller<'_, Vm>, data: &kvm_clock_data) -> Result<()
         return Err(Errno::EINVAL);
     }
     vm.time.set(data.clock, (data.flags & KVM_CLOCK_REALTIME != 0).then_some(data.realtime));
+    vm.options.hyperv.time_changed();
     // Guests that run look at their pages again.
     for vcpu in vm.vcpus.lock().values() {
         vcpu.kick.kick();
