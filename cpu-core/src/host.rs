@@ -197,8 +197,11 @@ pub(crate) unsafe fn copy_out(host: u64, out: &mut [u8]) {
     }
 }
 
-/// The host's time-stamp counter.
+/// The host's time-stamp counter, once all loads before are done: a guest that has seen what another CPU read there must not read
+/// less, and RDTSC alone may run ahead (SDM Vol. 2 "RDTSC").
 pub fn rdtsc() -> u64 {
+    // SAFETY: every processor of 64 bits has SSE2, which brings LFENCE.
+    unsafe { std::arch::x86_64::_mm_lfence() };
     // SAFETY: user code may execute RDTSC; nothing in this process sets PR_TSC_SIGSEGV.
     unsafe { std::arch::x86_64::_rdtsc() }
 }
