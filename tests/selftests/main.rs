@@ -8,8 +8,10 @@ use softkvm_tests::console::Console;
 use softkvm_tests::foreign::expected_failures;
 use softkvm_tests::{long, softkvm};
 
-/// Those that take minutes, or want a quiet machine: they run in the long form.
+/// Those that take minutes, or want a quiet machine: they run in the long form. `dirty_log_test` failed once in some twenty
+/// runs, on a loaded machine, and nobody has found out why.
 const SLOW: &[&str] = &[
+    "dirty_log_test",
     "hardware_disable_test",
     "max_guest_memory_test",
     "memslot_perf_test",
@@ -25,7 +27,7 @@ const BY_HOST: &[&str] = &[
     "x86_64/vmx_exception_with_invalid_guest_state",
 ];
 /// As many pass, at the least.
-const ENOUGH: usize = 33;
+const ENOUGH: usize = 32;
 
 /// What has not ended by then hangs. Generous: a loaded machine must not fail a test.
 fn within() -> Duration {
