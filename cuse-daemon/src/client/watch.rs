@@ -27,7 +27,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::inject::{self, Held, Seized};
 use super::maps::{self, Area};
@@ -225,19 +225,33 @@ impl News {
             |range: &Range<u64>| discarded.iter().any(|done| done.start <= range.start && range.end <= done.end);
         news.removed.iter().filter(|range| !is_done(range)).for_each(|range| discard(space, space.tgid, range));
         let held: Vec<Held> = stopping.into_iter().filter_map(|seized| seized.stopped_in_fault().ok()).collect();
-        if let Some(first) = held.first() {
-            news.unmapped.iter().for_each(|range| self.follow(front, space, first, range));
-        }
+        let Some(first) = held.first() else { return };
+        news.unmapped.iter().for_each(|range| self.follow(front, space, first, range));
         // No thread may go on while another worker moves its memory.
-        let _exclusive = space.exclusive();
+        let _exclusive = self.exclusive(space);
         drop(held);
+    }
+
+    /// Exclusive use of `space`. Who has it may have a thread of the client map memory that is watched, and that thread waits
+    /// until its news are read: they are, meanwhile.
+    fn exclusive<'s>(&self, space: &'s Space) -> MutexGuard<'s, ()> {
+        loop {
+            if let Some(guard) = space.exclusive_within(Duration::from_micros(200)) {
+                return guard;
+            }
+            let news = sys::userfault_read(self.fd.as_fd());
+            news.removed.iter().for_each(|range| discard(space, space.tgid, range));
+            if !news.unmapped.is_empty() {
+                tracing::debug!(?news, "told of while another change is followed");
+            }
+        }
     }
 
     /// Guests see what the client has at `range` now.
     fn follow(&self, front: &Arc<Front>, space: &Arc<Space>, held: &Held, range: &Range<u64>) {
         front.remapped(space, range, &mut |addr, len| {
             let wanted = addr..addr.checked_add(len).ok_or(Errno::EINVAL)?;
-            let _exclusive = space.exclusive();
+            let _exclusive = self.exclusive(space);
             let waiting = Arc::clone(front);
             let stop_others = || stop::others(space.tgid, held.tid(), move |tid| waiting.is_waiting(tid));
             let shared = memory::share(held.tid(), space, &wanted, || Ok(held), stop_others)?;
