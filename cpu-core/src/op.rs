@@ -509,8 +509,10 @@ impl Semantics for Enter {
 #[cold]
 #[inline(never)]
 unsafe fn enter_again(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    // SAFETY: called with a head only, copied out.
+    let head = unsafe { *op.cast::<Head>() };
     // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
-    if unsafe { (&mut *cpu).may_enter(op, fa, fb, budget) } {
+    if unsafe { &mut *cpu }.may_enter(head, fa, fb, budget) {
         let m = Machine { cpu, op, fa, fb, budget };
         // The stamp is the current one now, unless attention was asked for in between: then it ends here the next time.
         dispatch!(cpu, op, m)
@@ -520,9 +522,7 @@ unsafe fn enter_again(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i6
 impl Cpu {
     /// True: the trace is what memory holds, go on. False: the CPU is ready for the loop.
     #[inline(never)]
-    fn may_enter(&mut self, op: *const Op, fa: u64, fb: u64, budget: i64) -> bool {
-        // SAFETY: called with a head only.
-        let head = unsafe { *op.cast::<Head>() };
+    fn may_enter(&mut self, head: Head, fa: u64, fb: u64, budget: i64) -> bool {
         if budget > 0 && self.trace_is_current(head.trace) {
             return true;
         }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -79,8 +79,8 @@ pub fn begin(archive: &mut Archive) {
     }
 }
 
-/// Unpacks a package into the archive. All files are root's; maintainer scripts do not run.
-pub fn unpack(archive: &mut Archive, deb: &Path) -> Result<()> {
+/// dpkg-deb on its way to give the package's files, and the tar archive that it writes.
+fn files_of(deb: &Path) -> Result<(Child, ChildStdout)> {
     let mut dpkg = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(deb)
@@ -89,6 +89,12 @@ pub fn unpack(archive: &mut Archive, deb: &Path) -> Result<()> {
         .spawn()
         .context("cannot start dpkg-deb")?;
     let stdout = dpkg.stdout.take().context("a pipe was asked for")?;
+    Ok((dpkg, stdout))
+}
+
+/// Unpacks a package into the archive. All files are root's; maintainer scripts do not run.
+pub fn unpack(archive: &mut Archive, deb: &Path) -> Result<()> {
+    let (mut dpkg, stdout) = files_of(deb)?;
     let mut stream = tar::Archive::new(stdout);
     let added = add_all(archive, &mut stream).with_context(|| format!("cannot read {}", deb.display()));
     // To the end, or dpkg-deb fails by a closed pipe.
@@ -110,14 +116,7 @@ pub fn unpack_all(debs: &[PathBuf], folder: &Path) -> Result<()> {
     }
     for deb in debs {
         // dpkg-deb itself would put a folder in the place of the link `bin`.
-        let mut dpkg = Command::new("dpkg-deb")
-            .arg("--fsys-tarfile")
-            .arg(deb)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start dpkg-deb")?;
-        let stdout = dpkg.stdout.take().context("a pipe was asked for")?;
+        let (mut dpkg, stdout) = files_of(deb)?;
         let mut tar = Command::new("tar");
         let left_out = LEFT_OUT.iter().map(|path| format!("--exclude=./{}", path.trim_end_matches('/')));
         tar.args(["--extract", "--keep-directory-symlink", "--directory"]).arg(folder).args(left_out).stdin(stdout);
