@@ -13,6 +13,7 @@ use mmu::{Memory, View};
 use x86_defs::{Cr0, Cr4, Dr7, Efer, Rflags, cpuid};
 
 use crate::decode::trace::{LinkedPages, Traces};
+use crate::event::smm::SMBASE_RESET;
 use crate::fault::Fault;
 use crate::flags::{Flags, STATUS};
 use crate::op::{Op, RasEntry};
@@ -184,7 +185,7 @@ pub struct Cpu {
     pub(crate) interrupt_window: bool,
     /// Vectors that exit instead of being delivered (bit n: vector n): the debugger's.
     pub(crate) intercepts: u32,
-    /// The debugger holds NMIs back.
+    /// The debugger holds NMIs and SMIs back.
     pub(crate) holds_nmi: bool,
     pub(crate) mmio: MmioLog,
     pub(crate) io_pending: Option<Io>,
@@ -416,7 +417,7 @@ impl Cpu {
         self.cr8 = 0;
         self.efer = Efer::empty();
         self.debug = DebugRegs::default();
-        self.msrs = Msrs::default();
+        self.msrs = Msrs { smbase: SMBASE_RESET, ..Msrs::default() };
         self.fpu = Fpu::default();
         self.events = Events::default();
         self.flush_tlb();
@@ -806,6 +807,7 @@ impl Cpu {
 
     /// Loads the events.
     pub fn set_events(&mut self, events: Events) {
+        self.set_smm(events.smm);
         self.events = events;
         self.shadow_at = if events.shadow_sti || events.shadow_mov_ss { self.instructions } else { u64::MAX };
         self.unchecked = true;
@@ -857,7 +859,7 @@ impl Cpu {
         self.intercepts = vectors;
     }
 
-    /// Makes an NMI wait, as if another were being handled, or lets it in.
+    /// Makes NMIs and SMIs wait, as if another were being handled, or lets them in.
     pub fn hold_nmi(&mut self, hold: bool) {
         self.holds_nmi = hold;
     }

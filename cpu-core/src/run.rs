@@ -175,6 +175,12 @@ impl Cpu {
             self.events.soft = false;
             return Due::Delivered(self.deliver(Delivery::External(number)));
         }
+        // What is on its way already goes first, as in KVM.
+        let accepted = self.events.interrupt.is_some() && self.rflags & Rflags::IF.bits() != 0;
+        if self.has_smi() && !accepted && !self.holds_nmi {
+            self.enter_smm();
+            return Due::Delivered(None);
+        }
         if self.events.nmi_pending && !self.events.nmi_masked && !self.holds_nmi {
             self.events.nmi_pending = false;
             self.events.nmi_masked = true;

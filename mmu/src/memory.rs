@@ -12,10 +12,22 @@ use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::slot::{Alias, Backing, Change, SlotError, SlotSpec, Slots};
 
+/// Address spaces of a VM: KVM_CAP_MULTI_ADDRESS_SPACE. A slot's number has its space in bits 16 and up.
+pub const SPACES: usize = 2;
+/// The address space of a vCPU in system management mode; otherwise it is 0.
+pub const SMM_SPACE: usize = 1;
+
+/// Where a slot is, by its number. `Invalid`: no such space.
+fn space_of(id: u32) -> Result<usize, SlotError> {
+    let space = (id >> 16) as usize;
+    if space < SPACES { Ok(space) } else { Err(SlotError::Invalid) }
+}
+
 /// Guest-physical memory of a VM.
 #[derive(Debug, Default)]
 pub struct Memory {
-    current: RwLock<Arc<Slots>>,
+    /// By address space.
+    current: RwLock<[Arc<Slots>; SPACES]>,
     /// Bumped, with `current` locked, by every change.
     generation: AtomicU64,
     views: Mutex<Vec<Arc<Position>>>,
@@ -34,9 +46,19 @@ impl Memory {
         Self::default()
     }
 
-    /// The slots as they are now.
+    /// The slots of address space 0 as they are now.
     pub fn slots(&self) -> Arc<Slots> {
+        self.current.read()[0].clone()
+    }
+
+    /// The slots as they are now, by address space.
+    pub fn spaces(&self) -> [Arc<Slots>; SPACES] {
         self.current.read().clone()
+    }
+
+    /// The slots among which number `id` is, or would be. `Invalid`: no such address space.
+    pub fn slots_around(&self, id: u32) -> Result<Arc<Slots>, SlotError> {
+        Ok(self.current.read()[space_of(id)?].clone())
     }
 
     /// Number of the current state; every change, a harvest of dirty bits included, makes it larger.
@@ -45,19 +67,20 @@ impl Memory {
         self.generation.load(Ordering::SeqCst)
     }
 
-    /// The slots and their generation, as one.
-    pub(crate) fn snapshot(&self) -> (Arc<Slots>, u64) {
+    /// The slots of an address space and their generation, as one.
+    pub(crate) fn snapshot(&self, space: usize) -> (Arc<Slots>, u64) {
         let current = self.current.read();
-        (current.clone(), self.generation())
+        (current[space].clone(), self.generation())
     }
 
     fn change<T>(
         &self,
+        space: usize,
         make: impl FnOnce(&Slots) -> Result<Option<(Slots, T)>, SlotError>,
     ) -> Result<Option<T>, SlotError> {
         let mut current = self.current.write();
-        let Some((new, answer)) = make(&current)? else { return Ok(None) };
-        let old = std::mem::replace(&mut *current, Arc::new(new));
+        let Some((new, answer)) = make(&current[space])? else { return Ok(None) };
+        let old = std::mem::replace(&mut current[space], Arc::new(new));
         self.generation.fetch_add(1, Ordering::SeqCst);
         drop(current);
         drop(old); // Perhaps the last user of a mapping: unmapped without the lock.
@@ -67,7 +90,7 @@ impl Memory {
     /// Makes or changes a slot, as KVM_SET_USER_MEMORY_REGION with a size does. An existing slot keeps its RAM and, while
     /// it logs, its dirty bits.
     pub fn set_slot(&self, spec: SlotSpec) -> Result<Change, SlotError> {
-        let change = self.change(|slots| match slots.with(&spec)? {
+        let change = self.change(space_of(spec.id)?, |slots| match slots.with(&spec)? {
             (_, Change::Nothing) => Ok(None),
             done => Ok(Some(done)),
         })?;
@@ -76,20 +99,20 @@ impl Memory {
 
     /// Puts other RAM behind an existing slot, because that is what its owner has there now: flags and dirty bits stay.
     pub fn set_backing(&self, id: u32, backing: Backing) -> Result<(), SlotError> {
-        self.change(|slots| Ok(Some((slots.with_backing(id, backing)?, ()))))?;
+        self.change(space_of(id)?, |slots| Ok(Some((slots.with_backing(id, backing)?, ()))))?;
         Ok(())
     }
 
     /// Deletes a slot; `Invalid` if there is none.
     pub fn delete_slot(&self, id: u32) -> Result<(), SlotError> {
-        self.change(|slots| Ok(Some((slots.without(id)?, ()))))?;
+        self.change(space_of(id)?, |slots| Ok(Some((slots.without(id)?, ()))))?;
         Ok(())
     }
 
-    /// Sets alias number `index`, or removes it if `alias.len` is 0. KVM_SET_MEMORY_ALIAS of 2007: removing an alias that
+    /// Sets alias number `index` of address space 0, or removes it if `alias.len` is 0. KVM_SET_MEMORY_ALIAS of 2007: removing an alias that
     /// is not there is no error, and nothing is checked about the target.
     pub fn set_alias(&self, index: u32, alias: Alias) -> Result<(), SlotError> {
-        self.change(|slots| Ok(Some((slots.with_alias(index, alias)?, ()))))?;
+        self.change(0, |slots| Ok(Some((slots.with_alias(index, alias)?, ()))))?;
         Ok(())
     }
 
@@ -99,7 +122,7 @@ impl Memory {
     pub fn take_dirty(&self, id: u32) -> Result<Vec<u64>, SlotError> {
         // Exclusive, so that a picture taken with the old generation is also one from before the harvest.
         let current = self.current.write();
-        let dirty = current.by_id(id).and_then(|slot| slot.dirty()).ok_or(SlotError::NotFound)?;
+        let dirty = current[space_of(id)?].by_id(id).and_then(|slot| slot.dirty()).ok_or(SlotError::NotFound)?;
         let bits = dirty.take();
         if bits.iter().any(|&word| word != 0) {
             self.generation.fetch_add(1, Ordering::SeqCst);
@@ -110,7 +133,7 @@ impl Memory {
     /// Clears dirty bits of a slot as `DirtyLog::clear` has them. As [`Memory::take_dirty`].
     pub fn clear_dirty(&self, id: u32, first: usize, mask: &[u64]) -> Result<(), SlotError> {
         let current = self.current.write();
-        let dirty = current.by_id(id).and_then(|slot| slot.dirty()).ok_or(SlotError::NotFound)?;
+        let dirty = current[space_of(id)?].by_id(id).and_then(|slot| slot.dirty()).ok_or(SlotError::NotFound)?;
         if dirty.clear(first, mask) {
             self.generation.fetch_add(1, Ordering::SeqCst);
         }

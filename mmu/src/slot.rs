@@ -12,7 +12,7 @@ use crate::dirty::DirtyLog;
 use crate::host::{HostPtr, Span};
 use crate::mapping::Mapping;
 
-/// Slots a VM may have: ids 0 to 508, what KVM_CAP_NR_MEMSLOTS answered for years.
+/// Slots an address space may have: bits 15:0 of their ids are 0 to 508, what KVM_CAP_NR_MEMSLOTS answered for years.
 pub const MAX_SLOTS: u32 = 509;
 /// Aliases a VM may have, as in 2007.
 pub const MAX_ALIASES: u32 = 4;
@@ -57,7 +57,7 @@ impl Backing {
 /// What KVM_SET_USER_MEMORY_REGION asks for, with `len` > 0.
 #[derive(Clone, Debug)]
 pub struct SlotSpec {
-    /// Slot number.
+    /// Slot number; its address space is in bits 16 and up.
     pub id: u32,
     /// First guest-physical address.
     pub gpa: GuestPhysAddr,
@@ -214,7 +214,7 @@ pub enum Lookup {
     Hole,
 }
 
-/// An immutable picture of all slots and aliases of a VM.
+/// An immutable picture of all slots of an address space, and its aliases.
 #[derive(Clone, Default)]
 pub struct Slots {
     /// By guest-physical address.
@@ -289,7 +289,7 @@ impl Slots {
     ) -> Result<Change, SlotError> {
         let aligned = (gpa.0 | len | userspace_addr) & !PAGE_MASK == 0;
         let end = gpa.checked_add(len);
-        if !aligned || id >= MAX_SLOTS || end.is_none() || len >> PAGE_SHIFT > MAX_SLOT_PAGES || len == 0 {
+        if !aligned || id & 0xffff >= MAX_SLOTS || end.is_none() || len >> PAGE_SHIFT > MAX_SLOT_PAGES || len == 0 {
             return Err(SlotError::Invalid);
         }
         let end = end.unwrap_or_default().0;

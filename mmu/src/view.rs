@@ -7,7 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 use thiserror::Error;
 use x86_defs::{GuestPhysAddr, PAGE_MASK};
 
-use crate::memory::{Memory, Position};
+use crate::memory::{Memory, Position, SPACES};
 use crate::slot::{Lookup, Slot, Slots};
 
 /// An access of several bytes met a page that is not RAM for it. The bytes before that page have been copied.
@@ -37,14 +37,17 @@ pub struct View {
     position: Arc<Position>,
     slots: Arc<Slots>,
     generation: u64,
+    /// Address space.
+    space: usize,
     hints: [Cell<usize>; 2],
 }
 
 impl View {
-    /// A view of `memory`, outside of guest execution.
+    /// A view of address space 0 of `memory`, outside of guest execution.
     pub fn new(memory: &Arc<Memory>) -> Self {
-        let (slots, generation) = memory.snapshot();
-        Self { memory: memory.clone(), position: memory.register(), slots, generation, hints: Default::default() }
+        let (memory, position, hints) = (memory.clone(), memory.register(), Default::default());
+        let (slots, generation) = memory.snapshot(0);
+        Self { memory, position, slots, generation, space: 0, hints }
     }
 
     /// The memory that this is a view of.
@@ -57,10 +60,17 @@ impl View {
         &self.slots
     }
 
-    /// The generation of this picture.
+    /// Number of this picture: no other generation or address space has it.
     #[inline]
-    pub fn generation(&self) -> u64 {
-        self.generation
+    pub fn picture(&self) -> u64 {
+        self.generation * SPACES as u64 + self.space as u64
+    }
+
+    /// Goes over to another address space, between two instructions. As when [`View::refresh`] is true.
+    pub fn select(&mut self, space: usize) {
+        assert!(space < SPACES, "an address space that there is");
+        self.space = space;
+        self.take();
     }
 
     /// Enters guest execution with the newest picture. True if it is newer than the last one: then everything that
@@ -86,7 +96,7 @@ impl View {
 
     #[cold]
     fn take(&mut self) -> bool {
-        let (slots, generation) = self.memory.snapshot();
+        let (slots, generation) = self.memory.snapshot(self.space);
         self.slots = slots;
         self.generation = generation;
         if self.position.is_inside() {

@@ -88,16 +88,12 @@ fn debian_on_all_other_machines() {
 }
 
 /// UEFI in long mode, up to where somebody may type.
-#[test]
-fn ovmf_reaches_its_shell() {
-    if !long() {
-        return;
-    }
+fn ovmf_reaches_its_shell_on(machine: impl FnOnce(Machine) -> Machine) {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    packages::ensure(&[packages::OVMF], &Quiet).expect("OVMF");
+    let q35 = |accel| machine(Machine::new(accel, MEMORY_MIB).board(Board::Q35, Irqchip::On).cpus(2));
     let mut console = qemu::start(|accel| {
-        let mut machine = Machine::new(accel, MEMORY_MIB).board(Board::Q35, Irqchip::On).cpus(2);
-        machine.push(["-bios", packages::OVMF.file, "-net", "none"]);
+        let mut machine = q35(accel);
+        machine.push(["-net", "none"]);
         machine
     })
     .expect("QEMU starts");
@@ -107,4 +103,35 @@ fn ovmf_reaches_its_shell() {
     console.expect("UEFI v2.", ANSWER).expect("the shell's answer");
     console.send("reset -s\r").expect("typing");
     assert!(console.finish(ANSWER).expect("QEMU ends").success());
+}
+
+#[test]
+fn ovmf_reaches_its_shell() {
+    if !long() {
+        return;
+    }
+    packages::ensure(&[packages::OVMF], &Quiet).expect("OVMF");
+    ovmf_reaches_its_shell_on(|mut machine| {
+        machine.push(["-bios", packages::OVMF.file]);
+        machine
+    });
+}
+
+/// Its variables are in flash that only system management mode may write: without SMM it does not get far.
+#[test]
+fn ovmf_with_smm_reaches_its_shell() {
+    if !long() {
+        return;
+    }
+    packages::ensure(&[packages::OVMF_SECURE, packages::OVMF_VARIABLES], &Quiet).expect("OVMF");
+    let variables = std::env::temp_dir().join(format!("softkvm-variables-{}", std::process::id()));
+    std::fs::copy(packages::OVMF_VARIABLES.file, &variables).expect("room for variables");
+    ovmf_reaches_its_shell_on(|mut machine| {
+        machine.push(["-machine", "smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on"]);
+        let flash = |unit, file: &str, more| format!("if=pflash,format=raw,unit={unit},file={file}{more}");
+        machine.push(["-drive", &flash(0, packages::OVMF_SECURE.file, ",readonly=on")]);
+        machine.push(["-drive", &flash(1, &variables.to_string_lossy(), "")]);
+        machine
+    });
+    std::fs::remove_file(variables).expect("it is ours");
 }

@@ -98,9 +98,9 @@ struct Trace {
     dead: bool,
     key: (u64, u64, u8),
     head: NonNull<Op>,
-    /// Host address of `gpa`, good while the generation of memory is `generation`.
+    /// Host address of `gpa`, good while the picture of memory is `picture`.
     host: u64,
-    generation: u64,
+    picture: u64,
 }
 
 /// Which line of 64 bytes of its page an address lies in.
@@ -329,21 +329,21 @@ impl Cpu {
         if self.kick.asked() {
             return false;
         }
-        let generation = self.view.generation();
+        let picture = self.view.picture();
         let trace = &self.traces.list[index as usize];
         if trace.dead {
             return false;
         }
-        if trace.generation != generation {
+        if trace.picture != picture {
             let Lookup::Ram { ptr, .. } = self.view.page(GuestPhysAddr(trace.gpa & !(PAGE - 1)), false) else {
                 self.drop_trace(index);
                 return false;
             };
-            self.settle_trace(index, ptr.as_ptr().addr() as u64, generation);
+            self.settle_trace(index, ptr.as_ptr().addr() as u64, picture);
         }
         let trace = &self.traces.list[index as usize];
         let bytes = &self.traces.bytes[trace.bytes_at as usize..][..usize::from(trace.len)];
-        // SAFETY: `host` was looked up in this generation of memory, and a trace does not leave its page.
+        // SAFETY: `host` was looked up in this picture of memory, and a trace does not leave its page.
         if !unsafe { host::equals(trace.host, bytes) } {
             self.drop_trace(index);
             return false;
@@ -354,9 +354,9 @@ impl Cpu {
     }
 
     /// A new picture of memory has the page of a trace at host address `page`.
-    fn settle_trace(&mut self, index: u32, page: u64, generation: u64) {
+    fn settle_trace(&mut self, index: u32, page: u64, picture: u64) {
         let trace = &mut self.traces.list[index as usize];
-        trace.generation = generation;
+        trace.picture = picture;
         if trace.host & !(PAGE - 1) == page {
             return;
         }
@@ -488,7 +488,7 @@ impl Cpu {
             key,
             head: NonNull::new(first).expect("inside the arena"),
             host,
-            generation: self.view.generation(),
+            picture: self.view.picture(),
         });
         self.traces.by_address.insert(key, index);
         self.traces.decoded += 1;

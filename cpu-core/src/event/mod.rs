@@ -2,6 +2,7 @@
 //! INT1" has the steps.
 
 mod gate;
+pub(crate) mod smm;
 pub(crate) mod task;
 #[cfg(test)]
 mod tests;

@@ -77,7 +77,7 @@ impl Cpu {
     }
 
     /// MOV to CR0 and LMSW: #GP(0) for what the SDM forbids, then PDPTEs, LMA and the TLB follow.
-    fn write_cr0(&mut self, value: u64) -> Result<(), Stop> {
+    pub(crate) fn write_cr0(&mut self, value: u64) -> Result<(), Stop> {
         if value >> 32 != 0 {
             return Err(self.fault(Fault::gp(0)));
         }
@@ -128,7 +128,7 @@ impl Cpu {
         self.cr0.contains(Cr0::PG) && self.cr4.contains(Cr4::PAE) && !self.is_long()
     }
 
-    fn write_cr3(&mut self, value: u64) -> Result<(), Stop> {
+    pub(crate) fn write_cr3(&mut self, value: u64) -> Result<(), Stop> {
         let mut value = value;
         if self.is_long() {
             if self.cr4.contains(Cr4::PCIDE) {
@@ -146,7 +146,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn write_cr4(&mut self, value: u64) -> Result<(), Stop> {
+    pub(crate) fn write_cr4(&mut self, value: u64) -> Result<(), Stop> {
         let new = Cr4::from_bits_retain(value);
         let old = self.cr4;
         let changed = old ^ new;
@@ -257,8 +257,8 @@ fn mov_from_dr(cpu: &mut Cpu, op: &Op) -> Done {
 }
 
 /// Bits of DR6 and DR7 that software may set.
-const DR6_WRITABLE: u64 = Dr6::B.bits() | Dr6::BD.bits() | Dr6::BS.bits() | Dr6::BT.bits();
-const DR7_WRITABLE: u64 = 0xffff_23ff;
+pub(crate) const DR6_WRITABLE: u64 = Dr6::B.bits() | Dr6::BD.bits() | Dr6::BS.bits() | Dr6::BT.bits();
+pub(crate) const DR7_WRITABLE: u64 = 0xffff_23ff;
 
 fn mov_to_dr(cpu: &mut Cpu, op: &Op) -> Done {
     let number = cpu.debug_register(op.dst)?;

@@ -25,7 +25,7 @@ mod x87;
 
 pub use feature::FEATURES;
 
-pub(crate) use control::cr4_exists;
+pub(crate) use control::{DR6_WRITABLE, DR7_WRITABLE, cr4_exists};
 pub(crate) use far::has_room;
 pub(crate) use pair::pair;
 

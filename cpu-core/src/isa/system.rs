@@ -8,6 +8,7 @@ use super::segment::calm;
 use super::{Row, row};
 use crate::cpu::{Cpu, Done, Stop, Then};
 use crate::decode::digest::{function, function_ends};
+use crate::event::smm::{self, Resumed};
 use crate::fault::Fault;
 use crate::op::Op;
 use crate::platform::Hypercall;
@@ -28,7 +29,7 @@ pub(super) const ROWS: &[Row] = &[
     row(M::Serialize, function_ends(serialize)),
     row(M::Vmcall, function_ends(vmcall)),
     row(M::Vmmcall, function_ends(vmmcall)),
-    row(M::Rsm, function_ends(undefined)),
+    row(M::Rsm, function_ends(rsm)),
     // Without shadow stacks, MPX and the hints these are the no-ops of 0F 0D, 0F 18 to 0F 1F: no operand is touched.
     row(M::Rdsspd, |d| calm(d, nothing)),
     row(M::Rdsspq, |d| calm(d, nothing)),
@@ -52,9 +53,31 @@ fn nothing(_: &mut Cpu, _: &Op) -> Done {
     Ok(Then::Next)
 }
 
-/// UD0, UD1, UD2, and RSM outside of SMM.
+/// UD0, UD1 and UD2.
 fn undefined(cpu: &mut Cpu, _: &Op) -> Done {
     Err(cpu.undefined())
+}
+
+/// SDM Vol. 2 "RSM": #UD outside of SMM, whatever CPL is. Where no state-save area is there is nothing to be done, as Linux's
+/// emulator finds.
+fn rsm(cpu: &mut Cpu, op: &Op) -> Done {
+    if !cpu.is_in_smm() {
+        return Err(cpu.undefined());
+    }
+    match smm::rsm(cpu) {
+        Resumed::NoArea => return super::missing(cpu, op),
+        Resumed::Guest => {}
+        Resumed::Refused => {
+            let Stop = cpu.exit(Exit::EntryFailure);
+        }
+        Resumed::Shutdown => {
+            let Stop = cpu.exit(Exit::TripleFault);
+        }
+    }
+    // RF and TF are the interrupted program's.
+    cpu.keep_rf = true;
+    cpu.suppress_step = true;
+    Ok(Then::Jump)
 }
 
 /// SDM Vol. 2 "HLT". Under TF the single-step trap ends the halt at once.

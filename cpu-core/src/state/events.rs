@@ -22,6 +22,12 @@ pub struct Events {
     pub nmi_pending: bool,
     /// An NMI handler runs: NMIs wait for IRET.
     pub nmi_masked: bool,
+    /// An SMI waits.
+    pub smi_pending: bool,
+    /// In system management mode: SMIs and INITs wait for RSM.
+    pub smm: bool,
+    /// NMIs were masked when the SMI came: RSM leaves them so.
+    pub smm_inside_nmi: bool,
     /// The last instruction was STI that set IF: one more runs before interrupts.
     pub shadow_sti: bool,
     /// The last instruction was MOV SS or POP SS.

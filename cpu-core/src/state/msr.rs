@@ -29,6 +29,10 @@ pub struct Msrs {
     pub tsc_aux: u64,
     /// IA32_XSS.
     pub xss: u64,
+    /// IA32_SMBASE.
+    pub smbase: u64,
+    /// MSR_SMI_COUNT.
+    pub smi_count: u64,
 }
 
 /// Where an MSR lives and what a write may hold.
@@ -53,7 +57,7 @@ const fn row(index: u32, access: Access) -> Row {
     Row { index, access }
 }
 
-/// SDM Vol. 4 "Architectural MSRs". All are 0 after reset.
+/// SDM Vol. 4 "Architectural MSRs". All but IA32_SMBASE are 0 after reset.
 const ROWS: &[Row] = &[
     row(msr::IA32_TIME_STAMP_COUNTER, Tsc),
     row(msr::IA32_SYSENTER_CS, Held(|msrs| &mut msrs.sysenter_cs, |_, value| Some(value & 0xffff_ffff))),
@@ -70,6 +74,8 @@ const ROWS: &[Row] = &[
     row(msr::IA32_TSC_AUX, Held(|msrs| &mut msrs.tsc_aux, |_, value| (value >> 32 == 0).then_some(value))),
     // The core has no supervisor state component.
     row(msr::IA32_XSS, Held(|msrs| &mut msrs.xss, |_, value| (value == 0).then_some(0))),
+    row(msr::IA32_SMBASE, Held(|msrs| &mut msrs.smbase, |_, value| Some(value))),
+    row(msr::MSR_SMI_COUNT, Held(|msrs| &mut msrs.smi_count, |_, value| Some(value))),
 ];
 
 fn canonical(cpu: &Cpu, value: u64) -> Option<u64> {
@@ -93,6 +99,8 @@ impl Cpu {
         match index {
             msr::IA32_TSC_AUX if !self.has_tsc_aux() => None,
             msr::IA32_XSS if !self.offers(&cpuid::XSAVES) => None,
+            // The VMM's, as in Linux.
+            msr::IA32_SMBASE => None,
             _ => self.msr(index),
         }
     }
@@ -103,6 +111,7 @@ impl Cpu {
             msr::IA32_TSC_AUX if !self.has_tsc_aux() => None,
             msr::IA32_XSS if !self.offers(&cpuid::XSAVES) => None,
             msr::IA32_EFER => self.write_efer(value),
+            msr::IA32_SMBASE | msr::MSR_SMI_COUNT => None,
             _ => self.set_msr(index, value),
         }
     }
@@ -150,7 +159,7 @@ impl Cpu {
     }
 
     /// WRMSR of IA32_EFER: only what CPUID offers; LME may not change under paging. LMA is the processor's own.
-    fn write_efer(&mut self, value: u64) -> Option<()> {
+    pub(crate) fn write_efer(&mut self, value: u64) -> Option<()> {
         const FEATURES: &[(Efer, cpuid::Feature)] = &[
             (Efer::SCE, cpuid::SYSCALL),
             (Efer::LME, cpuid::LM),

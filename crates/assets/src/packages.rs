@@ -60,6 +60,10 @@ pub const MKFS_EXT4: Need = need("mkfs.ext4", "e2fsprogs");
 pub const QEMU_IMG: Need = need("qemu-img", "qemu-utils");
 /// UEFI firmware for QEMU.
 pub const OVMF: Need = need("/usr/share/ovmf/OVMF.fd", "ovmf");
+/// The same for flash that only system management mode may write, and what that holds at first.
+pub const OVMF_SECURE: Need = need("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "ovmf");
+/// See [`OVMF_SECURE`].
+pub const OVMF_VARIABLES: Need = need("/usr/share/OVMF/OVMF_VARS_4M.fd", "ovmf");
 
 /// All that the tests need.
 pub const ALL: &[Need] =

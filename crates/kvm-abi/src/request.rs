@@ -111,6 +111,7 @@ requests! {
     KVM_GET_MP_STATE = ior 0x98 kvm_mp_state;
     KVM_SET_MP_STATE = iow 0x99 kvm_mp_state;
     KVM_NMI = io 0x9a;
+    KVM_SMI = io 0xb7;
     KVM_SET_GUEST_DEBUG = iow 0x9b kvm_guest_debug;
     KVM_X86_SETUP_MCE = iow 0x9c u64;
     KVM_X86_SET_MCE = iow 0x9e kvm_x86_mce;

@@ -3,6 +3,7 @@
 //! A capability is here only when every ioctl, exit and flag that api.rst puts under it works. Anything absent reads as 0.
 
 use kvm_abi::consts::*;
+use mmu::memory::SPACES;
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::exit::hypercall;
@@ -12,7 +13,7 @@ use crate::{debug, kvmclock, mce, memory, nested, options, run_page, steal, sync
 pub(crate) const MAX_VCPUS: u32 = 1024;
 /// `KVM_CAP_MAX_VCPU_ID`: ids are below this, four times the number, as in Linux 6.1.
 pub(crate) const MAX_VCPU_ID: u32 = 4 * MAX_VCPUS;
-/// `KVM_CAP_NR_MEMSLOTS`: what Linux offered before 5.12. Later 32764; a client that fills them all needs its memory for that.
+/// `KVM_CAP_NR_MEMSLOTS`, in each address space: what Linux offered before 5.12. Later 32764; a client that fills them all needs its memory for that.
 pub(crate) const NR_MEMSLOTS: u32 = 509;
 /// Entries of a GSI routing table.
 pub(crate) const MAX_IRQ_ROUTES: u32 = 4096;
@@ -93,6 +94,8 @@ capabilities! {
     IrqfdResample                = KVM_CAP_IRQFD_RESAMPLE              => 1;
     EnableCapVm                  = KVM_CAP_ENABLE_CAP_VM               => 1;
     IoeventfdNoLength            = KVM_CAP_IOEVENTFD_NO_LENGTH         => 1;
+    X86Smm                       = KVM_CAP_X86_SMM                     => 1;
+    MultiAddressSpace            = KVM_CAP_MULTI_ADDRESS_SPACE         => SPACES;
     CheckExtensionVm             = KVM_CAP_CHECK_EXTENSION_VM          => 1;
     SplitIrqchip                 = KVM_CAP_SPLIT_IRQCHIP               => 1;
     IoeventfdAnyLength           = KVM_CAP_IOEVENTFD_ANY_LENGTH        => 1;

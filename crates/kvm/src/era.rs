@@ -42,6 +42,11 @@ impl Era {
         self == Self::Modern
     }
 
+    /// Today SMRAM is an address space of its own.
+    pub(crate) fn has_address_spaces(self) -> bool {
+        self == Self::Modern
+    }
+
     // State
 
     /// CS base after reset. 2007's VMMs have no memory below 4 GiB and expect to start in the first mebibyte.

@@ -12,6 +12,7 @@ use kvm_abi::consts::{
 use kvm_abi::legacy::{KVM_ALIAS_SLOTS, kvm_memory_alias, kvm_memory_region};
 use kvm_abi::{ClearDirtyLog, DirtyLog, kvm_userspace_memory_region};
 use mmu::mapping::Piece;
+use mmu::memory::SPACES;
 use mmu::{Alias, Backing, Change, Mapping, SlotError, SlotFlags, SlotSpec};
 use nix::errno::Errno;
 use x86_defs::{GuestPhysAddr, PAGE_BYTES, PAGE_MASK};
@@ -43,6 +44,12 @@ fn aligned(values: &[u64]) -> bool {
 }
 
 impl Vm {
+    /// A slot that there can be: an address space in bits 16 and up, and its number in that.
+    fn is_slot(&self, slot: u32) -> bool {
+        let spaces = if self.era().has_address_spaces() { SPACES as u32 } else { 1 };
+        slot >> 16 < spaces && slot & 0xffff < NR_MEMSLOTS
+    }
+
     /// `KVM_SET_USER_MEMORY_REGION`, the checks in the order of `__kvm_set_memory_region`.
     pub(crate) fn set_user_memory_region(
         &self,
@@ -51,7 +58,7 @@ impl Vm {
     ) -> Result<(), Errno> {
         let &kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr } = region;
         let user_end = userspace_addr.checked_add(memory_size);
-        if slot >= NR_MEMSLOTS
+        if !self.is_slot(slot)
             || flags & !(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY) != 0
             || !aligned(&[memory_size, guest_phys_addr, userspace_addr])
             || user_end.is_none_or(|end| end > CLIENT_END)
@@ -66,7 +73,7 @@ impl Vm {
             let flags =
                 SlotFlags { log_dirty: flags & KVM_MEM_LOG_DIRTY_PAGES != 0, readonly: flags & KVM_MEM_READONLY != 0 };
             let gpa = GuestPhysAddr(guest_phys_addr);
-            let slots = self.memory.slots();
+            let slots = self.memory.slots_around(slot).map_err(errno)?;
             let backing = match slots.classify(slot, gpa, memory_size, flags, userspace_addr).map_err(errno)? {
                 Change::Nothing => return Ok(()),
                 Change::Create => backing(client.share(userspace_addr, memory_size)?)?,
@@ -85,7 +92,9 @@ impl Vm {
             }
         }
         if is_resized {
-            self.options.memory_changed(self.memory.slots().iter().map(mmu::Slot::len).sum::<u64>() / PAGE_BYTES);
+            let spaces = self.memory.spaces();
+            let bytes: u64 = spaces.iter().flat_map(|slots| slots.iter()).map(mmu::Slot::len).sum();
+            self.options.memory_changed(bytes / PAGE_BYTES);
         }
         self.quiesce();
         drop(layout);
@@ -96,13 +105,13 @@ impl Vm {
     /// is, a slot stays as it was.
     pub(crate) fn follow_remapping(&self, range: &Range<u64>, share: &mut Share<'_>) {
         let layout = self.layout.lock();
-        let slots = self.memory.slots();
+        let spaces = self.memory.spaces();
         let touched = |slot: &&mmu::Slot| {
             let start = slot.userspace_addr();
             // 0: the slot is of 2007, and of no address.
             start != 0 && start < range.end && range.start < start + slot.len()
         };
-        for slot in slots.iter().filter(touched) {
+        for slot in spaces.iter().flat_map(|slots| slots.iter()).filter(touched) {
             let shared = share(slot.userspace_addr(), slot.len()).and_then(backing);
             let set = shared.and_then(|backing| self.memory.set_backing(slot.id(), backing).map_err(errno));
             if let Err(errno) = set {
@@ -116,12 +125,12 @@ impl Vm {
     /// `KVM_GET_DIRTY_LOG`: bit n of byte n / 8 is page n of the slot; whole 64-bit words. Cleared by being read, and only
     /// by that: what cannot be stored is kept, as in 2007. (Today's Linux loses it.)
     pub(crate) fn get_dirty_log(&self, client: &dyn Client, log: &DirtyLog) -> Result<(), Errno> {
-        if log.slot >= NR_MEMSLOTS {
+        if !self.is_slot(log.slot) {
             return Err(Errno::EINVAL);
         }
         let layout = self.layout.lock();
         if self.manual_dirty_log.load(Relaxed) != 0 {
-            let slots = self.memory.slots();
+            let slots = self.memory.slots_around(log.slot).map_err(errno)?;
             let dirty = slots.by_id(log.slot).and_then(mmu::Slot::dirty).ok_or(Errno::ENOENT)?;
             let bytes: Vec<u8> = dirty.bits().iter().flat_map(|word| word.to_le_bytes()).collect();
             return client.write(log.dirty_bitmap, &bytes);
@@ -140,12 +149,12 @@ impl Vm {
     /// `KVM_CLEAR_DIRTY_LOG`, the checks in the order of `kvm_clear_dirty_log_protect`.
     pub(crate) fn clear_dirty_log(&self, client: &dyn Client, log: &ClearDirtyLog) -> Result<(), Errno> {
         let &ClearDirtyLog { slot, num_pages, first_page, dirty_bitmap } = log;
-        if slot >= NR_MEMSLOTS || first_page % 64 != 0 {
+        if !self.is_slot(slot) || first_page % 64 != 0 {
             return Err(Errno::EINVAL);
         }
         let _layout = self.layout.lock();
         let pages = {
-            let slots = self.memory.slots();
+            let slots = self.memory.slots_around(slot).map_err(errno)?;
             let slot = slots.by_id(slot).filter(|slot| slot.dirty().is_some()).ok_or(Errno::ENOENT)?;
             slot.len() / PAGE_BYTES
         };
@@ -175,7 +184,7 @@ impl Vm {
 
     /// Marks pages of a slot that logs, 64 to a word.
     fn mark_dirty(&self, slot: u32, words: &[u64]) {
-        let slots = self.memory.slots();
+        let Ok(slots) = self.memory.slots_around(slot) else { return };
         let Some(dirty) = slots.by_id(slot).and_then(mmu::Slot::dirty) else { return };
         for (at, word) in (0..).zip(words) {
             (0..64).filter(|bit| word >> bit & 1 != 0).for_each(|bit| dirty.mark(64 * at + bit));

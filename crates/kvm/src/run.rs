@@ -4,7 +4,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use cpu_core::{Exit, Gpr, Poll};
-use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SYSTEM_EVENT};
+use kvm_abi::consts::{
+    KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SYSTEM_EVENT, KVM_RUN_X86_SMM,
+};
 use nix::errno::Errno;
 use x86_defs::Rflags;
 
@@ -269,6 +271,9 @@ impl Vcpu {
             !shadow && self.interrupts.is_empty()
         };
         self.page.set_state(ready, if_flag, self.cpu.cr8(), self.machine.apic_base.load(Relaxed));
+        if self.era.has_new_run_fields() && self.cpu.is_in_smm() {
+            self.page.set_flags(KVM_RUN_X86_SMM as u16);
+        }
     }
 
     /// A vector that was not delivered before an exit waits with the others.

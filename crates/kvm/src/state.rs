@@ -169,6 +169,9 @@ pub(crate) fn from_core_events(events: &Events) -> kvm_vcpu_events {
         | if events.shadow_mov_ss { KVM_X86_SHADOW_INT_MOV_SS as u8 } else { 0 };
     out.nmi.pending = events.nmi_pending.into();
     out.nmi.masked = events.nmi_masked.into();
+    out.smi.smm = events.smm.into();
+    out.smi.pending = events.smi_pending.into();
+    out.smi.smm_inside_nmi = events.smm_inside_nmi.into();
     out.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
     out
 }
@@ -183,8 +186,13 @@ pub(crate) fn to_core_events(events: &kvm_vcpu_events, old: &Events) -> Events {
     let shadow = |bit: u32, old: bool| {
         if valid(KVM_VCPUEVENT_VALID_SHADOW) { u32::from(events.interrupt.shadow) & bit != 0 } else { old }
     };
+    let smi = |given: u8, old: bool| if valid(KVM_VCPUEVENT_VALID_SMM) { given != 0 } else { old };
+    let smm = smi(events.smi.smm, old.smm);
     Events {
         exception,
+        smm,
+        smi_pending: smi(events.smi.pending, old.smi_pending),
+        smm_inside_nmi: smm && smi(events.smi.smm_inside_nmi, old.smm_inside_nmi),
         interrupt: (events.interrupt.injected != 0).then_some(events.interrupt.nr),
         soft: events.interrupt.soft != 0,
         // An NMI under injection has not reached its handler: it is still to be delivered.

@@ -23,6 +23,8 @@ msrs! {
     IA32_APIC_BASE = 0x1b;
     /// Hard power-on configuration (P6).
     EBL_CR_POWERON = 0x2a;
+    /// SMIs that the processor took.
+    MSR_SMI_COUNT = 0x34;
     /// Enables VMX and SMX.
     IA32_FEATURE_CONTROL = 0x3a;
     /// Per-processor addend of the TSC.

@@ -11,7 +11,7 @@ use kvm_abi::consts::{
 };
 use nix::errno::Errno;
 use x86_defs::Cr0;
-use x86_defs::msr::apic_base;
+use x86_defs::msr::{MSR_SMI_COUNT, apic_base};
 
 use super::VcpuApic;
 use super::alarm::monotonic_ns;
@@ -102,16 +102,29 @@ impl Vcpu {
         }
     }
 
-    /// `kvm_apic_accept_events`: INIT and start-up IPIs that came, and NMIs. True: one of the first two. SMIs are dropped,
-    /// for want of a system management mode.
+    /// NMIs and SMIs that came are the core's to deliver (`process_nmi`, `process_smi`).
+    pub(crate) fn accept_nmi_and_smi(&mut self, apic: &VcpuApic) {
+        let events = apic.lapic.take_events(event::NMI | event::SMI);
+        if events & event::NMI != 0 {
+            self.cpu.queue_nmi();
+        }
+        if events & event::SMI != 0 {
+            self.cpu.queue_smi();
+        }
+    }
+
+    /// `kvm_apic_accept_events`: INIT and start-up IPIs that came, and what [`Self::accept_nmi_and_smi`] does. True: one of the
+    /// first two. In SMM an INIT waits, and a start-up IPI is lost.
     pub(crate) fn accept_events(&mut self, apic: &VcpuApic) -> bool {
         if apic.lapic.events() == 0 {
             return false;
         }
-        let events = apic.lapic.take_events(event::INIT | event::START_UP | event::NMI | event::SMI);
-        if events & event::NMI != 0 {
-            self.cpu.queue_nmi();
+        self.accept_nmi_and_smi(apic);
+        if self.cpu.is_in_smm() {
+            apic.lapic.take_events(event::START_UP);
+            return false;
         }
+        let events = apic.lapic.take_events(event::INIT | event::START_UP);
         if events & event::INIT != 0 {
             self.init(apic);
             let is_bsp = self.machine.apic_base.load(Relaxed) & apic_base::BSP != 0;
@@ -135,6 +148,7 @@ impl Vcpu {
         regs.gpr[2] = signature;
         self.cpu.set_regs(&regs);
         self.cpu.set_events(Events::default());
+        self.cpu.set_msr(MSR_SMI_COUNT, 0).expect("the core has it");
         self.pending = None;
         self.external_vector = None;
         self.machine.reset_pv();
@@ -163,6 +177,7 @@ impl Vcpu {
         let events = self.cpu.events();
         apic.lapic.events() & event::UNHALT != 0
             || events.exception.is_some()
+            || self.cpu.has_smi()
             || events.nmi_pending && !events.nmi_masked
             || events.interrupt.is_some() && self.cpu.rflags() & x86_defs::Rflags::IF.bits() != 0
             || self.cpu.interrupt_window_open() && self.has_interrupt(apic)

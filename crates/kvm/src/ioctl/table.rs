@@ -166,6 +166,7 @@ ioctls! {
     KVM_SET_XCRS               0xa7 Vcpu   In<kvm_xcrs>,                           Xcrs,           Full => vcpu::set_xcrs;
     KVM_ENABLE_CAP             0xa3 Vcpu   In<kvm_enable_cap>,                     EnableCap,      Full => vcpu::enable_cap;
     KVM_KVMCLOCK_CTRL          0xad Vcpu   Value,                                  KvmclockCtrl,   Full => vcpu::kvmclock_ctrl;
+    KVM_SMI                    0xb7 Vcpu   Value,                                  X86Smm,         Full => vcpu::smi;
     KVM_GET_NESTED_STATE       0xbe Vcpu   InOut<[u32; 32]>,                       NestedState,    Full => vcpu::get_nested_state;
     KVM_SET_NESTED_STATE       0xbf Vcpu   In<[u32; 32]>,                          NestedState,    Full => vcpu::set_nested_state;
     KVM_GET_SUPPORTED_HV_CPUID 0xc1 Vcpu   InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, HypervCpuid,    Full => vcpu::get_supported_hv_cpuid;

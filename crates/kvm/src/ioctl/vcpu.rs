@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use irqchip::lapic::event;
 use kvm_abi::consts::*;
 use kvm_abi::legacy::kvm_debug_guest;
 use kvm_abi::{
@@ -297,6 +298,12 @@ pub(super) fn nmi(vcpu: &mut Vcpu, _: &dyn Client, _: u64) -> Result<(), Errno> 
     Ok(())
 }
 
+/// Queues an SMI. api.rst `KVM_SMI`. No error.
+pub(super) fn smi(vcpu: &mut Vcpu, _: &dyn Client, _: u64) -> Result<(), Errno> {
+    vcpu.cpu.queue_smi();
+    Ok(())
+}
+
 /// Breakpoints and single steps of 2007. EINVAL on a modern VM, where `KVM_SET_GUEST_DEBUG` took its place.
 pub(super) fn debug_guest(vcpu: &mut Vcpu, debug: &kvm_debug_guest) -> Result<(), Errno> {
     if vcpu.era.has_debug_guest() { debug::set(vcpu, &debug::of_legacy(debug)) } else { Err(Errno::EINVAL) }
@@ -499,11 +506,19 @@ pub(super) fn set_mce(vcpu: &mut Vcpu, error: &kvm_x86_mce) -> Result<(), Errno>
 
 /// Reads events between instructions. api.rst `KVM_GET_VCPU_EVENTS`. Pending and injected exceptions show as injected.
 pub(crate) fn get_vcpu_events(vcpu: &mut Vcpu) -> Result<kvm_vcpu_events, Errno> {
-    Ok(state::from_core_events(&vcpu.cpu.events()))
+    let machine = vcpu.machine.clone();
+    let mut latched_init = false;
+    if let Some(apic) = machine.apic() {
+        vcpu.accept_nmi_and_smi(apic);
+        latched_init = apic.lapic.events() & event::INIT != 0;
+    }
+    let mut events = state::from_core_events(&vcpu.cpu.events());
+    events.smi.latched_init = latched_init.into();
+    Ok(events)
 }
 
 /// Loads events between instructions. api.rst `KVM_SET_VCPU_EVENTS`. EINVAL: a flag of a capability that is not offered, an
-/// exception that is none.
+/// exception that is none, SMM while the vCPU waits for a start-up IPI.
 pub(crate) fn set_vcpu_events(vcpu: &mut Vcpu, events: &kvm_vcpu_events) -> Result<(), Errno> {
     const FLAGS: u32 = KVM_VCPUEVENT_VALID_NMI_PENDING
         | KVM_VCPUEVENT_VALID_SIPI_VECTOR
@@ -514,12 +529,23 @@ pub(crate) fn set_vcpu_events(vcpu: &mut Vcpu, events: &kvm_vcpu_events) -> Resu
     if events.flags & !FLAGS != 0 || exception.injected != 0 && no_exception {
         return Err(Errno::EINVAL);
     }
+    let valid = |flag: u32| events.flags & flag != 0;
+    let wants_smm = valid(KVM_VCPUEVENT_VALID_SMM) && (events.smi.smm != 0 || events.smi.pending != 0);
+    if wants_smm && vcpu.mp_state == KVM_MP_STATE_INIT_RECEIVED {
+        return Err(Errno::EINVAL);
+    }
     let old = vcpu.cpu.events();
     vcpu.cpu.set_events(state::to_core_events(events, &old));
-    if let Some(apic) = vcpu.machine.apic()
-        && events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0
-    {
+    let Some(apic) = vcpu.machine.apic() else { return Ok(()) };
+    if valid(KVM_VCPUEVENT_VALID_SIPI_VECTOR) {
         apic.lapic.set_start_up_vector(events.sipi_vector as u8);
+    }
+    if valid(KVM_VCPUEVENT_VALID_SMM) {
+        if events.smi.latched_init != 0 {
+            apic.lapic.put_event(event::INIT);
+        } else {
+            apic.lapic.take_events(event::INIT);
+        }
     }
     Ok(())
 }
@@ -531,19 +557,25 @@ pub(super) fn get_mp_state(vcpu: &mut Vcpu) -> Result<kvm_mp_state, Errno> {
     if let Some(apic) = machine.apic() {
         vcpu.accept_events(apic);
         let halted = matches!(vcpu.mp_state, KVM_MP_STATE_HALTED | KVM_MP_STATE_AP_RESET_HOLD);
-        if halted && apic.lapic.events() & irqchip::lapic::event::UNHALT != 0 {
+        if halted && apic.lapic.events() & event::UNHALT != 0 {
             return Ok(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE });
         }
     }
     Ok(kvm_mp_state { mp_state: vcpu.mp_state })
 }
 
-/// api.rst `KVM_SET_MP_STATE`. EINVAL: no such state, or without a local APIC here anything but runnable.
+/// api.rst `KVM_SET_MP_STATE`. EINVAL: no such state, or without a local APIC here anything but runnable; a wait for a start-up IPI
+/// in SMM, where INITs wait, or before it.
 pub(super) fn set_mp_state(vcpu: &mut Vcpu, state: &kvm_mp_state) -> Result<(), Errno> {
+    let events = vcpu.cpu.events();
+    let after_init = matches!(state.mp_state, KVM_MP_STATE_SIPI_RECEIVED | KVM_MP_STATE_INIT_RECEIVED);
+    if after_init && (events.smm || events.smi_pending) {
+        return Err(Errno::EINVAL);
+    }
     vcpu.mp_state = match (state.mp_state, vcpu.machine.apic()) {
         (KVM_MP_STATE_RUNNABLE, _) => KVM_MP_STATE_RUNNABLE,
         (KVM_MP_STATE_SIPI_RECEIVED, Some(apic)) => {
-            apic.lapic.put_event(irqchip::lapic::event::START_UP);
+            apic.lapic.put_event(event::START_UP);
             KVM_MP_STATE_INIT_RECEIVED
         }
         (
