@@ -131,13 +131,13 @@ asking() { # A worker waits for an answer to openat (257) that another one owes 
     done
     return 1
 }
-# hunt MOMENT KILL…: outcome as above, `never` if there was no such moment.
+# hunt MOMENT CASE KILL…: outcome as above, `never` if there was no such moment.
 hunt() {
-    moment=$1; shift
+    moment=$1 case=$2; shift 2
     starts
     daemon=$(property MainPID)
     before=$(property NRestarts)
-    legacy --seconds 1000 churn >/tmp/client 2>&1 &
+    legacy --seconds 1000 $case >/tmp/client 2>&1 &
     client=$!
     victim=
     until victim=$(pidof legacy); do :; done
@@ -156,11 +156,11 @@ main_process() { kill -KILL $daemon; }
 unit() { systemctl kill --signal=KILL softkvm; }
 for round in $(seq $ROUNDS); do
     for killed in main_process unit; do
-        for moment in held asking; do
+        for at in 'held churn' 'asking create'; do # `create` hardly does anything but ask.
             # Who kills the unit kills the guard: nobody gives a held thread its signals back.
-            [ "$killed $moment" != 'unit held' ] || continue
-            hunt $moment $killed
-            check "$moment, $killed killed, at look $looks" '1 1' "$outcome"
+            [ "$killed $at" != 'unit held churn' ] || continue
+            hunt $at $killed
+            check "$at, $killed killed, at look $looks" '1 1' "$outcome"
             check 'signals of the client' 0 $(grep -c 'stay blocked' /tmp/client)
             within 20 again $before
             check 'restart' 0 $?

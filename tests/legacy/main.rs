@@ -29,6 +29,7 @@ const CASES: &[(&str, Case)] = &[
     ("reset", case::reset::between_exits),
     ("spin", case::endless::spins),
     ("churn", case::endless::churns),
+    ("create", case::endless::creates),
 ];
 
 fn main() -> ExitCode {

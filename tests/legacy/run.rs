@@ -38,4 +38,4 @@ macro_rules! cases {
     };
 }
 
-cases! { header guests smp display locked signals reset spin churn }
+cases! { header guests smp display locked signals reset spin churn create }
