@@ -140,17 +140,17 @@ pub fn differences(vendor: Vendor, case: &Case, expected: &Outcome, actual: &Out
         }
     }
     report("mxcsr", hex((e.mxcsr & !mask.mxcsr).into()), hex((a.mxcsr & !mask.mxcsr).into()));
-    let mut vectors = (e.ymm, a.ymm);
+    let mut vectors = [(e.ymm, e.avx512), (a.ymm, a.avx512)];
     if !done {
-        vendor::settle_gather(&instruction, &mut vectors.0);
-        vendor::settle_gather(&instruction, &mut vectors.1);
+        vectors.iter_mut().for_each(|vectors| vendor::settle_gather(vendor, &instruction, vectors));
     }
-    for (at, (e, a)) in vectors.0.iter().zip(&vectors.1).enumerate() {
+    let [(e_ymm, e_512), (a_ymm, a_512)] = &vectors;
+    for (at, (e, a)) in e_ymm.iter().zip(a_ymm).enumerate() {
         report(&format!("xmm{at}"), format!("{:032x}", e[0]), format!("{:032x}", a[0]));
         report(&format!("ymmh{at}"), format!("{:032x}", e[1]), format!("{:032x}", a[1]));
     }
-    if e.avx512 != a.avx512 {
-        let (e, a) = (&e.avx512, &a.avx512);
+    if e_512 != a_512 {
+        let (e, a) = (e_512, a_512);
         for (at, (e, a)) in e.upper.iter().flatten().zip(a.upper.iter().flatten()).enumerate() {
             report(&format!("zmm{}.{}", at / 2, at % 2 + 2), format!("{e:032x}"), format!("{a:032x}"));
         }

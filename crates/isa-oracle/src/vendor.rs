@@ -6,7 +6,7 @@
 use iced_x86::{Code, CodeSize, FlowControl as Flow, Instruction, MemorySize, Mnemonic as M, OpKind, Register};
 
 use crate::compare::Mask;
-use crate::state::{Case, End, Exception, Mode, Outcome, flag};
+use crate::state::{Avx512, Case, End, Exception, Mode, Outcome, flag};
 
 /// Whose CPU gave an outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,7 +267,7 @@ pub(crate) fn is_same_end(vendor: Vendor, mode: Mode, instruction: &Instruction,
     }
     match instruction.mnemonic() {
         // The conversion's exceptions and the store's (SDM Vol. 3 "Priority Among Concurrent Events" has them in one class).
-        M::Vcvtps2ph => expected.vector == 19 && matches!(actual.vector, 12..=14 | 17),
+        M::Vcvtps2ph if expected.vector == 19 => matches!(actual.vector, 12..=14 | 17),
         // Intel's CPUs compare with the lower bound before they read the upper one.
         M::Bound => intel && expected.vector == 5 && matches!(actual.vector, 12..=14 | 17),
         // A bad target and a bad stack at once: Intel's CPUs look at the target first (SDM Vol. 2 "CALL"), AMD's last.
@@ -401,17 +401,22 @@ pub(crate) fn open_mxcsr(vendor: Vendor, instruction: &Instruction, expected: &O
     if open { FLAGS } else { 0 }
 }
 
+/// Of one outcome: the YMM registers, and what AVX-512 has beyond them.
+pub(crate) type Vectors = ([[u128; 2]; 16], Avx512);
+
 /// Makes equal what is equally good after a gather that faulted. AMD's CPUs leave the mask's other elements and what lies
-/// above the vectors as they were, Intel's have made each element all ones or zeros, and zeros of what lies above (SDM Vol. 2
+/// above them as they were, Intel's have made each element all ones or zeros, and zeros of what lies above (SDM Vol. 2
 /// "VGATHERDPS", Operation).
-pub(crate) fn settle_gather(instruction: &Instruction, ymm: &mut [[u128; 2]; 16]) {
+pub(crate) fn settle_gather(vendor: Vendor, instruction: &Instruction, vectors: &mut Vectors) {
+    let (ymm, avx512) = vectors;
     let (destination, mask) = (instruction.op0_register(), instruction.op2_register());
-    if !instruction.is_vsib() || !mask.is_vector_register() {
+    if vendor != Vendor::Amd || !instruction.is_vsib() || !mask.is_vector_register() {
         return;
     }
     let bits = 8 * instruction.memory_size().element_size() as u32;
     let sign = (0..128 / bits).fold(0, |signs, at| signs | 1u128 << (at * bits + bits - 1));
     ymm[mask.number()].iter_mut().for_each(|half| *half &= sign);
+    avx512.upper[mask.number()] = [0; 2];
     for register in [destination, mask].into_iter().filter(|register| register.is_xmm()) {
         ymm[register.number()][1] = 0;
     }

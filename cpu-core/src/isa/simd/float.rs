@@ -247,7 +247,7 @@ pub(in crate::isa) const ROWS: &[Row] = &[
 ];
 
 /// MXCSR: FZ.
-const FZ: u32 = 1 << 15;
+pub(super) const FZ: u32 = 1 << 15;
 /// MXCSR: all six masks.
 const MASKS: u32 = 0x1f80;
 /// Flags that are known before anything is computed: IE DE ZE.

@@ -48,7 +48,7 @@ pub(super) fn is_any_tiny(out: &VectorRegister, float: Float, live: u64) -> bool
         Float::Single => (4, 23),
         Float::Double => (8, 52),
         Float::Half => (2, 10),
-        Float::Other => return false,
+        Float::Other | Float::Flushed => return false,
     };
     let magnitude = |i: u32| lane(out, bytes, i) & (u64::MAX >> (65 - 8 * bytes));
     (0..64 / bytes).filter(|i| live >> i & 1 != 0).any(|i| (1..1 << fraction_bits).contains(&magnitude(i)))

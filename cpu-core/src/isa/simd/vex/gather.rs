@@ -43,6 +43,14 @@ fn set_element<W: HostWord>(to: &mut Halves, i: u32, value: W) {
     *half = *half & !ones | u128::from(value.zext()) << (at % 128);
 }
 
+/// Zeros from bit `bits` on.
+fn clear_above(value: &mut Halves, bits: u32) {
+    for (half, value) in value.iter_mut().enumerate() {
+        let kept = bits.saturating_sub(128 * half as u32).min(128);
+        *value &= u128::MAX.checked_shr(128 - kept).unwrap_or(0);
+    }
+}
+
 /// Whether element `i` of the mask has its sign set.
 fn chosen<W: HostWord>(mask: Halves, i: u32) -> bool {
     element::<W>(mask, i).zext() >> (W::BITS - 1) != 0
@@ -59,12 +67,18 @@ fn masked<W: HostWord>(d: &Digest<'_>) -> Option<Lowered> {
 }
 
 impl Cpu {
-    /// Linear address of element `i` of the op's operand. The operand's start is of the address size; what is behind it goes on
-    /// in the segment, whose offsets have 32 bits outside 64-bit mode.
-    fn element_address<W: HostWord>(&mut self, op: &Op, i: u32, write: bool) -> Result<u64, Stop> {
-        let sum = self.ea(op).wrapping_add((i * W::BYTES).into());
+    /// Linear address of `bytes` of the op's operand, `behind` its start. The start is of the address size; what is behind it
+    /// goes on in the segment, whose offsets have 32 bits outside 64-bit mode.
+    pub(in crate::isa::simd) fn part_address(
+        &mut self,
+        op: &Op,
+        behind: u32,
+        bytes: u32,
+        write: bool,
+    ) -> Result<u64, Stop> {
+        let sum = self.ea(op).wrapping_add(behind.into());
         let offset = if self.is_64bit() { sum } else { u64::from(sum as u32) };
-        self.linear(op.segment(), offset, W::BYTES, write)
+        self.linear(op.segment(), offset, bytes, write)
     }
 
     /// As [`Cpu::load`], with "no AC# reported for any mask bit combinations" (SDM Vol. 2 "VMASKMOV", "VPMASKMOV").
@@ -95,7 +109,7 @@ fn load<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     let mask = cpu.ymm(op.src);
     let mut result = [0; 2];
     for i in (0..lanes::<W>(op)).filter(|i| chosen::<W>(mask, *i)) {
-        let la = cpu.element_address::<W>(op, i, false)?;
+        let la = cpu.part_address(op, i * W::BYTES, W::BYTES, false)?;
         let value = cpu.load_unaligned::<W>(la, op.segment())?;
         set_element(&mut result, i, value);
     }
@@ -108,11 +122,11 @@ fn store<W: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     let (mask, value, seg) = (cpu.ymm(op.src), cpu.ymm(op.aux), op.segment());
     let chosen = (0..lanes::<W>(op)).filter(|i| chosen::<W>(mask, *i));
     for i in chosen.clone() {
-        let la = cpu.element_address::<W>(op, i, true)?;
+        let la = cpu.part_address(op, i * W::BYTES, W::BYTES, true)?;
         cpu.probe_write(la, W::BYTES, seg)?;
     }
     for i in chosen {
-        let la = cpu.element_address::<W>(op, i, true)?;
+        let la = cpu.part_address(op, i * W::BYTES, W::BYTES, true)?;
         cpu.store_unaligned::<W>(la, element(value, i), seg)?;
     }
     Ok(Then::Next)
@@ -137,7 +151,9 @@ fn gather<W: HostWord, X: HostWord>(d: &Digest<'_>) -> Option<Lowered> {
 
 fn run<W: HostWord, X: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.require_avx()?;
-    let count = (if op.imm & WIDE != 0 { 256 } else { 128 }) / W::BITS.max(X::BITS);
+    let length = if op.imm & WIDE != 0 { 256 } else { 128 };
+    let count = length / W::BITS.max(X::BITS);
+    let mut is_begun = false;
     let indices = cpu.ymm(op.index);
     let (mut result, mut mask) = (cpu.ymm(op.dst), cpu.ymm(op.src));
     let base = cpu.get::<u64>(op.base);
@@ -153,12 +169,26 @@ fn run<W: HostWord, X: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
             .linear(op.segment(), offset & op.address_mask(), W::BYTES, false)
             .and_then(|la| cpu.load::<W>(la, op.segment()));
         match loaded {
-            Ok(value) => set_element(&mut result, i, value),
+            Ok(value) => {
+                set_element(&mut result, i, value);
+                is_begun = true;
+            }
             Err(Stop) => {
                 // Behind a device read all of it starts again, and finds the answers that it has had.
                 if matches!(cpu.stop, Some(StopReason::Fault(_))) {
-                    cpu.merge_ymm(op.dst, result);
-                    cpu.merge_ymm(op.src, mask);
+                    // The mask's elements were made all ones or zeros before anything else (SDM Vol. 2 "VGATHERDPS", Operation).
+                    // On Intel's CPUs these are all that the vector length has room for, and zeros are above them; above the
+                    // destination, too, as soon as one element is in it.
+                    for i in i..length / W::BITS {
+                        let ones = if chosen::<W>(mask, i) { W::of(u64::MAX) } else { W::of(0) };
+                        set_element(&mut mask, i, ones);
+                    }
+                    clear_above(&mut mask, length);
+                    cpu.set_ymm(op.src, mask);
+                    if is_begun {
+                        clear_above(&mut result, length);
+                        cpu.set_ymm(op.dst, result);
+                    }
                 }
                 return Err(Stop);
             }
@@ -166,11 +196,7 @@ fn run<W: HostWord, X: HostWord>(cpu: &mut Cpu, op: &Op) -> Done {
         set_element(&mut mask, i, W::of(0));
     }
     // What lies above the elements is cleared, in both.
-    let bits = count * W::BITS;
-    for (half, value) in result.iter_mut().enumerate() {
-        let kept = bits.saturating_sub(128 * half as u32).min(128);
-        *value &= u128::MAX.checked_shr(128 - kept).unwrap_or(0);
-    }
+    clear_above(&mut result, count * W::BITS);
     cpu.set_ymm(op.dst, result);
     cpu.set_ymm(op.src, [0; 2]);
     Ok(Then::Next)

@@ -105,11 +105,6 @@ impl Cpu {
         halves(&self.fpu.vector[usize::from(n & 15)])
     }
 
-    /// Writes YMMn and leaves what lies above it as it is, as an instruction does that stops on its way.
-    fn merge_ymm(&mut self, n: u8, value: Halves) {
-        self.fpu.vector[usize::from(n & 15)].0[..32].copy_from_slice(&register(value).0[..32]);
-    }
-
     /// Writes YMMn, and zeros above it.
     fn set_ymm(&mut self, n: u8, value: Halves) {
         self.fpu.vector[usize::from(n & 15)] = register(value);
