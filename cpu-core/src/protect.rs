@@ -243,9 +243,10 @@ impl Cpu {
         raw.rights().is_code() && !(self.is_long() && raw.rights().l() && raw.rights().db())
     }
 
-    /// RIP, which CS as it is now must hold: #GP(0) otherwise.
+    /// RIP, which CS as it is now must hold: #GP(0) otherwise. Outside 64-bit mode it has 32 bits, and what a 64-bit operand
+    /// has above them is left out before the limit is looked at: measured on Intel's CPUs.
     pub(crate) fn far_target(&mut self, ip: u64) -> Result<(), Stop> {
-        self.near_jump(ip)
+        self.near_jump(if self.is_64bit() { ip } else { ip & 0xffff_ffff })
     }
 
     /// CR0.TS, which every task switch sets.

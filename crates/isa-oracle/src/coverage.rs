@@ -111,9 +111,6 @@ const FOREIGN: &[Code] = &[
     Code::Fstsg_AX,
 ];
 
-/// Why AVX-512 is not offered.
-const AVX512: &str = "no guest is tested with it, and which fault comes first is not always the host's order";
-
 /// Features that are executed and not offered, and why.
 const HIDDEN: &[(CpuidFeature, &str)] = &[
     (CpuidFeature::MONITOR, "no-ops for guests that are told of it, as in Linux"),
@@ -121,18 +118,6 @@ const HIDDEN: &[(CpuidFeature, &str)] = &[
     (CpuidFeature::MPX, "no-ops: the bit promises bound registers too"),
     (CpuidFeature::PREFETCHWT1, "a hint that one line of processors had"),
     (CpuidFeature::PREFETCHITI, "hints: the bit stands in a sub-leaf that is not offered"),
-    (CpuidFeature::AVX512F, AVX512),
-    (CpuidFeature::AVX512VL, AVX512),
-    (CpuidFeature::AVX512BW, AVX512),
-    (CpuidFeature::AVX512DQ, AVX512),
-    (CpuidFeature::AVX512CD, AVX512),
-    (CpuidFeature::AVX512_IFMA, AVX512),
-    (CpuidFeature::AVX512_VBMI, AVX512),
-    (CpuidFeature::AVX512_VBMI2, AVX512),
-    (CpuidFeature::AVX512_VNNI, AVX512),
-    (CpuidFeature::AVX512_BITALG, AVX512),
-    (CpuidFeature::AVX512_VPOPCNTDQ, AVX512),
-    (CpuidFeature::AVX512_BF16, AVX512),
 ];
 
 impl Report {

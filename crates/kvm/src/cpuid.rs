@@ -121,20 +121,67 @@ pub const OFFERED: &[Feature] = &[
     bit::VAES,
     bit::VPCLMULQDQ,
     bit::GFNI,
+    bit::AVX512F,
+    bit::AVX512DQ,
+    bit::AVX512_IFMA,
+    bit::AVX512CD,
+    bit::AVX512BW,
+    bit::AVX512VL,
+    bit::AVX512_VBMI,
+    bit::AVX512_VBMI2,
+    bit::AVX512_VNNI,
+    bit::AVX512_BITALG,
+    bit::AVX512_VPOPCNTDQ,
+    bit::AVX512_BF16,
 ];
 
+/// Registers that a feature's instructions have.
+#[derive(Clone, Copy)]
+enum Registers {
+    Xmm,
+    Ymm,
+    Zmm,
+}
+
 /// Of those, what runs on the host's own instructions beyond what every 64-bit processor of ten years has.
-const BY_HOST: &[Feature] =
-    &[bit::AVX, bit::F16C, bit::FMA, bit::AVX2, bit::AESNI, bit::PCLMULQDQ, bit::SHA, bit::VAES, bit::VPCLMULQDQ];
+const BY_HOST: &[(Feature, Registers)] = &[
+    (bit::AESNI, Registers::Xmm),
+    (bit::PCLMULQDQ, Registers::Xmm),
+    (bit::SHA, Registers::Xmm),
+    (bit::AVX, Registers::Ymm),
+    (bit::F16C, Registers::Ymm),
+    (bit::FMA, Registers::Ymm),
+    (bit::AVX2, Registers::Ymm),
+    (bit::VAES, Registers::Ymm),
+    (bit::VPCLMULQDQ, Registers::Ymm),
+    (bit::AVX512F, Registers::Zmm),
+    (bit::AVX512DQ, Registers::Zmm),
+    (bit::AVX512_IFMA, Registers::Zmm),
+    (bit::AVX512CD, Registers::Zmm),
+    (bit::AVX512BW, Registers::Zmm),
+    (bit::AVX512VL, Registers::Zmm),
+    (bit::AVX512_VBMI, Registers::Zmm),
+    (bit::AVX512_VBMI2, Registers::Zmm),
+    (bit::AVX512_VNNI, Registers::Zmm),
+    (bit::AVX512_BITALG, Registers::Zmm),
+    (bit::AVX512_VPOPCNTDQ, Registers::Zmm),
+    (bit::AVX512_BF16, Registers::Zmm),
+];
 
 /// Whether guests on this host are told of a feature of [`OFFERED`].
 fn is_offered_here(feature: &Feature) -> bool {
-    if BY_HOST.contains(feature) {
-        let vex = ![bit::AESNI, bit::PCLMULQDQ, bit::SHA].contains(feature);
-        return feature.is_in(host(feature.leaf, feature.subleaf)) && (!vex || xsave::has_avx());
+    if let Some((_, registers)) = BY_HOST.iter().find(|(by_host, _)| by_host == feature) {
+        let state = match registers {
+            Registers::Xmm => true,
+            Registers::Ymm => xsave::has_avx(),
+            Registers::Zmm => xsave::avx512_at().is_some(),
+        };
+        return state && feature.is_in(host(feature.leaf, feature.subleaf));
     }
     match *feature {
         bit::PKU => xsave::pkru_at().is_some(),
+        // Computed here, but for its EVEX forms.
+        bit::GFNI => xsave::avx512_at().is_none() || feature.is_in(host(feature.leaf, feature.subleaf)),
         bit::KVM_STEAL_TIME => steal::is_measured(),
         _ => true,
     }
@@ -248,19 +295,16 @@ fn make_supported() -> Vec<kvm_cpuid_entry2> {
     }
     table.leaf(5, [0; 4]);
     table.leaf(6, [0; 4]);
-    table.subleaf(7, 0, [0; 4]);
+    table.subleaf(7, 0, [1, 0, 0, 0]);
+    table.subleaf(7, 1, [0; 4]);
     table.leaf(0xa, [0; 4]);
     table.subleaf(0xb, 0, [0; 4]);
     if OFFERED.contains(&bit::XSAVE) {
-        let least = if xsave::has_avx() { XSAVE_LEAST + xsave::AVX_BYTES } else { XSAVE_LEAST };
-        let all = xsave::pkru_at().map_or(least, |at| least.max(at + 8));
+        let all = xsave::places().map(|(_, bytes, at)| at + bytes).fold(XSAVE_LEAST, u32::max);
         table.subleaf(0xd, 0, [xsave::components() as u32, XSAVE_LEAST, all, 0]);
         table.subleaf(0xd, 1, [0, XSAVE_LEAST, 0, 0]);
-        if xsave::has_avx() {
-            table.subleaf(0xd, 2, [xsave::AVX_BYTES, xsave::AVX_AT, 0, 0]);
-        }
-        if let Some(at) = xsave::pkru_at() {
-            table.subleaf(0xd, 9, [8, at, 0, 0]);
+        for (component, bytes, at) in xsave::places() {
+            table.subleaf(0xd, component, [bytes, at, 0, 0]);
         }
     } else {
         table.subleaf(0xd, 0, [0; 4]);

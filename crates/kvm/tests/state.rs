@@ -127,9 +127,10 @@ fn fpu_and_xsave_show_the_same_registers() {
     m.set(KVM_SET_FPU, &fpu);
     assert_eq!(m.get::<kvm_fpu>(KVM_GET_FPU), fpu);
     let image: [u32; 1024] = m.get(KVM_GET_XSAVE);
-    // With AVX and protection keys where the host has them.
+    // With AVX, AVX-512 and protection keys where the host has them.
     let avx = if std::arch::is_x86_feature_detected!("avx") { 4 } else { 0 };
-    let components = 3 | avx | image[128] & 1 << 9;
+    let avx512 = if std::arch::is_x86_feature_detected!("avx512bw") { 0xe0 } else { 0 };
+    let components = 3 | avx | avx512 | image[128] & 1 << 9;
     assert_eq!(image[0], 0x3800_027f);
     assert_eq!(image[6], 0x1f80, "KVM_SET_FPU leaves MXCSR alone");
     assert_eq!(image[(160 + 15 * 16) / 4], 0xabab_abab);
