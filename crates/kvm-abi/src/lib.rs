@@ -8,11 +8,11 @@ mod plain;
 pub mod request;
 
 pub use kvm_bindings::{
-    kvm_clock_data, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_dirty_log, kvm_dtable,
-    kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_irq_routing, kvm_irq_routing_entry, kvm_mp_state,
-    kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_regs, kvm_run, kvm_segment, kvm_signal_mask,
-    kvm_sregs, kvm_sregs2, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
-    kvm_xen_hvm_config, kvm_xsave,
+    kvm_clock_data, kvm_cpuid, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_create_device, kvm_debugregs,
+    kvm_dirty_log, kvm_dtable, kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_irq_routing,
+    kvm_irq_routing_entry, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_regs,
+    kvm_run, kvm_segment, kvm_signal_mask, kvm_sregs, kvm_sregs2, kvm_translation, kvm_userspace_memory_region,
+    kvm_vcpu_events, kvm_x86_mce, kvm_xcrs, kvm_xen_hvm_config, kvm_xsave,
 };
 pub use plain::{ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, MsrFilterRange, Plain, kvm_coalesced_mmio_zone};
 

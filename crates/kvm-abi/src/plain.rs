@@ -61,6 +61,7 @@ plain! {
     kvm_guest_debug_arch { debugreg }
     kvm_guest_debug { control, pad, arch }
     kvm_clock_data { clock, flags, pad0, realtime, host_tsc, pad }
+    kvm_create_device { type_, fd, flags }
     kvm_enable_cap { cap, flags, args, pad }
     kvm_mp_state { mp_state }
     kvm_vcpu_events__bindgen_ty_1 { injected, nr, has_error_code, pending, error_code }

@@ -86,6 +86,7 @@ requests! {
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
     KVM_XEN_HVM_CONFIG = iow 0x7a kvm_xen_hvm_config;
     KVM_SET_BOOT_CPU_ID = io 0x78;
+    KVM_CREATE_DEVICE = iowr 0xe0 kvm_create_device;
     KVM_X86_SET_MSR_FILTER = iow 0xc6 kvm_msr_filter;
     // vCPU
     KVM_RUN = io 0x80;

@@ -93,6 +93,7 @@ capabilities! {
     ReadonlyMem                  = KVM_CAP_READONLY_MEM                => 1;
     IrqfdResample                = KVM_CAP_IRQFD_RESAMPLE              => 1;
     EnableCapVm                  = KVM_CAP_ENABLE_CAP_VM               => 1;
+    DeviceCtrl                   = KVM_CAP_DEVICE_CTRL                 => 1;
     IoeventfdNoLength            = KVM_CAP_IOEVENTFD_NO_LENGTH         => 1;
     X86Smm                       = KVM_CAP_X86_SMM                     => 1;
     MultiAddressSpace            = KVM_CAP_MULTI_ADDRESS_SPACE         => SPACES;

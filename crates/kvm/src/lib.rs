@@ -9,6 +9,7 @@ pub mod client;
 mod coalesced;
 mod cpuid;
 mod debug;
+mod device;
 mod era;
 mod eventfd;
 pub mod exit;

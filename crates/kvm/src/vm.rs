@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -66,6 +66,8 @@ pub(crate) struct Vm {
     hypercall_exits: AtomicU64,
     /// Writes that wait in a ring.
     pub(crate) coalesced: Zones,
+    /// There is a device of type VFIO.
+    pub(crate) has_vfio: AtomicBool,
 }
 
 impl Vm {
@@ -91,6 +93,7 @@ impl Vm {
             manual_dirty_log: AtomicU32::new(0),
             hypercall_exits: AtomicU64::new(0),
             coalesced: Zones::default(),
+            has_vfio: AtomicBool::new(false),
         })
     }
 

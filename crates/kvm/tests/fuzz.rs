@@ -4,8 +4,9 @@ mod common;
 
 use common::{BASE, FakeClient, Random, SCRATCH};
 use kvm::ioctl::ROWS;
+use kvm_abi::consts::kvm_device_type_KVM_DEV_TYPE_VFIO;
 use kvm_abi::request::*;
-use kvm_abi::{Plain, kvm_userspace_memory_region};
+use kvm_abi::{Plain, kvm_create_device, kvm_userspace_memory_region};
 
 #[test]
 fn no_argument_panics_or_hangs() {
@@ -21,6 +22,8 @@ fn no_argument_panics_or_hangs() {
             client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
         }
         let vcpu = client.ioctl(vm, KVM_CREATE_VCPU, 0).unwrap();
+        let mut vfio = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, ..Plain::zeroed() };
+        let device = client.ioctl_with(vm, KVM_CREATE_DEVICE, &mut vfio).map_or(vcpu, |_| vfio.fd as i32);
         // A signal that never goes away bounds every KVM_RUN.
         client.raise();
         for _ in 0..500 {
@@ -29,6 +32,7 @@ fn no_argument_panics_or_hangs() {
                 (0, _) => (random.next() % 3) as i32,
                 (_, "System") => 0,
                 (_, "Vm") => vm,
+                (_, "Device") => device,
                 _ => vcpu,
             };
             if direction(row.request) == NONE {

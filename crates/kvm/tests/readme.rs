@@ -10,7 +10,7 @@ const WIDTH: usize = 118;
 /// The names by file, wrapped; then what is partial, and why.
 fn list() -> String {
     let mut text = String::from("\n");
-    for file in ["System", "Vm", "Vcpu"] {
+    for file in ["System", "Vm", "Vcpu", "Device"] {
         let mut line = format!("    {file:<7}");
         for row in ROWS.iter().filter(|row| row.file == file) {
             let name = row.name.strip_prefix("KVM_").unwrap_or(row.name);

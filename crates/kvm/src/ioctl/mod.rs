@@ -16,6 +16,7 @@ pub(crate) use table::dispatch;
 pub use table::{ROWS, Row, Support};
 
 use crate::client::Client;
+use crate::device::Device;
 use crate::system::System;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
@@ -28,6 +29,8 @@ pub(crate) enum Target<'a> {
     Vm(&'a Arc<Vm>),
     /// A vCPU, locked.
     Vcpu(&'a mut Vcpu),
+    /// A device of `KVM_CREATE_DEVICE`.
+    Device(&'a Arc<Device>),
 }
 
 /// A file and the thread that asks it.

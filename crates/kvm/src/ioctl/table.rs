@@ -3,10 +3,10 @@
 use kvm_abi::request;
 use kvm_abi::{
     ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_cpuid,
-    kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_guest_debug,
-    kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs, kvm_signal_mask, kvm_sregs,
-    kvm_sregs2, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce, kvm_xcrs,
-    kvm_xen_hvm_config,
+    kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_create_device, kvm_debugregs, kvm_enable_cap, kvm_fpu,
+    kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs,
+    kvm_signal_mask, kvm_sregs, kvm_sregs2, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce,
+    kvm_xcrs, kvm_xen_hvm_config,
     legacy::{kvm_debug_guest, kvm_memory_alias, kvm_memory_region},
 };
 use nix::errno::Errno;
@@ -33,7 +33,7 @@ pub struct Row {
     pub name: &'static str,
     /// The whole number: direction, size, type and number are compared.
     pub request: u32,
-    /// `System`, `Vm` or `Vcpu`.
+    /// `System`, `Vm`, `Vcpu` or `Device`.
     pub file: &'static str,
     /// What `KVM_CHECK_EXTENSION` must offer before clients may rely on it.
     pub capability: Capability,
@@ -67,6 +67,7 @@ macro_rules! ioctls {
     (@pattern System $file:ident) => { Target::System($file) };
     (@pattern Vm $file:ident) => { Target::Vm($file) };
     (@pattern Vcpu $file:ident) => { Target::Vcpu($file) };
+    (@pattern Device $file:ident) => { Target::Device($file) };
     (@file Vcpu $file:ident $call:ident) => { $file };
     (@file $kind:ident $file:ident $call:ident) => { &Caller { file: $file, client: $call.client } };
 }
@@ -126,6 +127,7 @@ ioctls! {
     KVM_CLEAR_DIRTY_LOG        0xc0 Vm     InOut<ClearDirtyLog>,                   ManualDirtyLogProtect2, Full => vm::clear_dirty_log;
     KVM_SIGNAL_MSI             0xa5 Vm     In<kvm_msi>,                            SignalMsi,      Full => chip::signal_msi;
     KVM_X86_SET_MSR_FILTER     0xc6 Vm     In<MsrFilter>,                          X86MsrFilter,   Full => vm::set_msr_filter;
+    KVM_CREATE_DEVICE          0xe0 Vm     InOut<kvm_create_device>,               DeviceCtrl,     Full => vm::create_device;
     KVM_GET_STATS_FD           0xce Vm     Value,                                  BinaryStatsFd,  Full => vm::get_stats_fd;
 
     KVM_RUN                    0x80 Vcpu   Value,                                  Basic,          Full => vcpu::run;
@@ -177,6 +179,10 @@ ioctls! {
     KVM_SET_DEVICE_ATTR        0xe1 Vcpu   InAt<DeviceAttr>,                       VcpuAttributes, Full => attributes::set;
     KVM_GET_DEVICE_ATTR        0xe2 Vcpu   InAt<DeviceAttr>,                       VcpuAttributes, Full => attributes::get;
     KVM_HAS_DEVICE_ATTR        0xe3 Vcpu   InAt<DeviceAttr>,                       VcpuAttributes, Full => attributes::has;
+
+    KVM_SET_DEVICE_ATTR        0xe1 Device In<DeviceAttr>,                         DeviceCtrl,     Full => attributes::set_of_device;
+    KVM_GET_DEVICE_ATTR        0xe2 Device In<DeviceAttr>,                         DeviceCtrl,     Full => attributes::get_of_device;
+    KVM_HAS_DEVICE_ATTR        0xe3 Device In<DeviceAttr>,                         DeviceCtrl,     Full => attributes::has_of_device;
 }
 
 #[cfg(test)]

@@ -5,13 +5,14 @@ use std::sync::atomic::Ordering::Relaxed;
 use kvm_abi::consts::*;
 use kvm_abi::legacy::{kvm_memory_alias, kvm_memory_region};
 use kvm_abi::{
-    ClearDirtyLog, DirtyLog, MsrFilter, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_enable_cap,
+    ClearDirtyLog, DirtyLog, MsrFilter, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_create_device, kvm_enable_cap,
     kvm_userspace_memory_region, kvm_xen_hvm_config,
 };
 use nix::errno::Errno;
 
 use super::Caller;
-use crate::client::Client;
+use crate::client::{Client, File};
+use crate::device::Device;
 use crate::era::Era;
 use crate::stats::StatsFile;
 use crate::vcpu::VcpuFile;
@@ -59,6 +60,21 @@ pub(super) fn set_msr_filter(vm: &Caller<'_, Vm>, filter: &MsrFilter) -> Result<
 pub(super) fn xen_hvm_config(vm: &Caller<'_, Vm>, config: &kvm_xen_hvm_config) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
     vm.options.xen.configure(config)
+}
+
+/// A device, and its descriptor in `fd`; or only whether there would be one. api.rst `KVM_CREATE_DEVICE`. ENODEV: another type than
+/// x86 has, which is `KVM_DEV_TYPE_VFIO`. EBUSY: the VM has one.
+pub(super) fn create_device(vm: &Caller<'_, Vm>, device: &mut kvm_create_device) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    if device.type_ != kvm_device_type_KVM_DEV_TYPE_VFIO {
+        return Err(Errno::ENODEV);
+    }
+    if device.flags & KVM_CREATE_DEVICE_TEST == 0 {
+        let file = Device::new(vm.file)?;
+        let fd = vm.client.install(file.clone(), true).inspect_err(|_| file.released())?;
+        device.fd = fd as u32;
+    }
+    Ok(())
 }
 
 /// A file with statistics of the VM. api.rst `KVM_GET_STATS_FD`.
