@@ -81,15 +81,16 @@ pub struct Message {
 impl Message {
     /// Of a message-signalled interrupt. SDM Vol. 3 "Message Signalled Interrupts": the destination is in address bits
     /// 19:12, bit 3 is the redirection hint, bit 2 the destination mode; data has vector, delivery mode and trigger mode.
-    /// `None`: a reserved delivery mode.
-    pub fn of_msi(address: u32, data: u32) -> Option<Self> {
+    /// `wide`: bits 31:8 of the destination are in address bits 63:40, as api.rst `KVM_CAP_X2APIC_API` has it. `None`: a
+    /// reserved delivery mode.
+    pub fn of_msi(address: u64, data: u32, wide: bool) -> Option<Self> {
         let mode = DeliveryMode::of(data >> 8)?;
         // With the hint the message goes to one of those addressed.
         let hinted = address & 1 << 3 != 0 && mode == DeliveryMode::Fixed;
         Some(Self {
             vector: data as u8,
             mode: if hinted { DeliveryMode::LowestPriority } else { mode },
-            dest: address >> 12 & 0xff,
+            dest: (address >> 12 & 0xff) as u32 | if wide { (address >> 32) as u32 & !0xff } else { 0 },
             logical: address & 1 << 2 != 0,
             level: data & 1 << 15 != 0,
             assert: true,
@@ -103,12 +104,15 @@ mod tests {
 
     #[test]
     fn msi_fields_are_where_the_manual_has_them() {
-        let message = Message::of_msi(0xfee0_5000, 0x0041).unwrap();
+        let message = Message::of_msi(0xfee0_5000, 0x0041, false).unwrap();
         let fixed = DeliveryMode::Fixed;
         assert_eq!(message, Message { vector: 0x41, mode: fixed, dest: 5, logical: false, level: false, assert: true });
-        let message = Message::of_msi(0xfeef_f00c, 0xc152).unwrap();
+        let message = Message::of_msi(0xfeef_f00c, 0xc152, false).unwrap();
         assert_eq!((message.dest, message.logical, message.level), (0xff, true, true));
         assert_eq!(message.mode, DeliveryMode::LowestPriority);
-        assert_eq!(Message::of_msi(0xfee0_0000, 0x0300), None, "delivery mode 3 is reserved");
+        assert_eq!(Message::of_msi(0xfee0_0000, 0x0300, false), None, "delivery mode 3 is reserved");
+        for (wide, dest) in [(false, 0x34), (true, 0x1234)] {
+            assert_eq!(Message::of_msi(0x1200_fee3_4000, 0x41, wide).map(|message| message.dest), Some(dest));
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! local APICs, which takes no lock (see [`crate::lapic`]), and [`Wake::wake`] is called, which takes nothing that is ever
 //! held around a call into here. The owner of a vCPU comes here without any lock of its own but the vCPU's.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
@@ -36,8 +37,8 @@ pub enum Route {
     IoApic(u8),
     /// A message.
     Msi {
-        /// Lower half of the address.
-        address: u32,
+        /// Address.
+        address: u64,
         /// Data.
         data: u32,
     },
@@ -67,6 +68,10 @@ pub struct Irqchip {
     routes: RwLock<Routes>,
     /// Global system interrupts below this are inputs of user space's I/O APICs.
     outside_pins: u32,
+    /// Messages have destinations of 32 bits.
+    wide_ids: AtomicBool,
+    /// What a device broadcasts to a byte's worth of APICs does not reach those in x2APIC mode.
+    strict_broadcast: AtomicBool,
     /// `None`: user space has them.
     chips: Option<Chips>,
     pit: OnceLock<Mutex<Pit>>,
@@ -87,6 +92,8 @@ impl Irqchip {
             present: RwLock::default(),
             routes: RwLock::new(if split.is_some() { Vec::new() } else { default_routes() }),
             outside_pins: split.unwrap_or(0),
+            wide_ids: AtomicBool::new(false),
+            strict_broadcast: AtomicBool::new(false),
             chips: split.is_none().then(|| Chips { pic: Mutex::new(Pic::new()), ioapic: Mutex::new(IoApic::new()) }),
             pit: OnceLock::new(),
             listener,
@@ -96,6 +103,17 @@ impl Irqchip {
     /// PIC and I/O APIC are user space's.
     pub fn is_split(&self) -> bool {
         self.chips.is_none()
+    }
+
+    /// `KVM_CAP_X2APIC_API`: messages and [`Lapic::page`] have ids of 32 bits from now on, FFH is one of them, or both.
+    pub fn set_x2apic_api(&self, wide_ids: bool, strict_broadcast: bool) {
+        self.wide_ids.fetch_or(wide_ids, Relaxed);
+        self.strict_broadcast.fetch_or(strict_broadcast, Relaxed);
+    }
+
+    /// Messages and [`Lapic::page`] have ids of 32 bits.
+    pub fn has_wide_ids(&self) -> bool {
+        self.wide_ids.load(Relaxed)
     }
 
     /// Adds a vCPU's APIC. False: the id is taken or too large.
@@ -149,22 +167,29 @@ impl Irqchip {
 
     /// A message from a device. As [`Irqchip::deliver`].
     fn send_message(&self, message: &Message) -> Option<u32> {
+        let strict = self.strict_broadcast.load(Relaxed);
         // Most messages name one APIC, and its initial id is its id.
         if !message.logical
             && message.mode != DeliveryMode::LowestPriority
             && message.dest != 0xff
             && let Some(lapic) = self.lapic(message.dest)
-            && lapic.is_addressed(message.dest, false, false)
+            && lapic.is_addressed(message.dest, false, strict)
         {
             return Some(lapic.accept(message).into());
         }
-        self.deliver(message, |lapic| lapic.is_addressed(message.dest, message.logical, false))
+        self.deliver(message, |lapic| lapic.is_addressed(message.dest, message.logical, strict))
     }
 
     /// A message-signalled interrupt. As [`Irqchip::set_gsi`].
-    pub fn signal_msi(&self, address: u32, data: u32) -> i32 {
-        let accepted = Message::of_msi(address, data).and_then(|message| self.send_message(&message));
+    pub fn signal_msi(&self, address: u64, data: u32) -> i32 {
+        let accepted = self.message(address, data).and_then(|message| self.send_message(&message));
         accepted.map_or(-1, |accepted| accepted as i32)
+    }
+
+    /// What is written there. `None`: a reserved delivery mode, or bits in the upper half that are no destination.
+    fn message(&self, address: u64, data: u32) -> Option<Message> {
+        let wide = self.has_wide_ids();
+        if wide && !is_wide_address(address) { None } else { Message::of_msi(address, data, wide) }
     }
 
     /// `KVM_HC_KICK_CPU`: ends HLT of the vCPU with this APIC id.
@@ -271,10 +296,10 @@ impl Irqchip {
     fn is_level_route(&self, lapic: &Lapic, vector: u8) -> bool {
         self.routes.read().iter().any(|&(gsi, route)| match route {
             Route::Msi { address, data } if gsi < self.outside_pins => {
-                Message::of_msi(address, data).is_some_and(|message| {
+                self.message(address, data).is_some_and(|message| {
                     message.level
                         && message.vector == vector
-                        && lapic.is_addressed(message.dest, message.logical, false)
+                        && lapic.is_addressed(message.dest, message.logical, self.strict_broadcast.load(Relaxed))
                 })
             }
             _ => false,
@@ -318,6 +343,11 @@ impl Irqchip {
             self.pulse_timer();
         }
     }
+}
+
+/// Bits 39:32 of a message's address are 0 where destinations have 32 bits (`kvm_msi_route_invalid`).
+pub fn is_wide_address(address: u64) -> bool {
+    address >> 32 & 0xff == 0
 }
 
 /// Global system interrupt n is input n of the I/O APIC, and of the PICs if there is one.

@@ -7,7 +7,7 @@ use mmu::memory::SPACES;
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::exit::hypercall;
-use crate::{debug, kvmclock, mce, memory, nested, options, run_page, steal, sync_regs, xen, xsave};
+use crate::{debug, kvmclock, mce, memory, nested, options, run_page, steal, sync_regs, vm, xen, xsave};
 
 /// `KVM_CAP_MAX_VCPUS`: vCPUs in one VM. Linux 6.1 has the same.
 pub(crate) const MAX_VCPUS: u32 = 1024;
@@ -113,6 +113,7 @@ capabilities! {
     DisableQuirks                = KVM_CAP_DISABLE_QUIRKS              => 1;
     VcpuAttributes               = KVM_CAP_VCPU_ATTRIBUTES             => 1;
     MsrPlatformInfo              = KVM_CAP_MSR_PLATFORM_INFO           => 1;
+    X2apicApi                    = KVM_CAP_X2APIC_API                  => vm::X2APIC_API;
     ImmediateExit                = KVM_CAP_IMMEDIATE_EXIT              => 1;
     NestedState                  = KVM_CAP_NESTED_STATE                => nested::BYTES;
     CoalescedPio                 = KVM_CAP_COALESCED_PIO               => 1;

@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use cpu_core::Kick;
+use kvm_abi::consts::{KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS};
 use mmu::{Mapping, Memory};
 use nix::errno::Errno;
 use parking_lot::Mutex;
@@ -26,6 +27,9 @@ use crate::machine::Clock;
 use crate::options::Options;
 use crate::status::{Counters, VmStatus};
 use crate::system::Kvm;
+
+/// Flags of `KVM_CAP_X2APIC_API`: the answer to `KVM_CHECK_EXTENSION`.
+pub(crate) const X2APIC_API: u32 = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
 
 /// What a VM keeps of a vCPU; the vCPU itself hangs on its file.
 pub(crate) struct VcpuEntry {
@@ -66,6 +70,8 @@ pub(crate) struct Vm {
     hypercall_exits: AtomicU64,
     /// Writes that wait in a ring.
     pub(crate) coalesced: Zones,
+    /// `KVM_CAP_X2APIC_API`: its flags.
+    x2apic_api: AtomicU32,
     /// There is a device of type VFIO.
     pub(crate) has_vfio: AtomicBool,
 }
@@ -93,6 +99,7 @@ impl Vm {
             manual_dirty_log: AtomicU32::new(0),
             hypercall_exits: AtomicU64::new(0),
             coalesced: Zones::default(),
+            x2apic_api: AtomicU32::new(0),
             has_vfio: AtomicBool::new(false),
         })
     }
@@ -111,7 +118,28 @@ impl Vm {
         if !vcpus.is_empty() {
             return Err(Errno::EINVAL);
         }
-        self.chip.set(Chip::new(split)?).map_err(|_| Errno::EEXIST)
+        self.chip.set(Chip::new(split)?).map_err(|_| Errno::EEXIST)?;
+        self.show_x2apic_api();
+        Ok(())
+    }
+
+    /// `KVM_CAP_X2APIC_API`; what is on stays on. EINVAL: an unknown flag.
+    pub(crate) fn set_x2apic_api(&self, flags: u64) -> Result<(), Errno> {
+        if flags & !u64::from(X2APIC_API) != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let _vcpus = self.vcpus.lock();
+        self.x2apic_api.fetch_or(flags as u32, Ordering::Relaxed);
+        self.show_x2apic_api();
+        Ok(())
+    }
+
+    fn show_x2apic_api(&self) {
+        let has = |flag| self.x2apic_api.load(Ordering::Relaxed) & flag != 0;
+        if let Some(chip) = self.chip() {
+            let (wide, strict) = (KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
+            chip.wires.set_x2apic_api(has(wide), has(strict));
+        }
     }
 
     /// The VM's era, as far as it shows.

@@ -471,17 +471,18 @@ impl Lapic {
         self.wake.wake();
     }
 
-    /// True: a message with this destination is for this APIC. `ipi`: it comes from another local APIC. SDM Vol. 3
-    /// "Determining IPI Destination"; what is broadcast to a byte's worth of APICs reaches those in x2APIC mode too.
-    pub fn is_addressed(&self, dest: u32, logical: bool, ipi: bool) -> bool {
+    /// True: a message with this destination is for this APIC. SDM Vol. 3 "Determining IPI Destination". `strict`: one that is
+    /// broadcast to a byte's worth of APICs does not reach those in x2APIC mode, as an IPI does not. A destination beyond a byte
+    /// names the initial id in either mode: a vCPU that is plugged in starts in xAPIC mode (`kvm_apic_match_physical_addr`).
+    pub fn is_addressed(&self, dest: u32, logical: bool, strict: bool) -> bool {
         let x2apic = self.is_x2apic();
-        if dest == X2APIC_BROADCAST && x2apic || dest == BROADCAST && (!x2apic || !ipi) {
+        if dest == X2APIC_BROADCAST && x2apic || dest == BROADCAST && (!x2apic || !strict) {
             return true;
         }
         let ldr = self.load(at::LDR);
         match (logical, x2apic) {
-            (false, true) => dest == self.id,
-            (false, false) => dest == self.load(at::ID) >> 24,
+            (false, _) if x2apic || dest > BROADCAST => dest == self.id,
+            (false, _) => dest == self.load(at::ID) >> 24,
             (true, true) => ldr >> 16 == dest >> 16 && ldr & dest & 0xffff != 0,
             // Flat model: one bit for each. Cluster model: four bits number, four bits one for each.
             (true, false) if self.load(at::DFR) >> 28 == 0xf => ldr >> 24 & dest != 0,

@@ -436,17 +436,17 @@ fn page_travels() {
     machine.write(at::INITIAL_COUNT, 1_000_000);
     machine.fixed(0x77);
     machine.at(1_500_000);
-    let page = machine.apic.page(machine.now);
+    let page = machine.apic.page(machine.now, false).unwrap();
     assert_eq!((page[0x20 / 4], page[0x390 / 4]), (3 << 24, 750_000));
     let other = Machine::new(3, DEFAULT | EN);
-    other.apic.load_page(&page, Now { ns: 100, tsc: 0 });
+    other.apic.load_page(&page, Now { ns: 100, tsc: 0 }, false).unwrap();
     assert_eq!(other.apic.pending(), Some(0x77));
     assert_eq!(other.apic.deadline(), Deadline::Ns(100 + 1_500_000));
-    let mut again = other.apic.page(Now { ns: 100, tsc: 0 });
+    let mut again = other.apic.page(Now { ns: 100, tsc: 0 }, false).unwrap();
     again[0x390 / 4] = page[0x390 / 4];
     assert_eq!(again, page);
     let machine = Machine::x2apic(0x21);
-    let page = machine.apic.page(machine.now);
+    let page = machine.apic.page(machine.now, false).unwrap();
     assert_eq!((page[0x20 / 4], page[0xd0 / 4]), (0x21 << 24, 0x0002_0002));
 }
 
@@ -459,11 +459,11 @@ fn a_loaded_timer_that_ran_out_unseen_fires_at_once() {
     machine.write(at::INITIAL_COUNT, 1000);
     // Its time passes while the vCPU does not run, so nobody has asked for the interrupt when the page is read.
     machine.now.ns += 5000;
-    let mut page = machine.apic.page(machine.now);
+    let mut page = machine.apic.page(machine.now, false).unwrap();
     assert_eq!((page[0x390 / 4], machine.apic.pending()), (0, None));
     let load = |page: &[u32; 256]| {
         let other = Machine::new(3, DEFAULT | EN);
-        other.apic.load_page(page, Now { ns: 100, tsc: 0 });
+        other.apic.load_page(page, Now { ns: 100, tsc: 0 }, false).unwrap();
         other
     };
     let other = load(&page);

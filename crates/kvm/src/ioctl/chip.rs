@@ -74,7 +74,7 @@ pub(super) fn set_gsi_routing(vm: &Caller<'_, Vm>, list: &Fam<'_, RoutingEntry>)
     }
     let mut routes: router::Routes = Vec::new();
     for entry in list.read()? {
-        let (gsi, route) = (entry[0], route(&entry, chip.wires.is_split()).ok_or(Errno::EINVAL)?);
+        let (gsi, route) = (entry[0], route(&entry, &chip.wires).ok_or(Errno::EINVAL)?);
         let clashes = |other: Route| match (route, other) {
             // One number may be an input of different chips.
             (Route::IoApic(_), Route::Pic(_)) | (Route::Pic(_), Route::IoApic(_)) => false,
@@ -90,11 +90,14 @@ pub(super) fn set_gsi_routing(vm: &Caller<'_, Vm>, list: &Fam<'_, RoutingEntry>)
     Ok(())
 }
 
-fn route(entry: &RoutingEntry, split: bool) -> Option<Route> {
+fn route(entry: &RoutingEntry, wires: &router::Irqchip) -> Option<Route> {
     let &[_, kind, flags, _, first, second, third, ..] = entry;
     match kind {
-        KVM_IRQ_ROUTING_MSI if flags & !KVM_MSI_VALID_DEVID == 0 => Some(Route::Msi { address: first, data: third }),
-        KVM_IRQ_ROUTING_IRQCHIP if flags == 0 && !split => match first {
+        KVM_IRQ_ROUTING_MSI if flags & !KVM_MSI_VALID_DEVID == 0 => {
+            let address = u64::from(second) << 32 | u64::from(first);
+            (!wires.has_wide_ids() || router::is_wide_address(address)).then_some(Route::Msi { address, data: third })
+        }
+        KVM_IRQ_ROUTING_IRQCHIP if flags == 0 && !wires.is_split() => match first {
             KVM_IRQCHIP_PIC_MASTER if second < 8 => Some(Route::Pic(second as u8)),
             KVM_IRQCHIP_PIC_SLAVE if second < u32::from(pic::PINS) - 8 => Some(Route::Pic(second as u8 + 8)),
             KVM_IRQCHIP_IOAPIC if second < ioapic::PINS.into() => Some(Route::IoApic(second as u8)),
@@ -104,14 +107,18 @@ fn route(entry: &RoutingEntry, split: bool) -> Option<Route> {
     }
 }
 
-/// Sends a message. api.rst `KVM_SIGNAL_MSI`. Returns how many took it. EINVAL: the chips are user space's, flags. EPERM:
-/// it is for nobody, as Linux's −1 reads.
+/// Sends a message. api.rst `KVM_SIGNAL_MSI`. Returns how many took it. EINVAL: the chips are user space's, flags, an address that
+/// ids of 32 bits do not have. EPERM: it is for nobody, as Linux's −1 reads.
 pub(super) fn signal_msi(vm: &Caller<'_, Vm>, msi: &kvm_msi) -> Result<i32, Errno> {
     let chip = chip(vm, Errno::EINVAL)?;
     if msi.flags & !KVM_MSI_VALID_DEVID != 0 {
         return Err(Errno::EINVAL);
     }
-    match chip.wires.signal_msi(msi.address_lo, msi.data) {
+    let address = u64::from(msi.address_hi) << 32 | u64::from(msi.address_lo);
+    if chip.wires.has_wide_ids() && !router::is_wide_address(address) {
+        return Err(Errno::EINVAL);
+    }
+    match chip.wires.signal_msi(address, msi.data) {
         taken if taken >= 0 => Ok(taken),
         _ => Err(Errno::EPERM),
     }
@@ -154,16 +161,16 @@ pub(super) fn reinject_control(vm: &Caller<'_, Vm>, client: &dyn Client, arg: u6
     chip.wires.with_pit(|pit| pit.set_reinject(control[0] != 0)).ok_or(Errno::ENXIO)
 }
 
-/// The registers of the local APIC. api.rst `KVM_GET_LAPIC`. EINVAL: it is user space's.
+/// The registers of the local APIC. api.rst `KVM_GET_LAPIC`. EINVAL: it is user space's, or has another id than fits.
 pub(super) fn get_lapic(vcpu: &mut Vcpu) -> Result<[u32; 256], Errno> {
     let apic = vcpu.machine.apic().ok_or(Errno::EINVAL)?;
-    Ok(apic.lapic.page(vcpu.machine.now()))
+    apic.lapic.page(vcpu.machine.now(), apic.chip.wires.has_wide_ids()).ok_or(Errno::EINVAL)
 }
 
 /// Loads what [`get_lapic`] reads. api.rst `KVM_SET_LAPIC`.
 pub(super) fn set_lapic(vcpu: &mut Vcpu, page: &[u32; 256]) -> Result<(), Errno> {
     let apic = vcpu.machine.apic().ok_or(Errno::EINVAL)?;
-    apic.lapic.load_page(page, vcpu.machine.now());
+    apic.lapic.load_page(page, vcpu.machine.now(), apic.chip.wires.has_wide_ids()).ok_or(Errno::EINVAL)?;
     vcpu.load_cr8();
     Ok(())
 }

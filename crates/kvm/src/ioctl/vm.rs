@@ -42,6 +42,7 @@ pub(super) fn enable_cap(vm: &Caller<'_, Vm>, cap: &kvm_enable_cap) -> Result<()
             vm.options.shows_platform_info.store(value != 0, Relaxed);
             Ok(())
         }
+        KVM_CAP_X2APIC_API => vm.set_x2apic_api(value),
         KVM_CAP_X86_USER_SPACE_MSR => vm.options.set_msr_exits(value),
         KVM_CAP_MAX_VCPU_ID => vm.options.limit_vcpu_ids(value),
         _ => Err(Errno::EINVAL),
