@@ -424,11 +424,13 @@ impl Cpu {
     /// Stores `bytes` to `seg:offset`; nothing is stored unless all can be. At most two pages.
     pub(crate) fn write_bytes(&mut self, seg: Seg, offset: u64, bytes: &[u8]) -> Result<(), Stop> {
         let la = self.linear(seg, offset, bytes.len() as u32, true)?;
-        if let Ok(value) = <[u8; 16]>::try_from(bytes)
-            && let Some(host) = self.tlb.write(la, 16)
+        if let (parts, []) = bytes.as_chunks::<16>()
+            && let Some(host) = self.tlb.write(la, bytes.len() as u64)
         {
-            // SAFETY: a TLB hit names mapped, writable RAM, and the access ends in its page.
-            unsafe { host::store_16(host, value) };
+            for (host, part) in (host..).step_by(16).zip(parts) {
+                // SAFETY: a TLB hit names mapped, writable RAM, and the access ends in its page.
+                unsafe { host::store_16(host, *part) };
+            }
             return Ok(());
         }
         self.write_bytes_slow(la, bytes, seg)

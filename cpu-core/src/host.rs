@@ -163,27 +163,32 @@ pub(crate) unsafe fn store_16(host: u64, value: [u8; 16]) {
     }
 }
 
-/// Compares `expected` with the guest bytes at `host`, in pieces that tear at worst as a fetch would.
+/// Compares `expected` with the guest bytes at `host`, in pieces that tear at worst as a fetch would. The last piece overlaps
+/// the one before.
 ///
 /// # Safety
 /// `host` is the host address of `expected.len()` bytes of guest RAM.
 pub(crate) unsafe fn equals(host: u64, expected: &[u8]) -> bool {
-    let mut chunks = expected.chunks_exact(8);
-    let mut at = host;
-    for chunk in &mut chunks {
-        // SAFETY: the caller's: `expected.len()` bytes of mapped guest RAM at `host`.
-        let found = unsafe { u64::load(at) };
-        if found.to_le_bytes() != chunk {
-            return false;
-        }
-        at += 8;
+    /// Whether `W::BYTES` bytes from byte `at` on are the same.
+    ///
+    /// # Safety
+    /// They are within `expected`, and guest RAM.
+    unsafe fn part<W: HostWord>(host: u64, expected: &[u8], at: usize) -> bool {
+        // SAFETY: the caller's. What is read of `expected` need not be aligned.
+        unsafe { W::load(host + at as u64) == expected.as_ptr().add(at).cast::<W>().read_unaligned() }
     }
-    chunks.remainder().iter().all(|byte| {
-        // SAFETY: as above.
-        let found = unsafe { u8::load(at) };
-        at += 1;
-        found == *byte
-    })
+    let length = expected.len();
+    // SAFETY: the caller's: every part ends within `expected`.
+    unsafe {
+        match length {
+            8.. => {
+                (0..length - 8).step_by(8).all(|at| part::<u64>(host, expected, at))
+                    && part::<u64>(host, expected, length - 8)
+            }
+            4.. => part::<u32>(host, expected, 0) && part::<u32>(host, expected, length - 4),
+            _ => (0..length).all(|at| part::<u8>(host, expected, at)),
+        }
+    }
 }
 
 /// Copies guest bytes at `host` into `out`.
@@ -191,9 +196,16 @@ pub(crate) unsafe fn equals(host: u64, expected: &[u8]) -> bool {
 /// # Safety
 /// `host` is the host address of `out.len()` bytes of guest RAM.
 pub(crate) unsafe fn copy_out(host: u64, out: &mut [u8]) {
-    for (i, byte) in out.iter_mut().enumerate() {
+    let (mut at, mut chunks) = (host, out.chunks_exact_mut(8));
+    for chunk in &mut chunks {
         // SAFETY: the caller's: `out.len()` bytes of mapped guest RAM at `host`.
-        *byte = unsafe { u8::load(host + i as u64) };
+        chunk.copy_from_slice(&unsafe { u64::load(at) }.to_le_bytes());
+        at += 8;
+    }
+    for byte in chunks.into_remainder() {
+        // SAFETY: as above.
+        *byte = unsafe { u8::load(at) };
+        at += 1;
     }
 }
 

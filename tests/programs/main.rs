@@ -160,6 +160,8 @@ fn programs_give_what_they_give_on_this_cpu() {
     let _ = fs::remove_file(&image);
     println!("{}", expected.join("\n"));
     let text = console.text();
+    let has_avx512 = std::arch::is_x86_feature_detected!("avx512bw");
+    assert_eq!(text.contains(" avx512bw "), has_avx512, "the guest has AVX-512 where this CPU has it");
     let actual = results(&text);
     println!("{} results; this CPU took {host_took:.1?}, the guest {took:.1?} with its boot", expected.len());
     for (expected, actual) in expected.iter().zip(&actual) {

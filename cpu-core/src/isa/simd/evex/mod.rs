@@ -80,6 +80,8 @@ pub(super) struct Insn {
     reads_destination: bool,
     /// A memory operand must be aligned to its size.
     aligned: bool,
+    /// It copies a vector.
+    copies: bool,
     /// A lone source is where the second of two would be.
     second: bool,
     /// The result is in RFLAGS.
@@ -100,6 +102,7 @@ const fn insn(mnemonic: Mnemonic, lane: u8, stubs: Stubs) -> Insn {
         memory: Memory::Lanes,
         reads_destination: false,
         aligned: false,
+        copies: false,
         second: false,
         flags: false,
         float: None,
@@ -138,6 +141,10 @@ impl Insn {
 
     const fn aligned(self) -> Self {
         Self { aligned: true, ..self }
+    }
+
+    const fn copies(self) -> Self {
+        Self { copies: true, ..self }
     }
 
     const fn second(self) -> Self {
@@ -351,7 +358,8 @@ fn select(d: &Digest<'_>) -> Option<Lowered> {
     }
     let index = TABLE.by_code[d.ins.code() as usize]?;
     let insn = TABLE.insns[usize::from(index)];
-    let mut lowered = keeps(d, plain_handler(run))?;
+    let whole = insn.copies && d.ins.op_mask() == Register::None;
+    let mut lowered = keeps(d, if whole { plain_handler(copy) } else { plain_handler(run) })?;
     if insn.flags {
         lowered.flags = FlagsOut::Unknown;
     }
@@ -622,6 +630,45 @@ fn run(cpu: &mut Cpu, op: &Op) -> Done {
         Operand::None => cpu.set_flags(Flags::explicit(frame.general & STATUS)),
     }
     Ok(Then::Next)
+}
+
+/// A vector's copy without a mask: nothing is asked of the host.
+fn copy(cpu: &mut Cpu, op: &Op) -> Done {
+    if cpu.alignment_checked() {
+        return run(cpu, op);
+    }
+    cpu.require_avx512()?;
+    let fields = Fields(op.imm);
+    let mut value = VectorRegister::default();
+    match (fields.operand(0), fields.operand(1)) {
+        (Operand::Vector, Operand::Memory) => {
+            let bytes = fields.bytes();
+            copy_place(cpu, op, fields, false)?;
+            cpu.read_bytes(op.segment(), cpu.ea(op), &mut value.0[..bytes as usize])?;
+            cpu.fpu.vector[usize::from(op.dst & 31)] = value;
+        }
+        (Operand::Memory, _) => {
+            copy_place(cpu, op, fields, true)?;
+            let value = cpu.zmm(op.src);
+            cpu.write_bytes(op.segment(), cpu.ea(op), &value.0[..fields.bytes() as usize])?;
+        }
+        _ => {
+            let bytes = 16 << fields.length();
+            value.0[..bytes].copy_from_slice(&cpu.fpu.vector[usize::from(op.src & 31)].0[..bytes]);
+            cpu.fpu.vector[usize::from(op.dst & 31)] = value;
+        }
+    }
+    Ok(Then::Next)
+}
+
+/// Checks the alignment of a copy's memory operand, where it must have one.
+fn copy_place(cpu: &mut Cpu, op: &Op, fields: Fields, write: bool) -> Result<(), Stop> {
+    if !fields.insn().aligned {
+        return Ok(());
+    }
+    let (offset, bytes) = (cpu.ea(op), fields.bytes());
+    let la = cpu.linear(op.segment(), offset, bytes, write)?;
+    cpu.require_aligned(la, bytes.into())
 }
 
 /// The flags that comparisons replace.
