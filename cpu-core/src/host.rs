@@ -169,25 +169,24 @@ pub(crate) unsafe fn store_16(host: u64, value: [u8; 16]) {
 /// # Safety
 /// `host` is the host address of `expected.len()` bytes of guest RAM.
 pub(crate) unsafe fn equals(host: u64, expected: &[u8]) -> bool {
-    /// Whether `W::BYTES` bytes from byte `at` on are the same.
-    ///
-    /// # Safety
-    /// They are within `expected`, and guest RAM.
-    unsafe fn part<W: HostWord>(host: u64, expected: &[u8], at: usize) -> bool {
-        // SAFETY: the caller's. What is read of `expected` need not be aligned.
-        unsafe { W::load(host + at as u64) == expected.as_ptr().add(at).cast::<W>().read_unaligned() }
-    }
     let length = expected.len();
-    // SAFETY: the caller's: every part ends within `expected`.
-    unsafe {
-        match length {
-            8.. => {
-                (0..length - 8).step_by(8).all(|at| part::<u64>(host, expected, at))
-                    && part::<u64>(host, expected, length - 8)
-            }
-            4.. => part::<u32>(host, expected, 0) && part::<u32>(host, expected, length - 4),
-            _ => (0..length).all(|at| part::<u8>(host, expected, at)),
-        }
+    let same = |bytes: usize, at: usize| {
+        let expected = expected[at..at + bytes].iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+        let host = host + at as u64;
+        let found = match bytes {
+            // SAFETY: the caller's: `expected.len()` bytes of mapped guest RAM, of which these are a part.
+            8 => unsafe { u64::load(host) },
+            // SAFETY: as above.
+            4 => unsafe { u32::load(host) }.into(),
+            // SAFETY: as above.
+            _ => unsafe { u8::load(host) }.into(),
+        };
+        found == expected
+    };
+    match length {
+        8.. => (0..length - 8).step_by(8).all(|at| same(8, at)) && same(8, length - 8),
+        4.. => same(4, 0) && same(4, length - 4),
+        _ => (0..length).all(|at| same(1, at)),
     }
 }
 

@@ -324,8 +324,8 @@ fn has_short_address(instruction: &Instruction) -> bool {
 pub(crate) fn is_open(vendor: Vendor, case: &Case, instruction: &Instruction, outcome: &Outcome, actual: End) -> bool {
     let intel = vendor == Vendor::Intel;
     let expected = outcome.end;
-    let raised =
-        |vectors: &[u8]| matches!(actual, End::Exception(e) if vectors.contains(&e.vector)) && expected != actual;
+    let ends = |vectors: &[u8]| matches!(actual, End::Exception(e) if vectors.contains(&e.vector));
+    let raised = |vectors: &[u8]| ends(vectors) && expected != actual;
     // #AC "may or may not be generated" (SDM Vol. 2 "MOVUPS"): AMD's CPUs check the alignment of vectors, Intel's do not.
     // The same of the 8 bytes of VCVTPH2PS and VCVTPS2PH, though their class of exceptions has #AC.
     let halves = matches!(instruction.mnemonic(), M::Vcvtph2ps | M::Vcvtps2ph);
@@ -355,7 +355,7 @@ pub(crate) fn is_open(vendor: Vendor, case: &Case, instruction: &Instruction, ou
         M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp => {
             const ES: u16 = 1 << 7;
             let done = expected == End::Done || outcome.state.rip != instruction.ip();
-            intel && done && outcome.state.x87.fsw & ES != 0 && raised(&[12, 13, 14, 17])
+            intel && done && outcome.state.x87.fsw & ES != 0 && ends(&[12, 13, 14, 17])
         }
         // The limit is that of the whole operand on CPUs of both vendors; SDM Vol. 2 "VMASKMOV" says nothing of it.
         // Where addresses are shorter than offsets, elements wrap around with them on AMD's CPUs, not on Intel's.
