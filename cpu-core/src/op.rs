@@ -509,29 +509,36 @@ impl Semantics for Enter {
 #[cold]
 #[inline(never)]
 unsafe fn enter_again(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
-    // SAFETY: called with a head only, copied out.
-    let head = unsafe { *op.cast::<Head>() };
     // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
-    if unsafe { &mut *cpu }.may_enter(head, fa, fb, budget) {
+    let running = unsafe { &mut *cpu };
+    // SAFETY: called with a head only.
+    if unsafe { may_enter(running, op, fa, fb, budget) } {
         let m = Machine { cpu, op, fa, fb, budget };
         // The stamp is the current one now, unless attention was asked for in between: then it ends here the next time.
         dispatch!(cpu, op, m)
     }
 }
 
-impl Cpu {
-    /// True: the trace is what memory holds, go on. False: the CPU is ready for the loop.
-    #[inline(never)]
-    fn may_enter(&mut self, head: Head, fa: u64, fb: u64, budget: i64) -> bool {
-        if budget > 0 && self.trace_is_current(head.trace) {
-            return true;
-        }
-        self.fa = fa;
-        self.fb = fb;
-        self.budget = budget;
-        self.rip = head.ip;
-        false
+/// True: the trace is what memory holds, go on. False: the CPU is ready for the loop.
+///
+/// # Safety
+/// `op` is a head of the CPU's arena.
+#[inline(never)]
+unsafe fn may_enter(cpu: &mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) -> bool {
+    // SAFETY: the caller's.
+    if budget > 0 && !cpu.kick.asked() && unsafe { cpu.stands(op) } {
+        return true;
     }
+    // SAFETY: the caller's, copied out.
+    let head = unsafe { *op.cast::<Head>() };
+    if budget > 0 && cpu.trace_is_current(head.trace) {
+        return true;
+    }
+    cpu.fa = fa;
+    cpu.fb = fb;
+    cpu.budget = budget;
+    cpu.rip = head.ip;
+    false
 }
 
 /// Behind a trace that ended for want of space: goes on at the op's own address, as a jump to it would.

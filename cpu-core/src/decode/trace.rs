@@ -25,7 +25,7 @@ use crate::state::Seg;
 const PAGE: u64 = 0x1000;
 /// Ops that the arena holds: 32 MiB of address space, touched as it fills.
 const ARENA_OPS: usize = 1 << 20;
-/// Slots kept free for one trace (head, ops with data and wide displacements, links: 227 at most).
+/// Slots kept free for one trace (footing, head, ops with data and wide displacements, links: 228 at most).
 const RESERVE: usize = 256;
 /// Slots that one single instruction may take (displacement, op, data, end, three links of two: 10 at most).
 const SINGLE_OPS: usize = 16;
@@ -93,14 +93,52 @@ type Map<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
 struct Trace {
     gpa: u64,
+    key: (u64, u64, u8),
+    head: NonNull<Op>,
+}
+
+/// In the slot before a trace's head: what the trace stands on. Looked at with the head, so that one line of the host's cache
+/// has both.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct Footing {
+    /// Host address of the trace's first byte, good while the picture of memory is `picture`.
+    host: u64,
+    picture: u64,
+    /// Where the bytes that it was decoded from begin in [`Traces::bytes`].
     bytes_at: u32,
     len: u16,
     dead: bool,
-    key: (u64, u64, u8),
-    head: NonNull<Op>,
-    /// Host address of `gpa`, good while the picture of memory is `picture`.
-    host: u64,
-    picture: u64,
+}
+
+const _: () = assert!(size_of::<Footing>() == size_of::<Op>() && align_of::<Footing>() == align_of::<Op>());
+
+impl Footing {
+    /// That of the trace with this head.
+    ///
+    /// # Safety
+    /// `head` is a head of an arena that is alive, with whose owner the caller is.
+    unsafe fn of(head: *const Op) -> *mut Self {
+        // SAFETY: the caller's: `build` puts a footing before each head.
+        unsafe { head.sub(1) }.cast_mut().cast()
+    }
+}
+
+impl Trace {
+    /// A copy of what it stands on.
+    fn footing(&self) -> Footing {
+        // SAFETY: a trace of the list has its head in the arena.
+        let footing = unsafe { Footing::of(self.head.as_ptr()) };
+        // SAFETY: as above; nobody has a reference to it.
+        unsafe { footing.read() }
+    }
+
+    fn set_footing(&mut self, footing: Footing) {
+        // SAFETY: as in `footing`.
+        let at = unsafe { Footing::of(self.head.as_ptr()) };
+        // SAFETY: as above.
+        unsafe { at.write(footing) };
+    }
 }
 
 /// Which line of 64 bytes of its page an address lies in.
@@ -218,9 +256,9 @@ impl Traces {
 
     /// Enters a trace into the page that its host address lies in. True: the page had none.
     fn enter_page(&mut self, index: u32) -> bool {
-        let trace = &self.list[index as usize];
-        let (from, to) = (line_of(trace.host), line_of(trace.host + u64::from(trace.len) - 1));
-        let page = self.pages.entry(trace.host & !(PAGE - 1)).or_default();
+        let Footing { host, len, .. } = self.list[index as usize].footing();
+        let (from, to) = (line_of(host), line_of(host + u64::from(len) - 1));
+        let page = self.pages.entry(host & !(PAGE - 1)).or_default();
         let new = page.lines == 0;
         page.lines |= (u64::MAX << from) & (u64::MAX >> (63 - to));
         page.traces.push(index);
@@ -228,7 +266,7 @@ impl Traces {
     }
 
     fn leave_page(&mut self, index: u32) {
-        if let Some(page) = self.pages.get_mut(&(self.list[index as usize].host & !(PAGE - 1))) {
+        if let Some(page) = self.pages.get_mut(&(self.list[index as usize].footing().host & !(PAGE - 1))) {
             page.traces.retain(|&other| other != index);
         }
     }
@@ -245,7 +283,8 @@ impl Traces {
         let mut hit = false;
         for &index in &page.traces {
             let trace = &self.list[index as usize];
-            if host < trace.host + u64::from(trace.len) && trace.host < host + u64::from(size) {
+            let footing = trace.footing();
+            if host < footing.host + u64::from(footing.len) && footing.host < host + u64::from(size) {
                 // SAFETY: `head` is a head of the arena; no reference to it exists.
                 unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
                 hit = true;
@@ -257,7 +296,7 @@ impl Traces {
     /// Forgets a trace whose bytes have changed. Its ops stay where they are: links may lead there, to be sent away.
     fn kill(&mut self, index: u32) {
         let trace = &mut self.list[index as usize];
-        trace.dead = true;
+        trace.set_footing(Footing { dead: true, ..trace.footing() });
         // SAFETY: `head` is a head of the arena; no reference to it exists.
         unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
         if self.by_address.get(&trace.key) == Some(&index) {
@@ -331,38 +370,60 @@ impl Cpu {
         }
         let picture = self.view.picture();
         let trace = &self.traces.list[index as usize];
-        if trace.dead {
+        let (head, footing) = (trace.head.as_ptr(), trace.footing());
+        if footing.dead {
             return false;
         }
-        if trace.picture != picture {
+        if footing.picture != picture {
             let Lookup::Ram { ptr, .. } = self.view.page(GuestPhysAddr(trace.gpa & !(PAGE - 1)), false) else {
                 self.drop_trace(index);
                 return false;
             };
             self.settle_trace(index, ptr.as_ptr().addr() as u64, picture);
         }
-        let trace = &self.traces.list[index as usize];
-        let bytes = &self.traces.bytes[trace.bytes_at as usize..][..usize::from(trace.len)];
-        // SAFETY: `host` was looked up in this picture of memory, and a trace does not leave its page.
-        if !unsafe { host::equals(trace.host, bytes) } {
+        // SAFETY: a head of this CPU's arena.
+        if !unsafe { self.stands(head) } {
             self.drop_trace(index);
             return false;
         }
-        // SAFETY: `head` is a head of the arena; no reference to it exists.
-        unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = self.kick.epoch() };
+        true
+    }
+
+    /// Notes that the bytes that the trace of `head` was decoded from are still there. False: they are not, or somebody must
+    /// look where they are now.
+    ///
+    /// # Safety
+    /// `head` is a head of this CPU's arena.
+    #[inline(always)]
+    pub(crate) unsafe fn stands(&mut self, head: *const Op) -> bool {
+        // SAFETY: the caller's.
+        let footing = unsafe { Footing::of(head) };
+        // SAFETY: as above, copied out.
+        let Footing { host, picture, bytes_at, len, dead } = unsafe { footing.read() };
+        if dead || picture != self.view.picture() {
+            return false;
+        }
+        let bytes = &self.traces.bytes[bytes_at as usize..][..usize::from(len)];
+        // SAFETY: `host` was looked up in this picture of memory, and a trace does not leave its page.
+        if !unsafe { host::equals(host, bytes) } {
+            return false;
+        }
+        // SAFETY: the caller's; no reference to it exists.
+        unsafe { (*head.cast_mut().cast::<Head>()).stamp = self.kick.epoch() };
         true
     }
 
     /// A new picture of memory has the page of a trace at host address `page`.
     fn settle_trace(&mut self, index: u32, page: u64, picture: u64) {
         let trace = &mut self.traces.list[index as usize];
-        trace.picture = picture;
-        if trace.host & !(PAGE - 1) == page {
+        let footing = Footing { picture, ..trace.footing() };
+        trace.set_footing(footing);
+        if footing.host & !(PAGE - 1) == page {
             return;
         }
         self.traces.leave_page(index);
         let trace = &mut self.traces.list[index as usize];
-        trace.host = page | trace.gpa & (PAGE - 1);
+        trace.set_footing(Footing { host: page | trace.gpa & (PAGE - 1), ..footing });
         if self.traces.enter_page(index) {
             self.tlb.protect(page);
         }
@@ -462,6 +523,7 @@ impl Cpu {
             return NONE;
         }
         let index = self.traces.list.len() as u32;
+        let footing = self.traces.push(blank(handler::<Enter>));
         let first = self.traces.push(blank(handler::<Enter>));
         let aligned = self.seg_base[Seg::Cs as usize] & (PAGE - 1) == 0;
         self.traces.emit(&lowered, ip, ip.wrapping_add(len as u64), aligned, resolve, NonNull::new(first));
@@ -479,17 +541,11 @@ impl Cpu {
 
         let bytes_at = self.traces.bytes.len() as u32;
         self.traces.bytes.extend_from_slice(&bytes[..len]);
+        let standing = Footing { host, picture: self.view.picture(), bytes_at, len: len as u16, dead: false };
+        // SAFETY: `footing` was pushed just now; `Footing` has the size and alignment of `Op`.
+        unsafe { footing.cast::<Footing>().write(standing) };
         let key = (gpa, ip, mode.bits());
-        self.traces.list.push(Trace {
-            gpa,
-            bytes_at,
-            len: len as u16,
-            dead: false,
-            key,
-            head: NonNull::new(first).expect("inside the arena"),
-            host,
-            picture: self.view.picture(),
-        });
+        self.traces.list.push(Trace { gpa, key, head: NonNull::new(first).expect("inside the arena") });
         self.traces.by_address.insert(key, index);
         self.traces.decoded += 1;
         if self.traces.enter_page(index) {
