@@ -382,7 +382,7 @@ impl Cpu {
 
     /// Queues an exception, as KVM's `kvm_queue_exception` for errors of user space's making does.
     pub fn queue_exception(&mut self, vector: u8, error: Option<u32>) {
-        self.events.exception = Some(crate::state::PendingException { vector, error });
+        self.events.exception = Some(crate::state::PendingException::new(vector, error));
     }
 
     /// Queues an NMI.

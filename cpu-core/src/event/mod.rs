@@ -8,7 +8,7 @@ pub(crate) mod task;
 mod tests;
 
 use x86_defs::vector::{self, Combined, combine};
-use x86_defs::{Dr7, Rflags};
+use x86_defs::{Dr6, Dr7, Rflags};
 
 use crate::cpu::{Cpu, Stop, StopReason};
 use crate::fault::{Fault, Origin};
@@ -20,7 +20,7 @@ use crate::vmx::Exit;
 pub(crate) enum Delivery {
     /// An exception of the current instruction.
     Exception(Fault),
-    /// An exception that user space queued (KVM_SET_VCPU_EVENTS): CR2 and DR6 are as they are to be.
+    /// An exception that user space queued (KVM_SET_VCPU_EVENTS): CR2 and DR6 are as they are to be, or its payload tells.
     Injected(PendingException),
     /// An external interrupt.
     External(u8),
@@ -72,6 +72,19 @@ impl Cpu {
         }
     }
 
+    /// That of a #DB is laid out as VMX's pending debug exceptions: bits that DR6 shows inverted are not, bit 12 is not DR6's.
+    fn take_payload(&mut self, vector: u8, payload: u64) {
+        match vector {
+            vector::PF => self.cr2 = payload,
+            vector::DB => {
+                let payload = payload & 0xffff_ffff;
+                let dr6 = self.debug.dr6 & !Dr6::B.bits() | Dr6::FIXED_1 | payload;
+                self.debug.dr6 = (dr6 ^ payload & Dr6::FIXED_1) & !(1 << 12);
+            }
+            _ => {}
+        }
+    }
+
     fn event_of(&self, fault: &Fault) -> Event {
         Event {
             vector: fault.vector,
@@ -94,6 +107,9 @@ pub(crate) fn deliver(cpu: &mut Cpu, what: Delivery) -> Option<Exit> {
             (cpu.event_of(&fault), Some(fault.vector))
         }
         Delivery::Injected(pending) => {
+            if let Some(payload) = pending.payload {
+                cpu.take_payload(pending.vector, payload);
+            }
             if pending.vector == vector::DB {
                 cpu.debug.dr7 &= !Dr7::GD.bits();
             }

@@ -7,6 +7,17 @@ pub struct PendingException {
     pub vector: u8,
     /// Error code, where the vector has one.
     pub error: Option<u32>,
+    /// It was on its way to its handler when the guest was left.
+    pub injected: bool,
+    /// What CR2 or DR6 learns of it when it is delivered (`kvm_deliver_exception_payload`); `None`: they know.
+    pub payload: Option<u64>,
+}
+
+impl PendingException {
+    /// One that nothing has seen yet, and of which CR2 and DR6 are as they are to be.
+    pub fn new(vector: u8, error: Option<u32>) -> Self {
+        Self { vector, error, injected: false, payload: None }
+    }
 }
 
 /// What KVM_GET_VCPU_EVENTS and KVM_SET_VCPU_EVENTS move.

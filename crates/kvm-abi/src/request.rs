@@ -86,6 +86,10 @@ requests! {
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
     KVM_XEN_HVM_CONFIG = iow 0x7a kvm_xen_hvm_config;
     KVM_SET_BOOT_CPU_ID = io 0x78;
+    KVM_CREATE_PIT = io 0x64;
+    KVM_GET_PIT = iowr 0x65 kvm_pit_state;
+    KVM_SET_PIT = ior 0x66 kvm_pit_state;
+    KVM_SET_PMU_EVENT_FILTER = iow 0xb2 kvm_pmu_event_filter;
     KVM_CREATE_DEVICE = iowr 0xe0 kvm_create_device;
     KVM_X86_SET_MSR_FILTER = iow 0xc6 kvm_msr_filter;
     // vCPU

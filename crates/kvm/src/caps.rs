@@ -57,6 +57,7 @@ capabilities! {
     Clocksource                  = KVM_CAP_CLOCKSOURCE                 => 1;
     NrVcpus                      = KVM_CAP_NR_VCPUS                    => recommended_vcpus();
     NrMemslots                   = KVM_CAP_NR_MEMSLOTS                 => NR_MEMSLOTS;
+    Pit                          = KVM_CAP_PIT                         => 1;
     NopIoDelay                   = KVM_CAP_NOP_IO_DELAY                => 1;
     MpState                      = KVM_CAP_MP_STATE                    => 1;
     ReinjectControl              = KVM_CAP_REINJECT_CONTROL            => 1;
@@ -90,6 +91,7 @@ capabilities! {
     SyncRegs                     = KVM_CAP_SYNC_REGS                   => sync_regs::FIELDS;
     KvmclockCtrl                 = KVM_CAP_KVMCLOCK_CTRL               => 1;
     SignalMsi                    = KVM_CAP_SIGNAL_MSI                  => 1;
+    IoapicPolarityIgnored        = KVM_CAP_IOAPIC_POLARITY_IGNORED     => 1;
     ReadonlyMem                  = KVM_CAP_READONLY_MEM                => 1;
     IrqfdResample                = KVM_CAP_IRQFD_RESAMPLE              => 1;
     EnableCapVm                  = KVM_CAP_ENABLE_CAP_VM               => 1;
@@ -116,6 +118,14 @@ capabilities! {
     X2apicApi                    = KVM_CAP_X2APIC_API                  => vm::X2APIC_API;
     ImmediateExit                = KVM_CAP_IMMEDIATE_EXIT              => 1;
     NestedState                  = KVM_CAP_NESTED_STATE                => nested::BYTES;
+    // Of what may exit or not there is PAUSE, which does not.
+    X86DisableExits              = KVM_CAP_X86_DISABLE_EXITS           => KVM_X86_DISABLE_EXITS_PAUSE;
+    ExceptionPayload             = KVM_CAP_EXCEPTION_PAYLOAD           => 1;
+    X86TripleFaultEvent          = KVM_CAP_X86_TRIPLE_FAULT_EVENT      => 1;
+    PmuEventFilter               = KVM_CAP_PMU_EVENT_FILTER            => 1;
+    HaltPoll                     = KVM_CAP_HALT_POLL                   => 1;
+    ExitOnEmulationFailure       = KVM_CAP_EXIT_ON_EMULATION_FAILURE   => 1;
+    SystemEventData              = KVM_CAP_SYSTEM_EVENT_DATA           => 1;
     CoalescedPio                 = KVM_CAP_COALESCED_PIO               => 1;
     StealTime                    = KVM_CAP_STEAL_TIME                  => steal::is_measured();
     EnforcePvFeatureCpuid        = KVM_CAP_ENFORCE_PV_FEATURE_CPUID    => 1;

@@ -72,7 +72,7 @@ pub(crate) fn set(vcpu: &mut Vcpu, debug: &kvm_guest_debug) -> Result<(), Errno>
             return Err(Errno::EBUSY);
         }
         let vector = if debug.control & KVM_GUESTDBG_INJECT_DB != 0 { vector::DB } else { vector::BP };
-        vcpu.cpu.set_events(Events { exception: Some(PendingException { vector, error: None }), ..events });
+        vcpu.cpu.set_events(Events { exception: Some(PendingException::new(vector, None)), ..events });
     }
     let mut regs = vcpu.cpu.regs();
     regs.rflags &= !hidden_flags(vcpu);

@@ -39,6 +39,10 @@ const MEMORY_TO_MMU_PAGES: u64 = 50;
 pub(crate) struct Options {
     /// `KVM_X86_QUIRK_…` that are off.
     disabled_quirks: AtomicU64,
+    /// `KVM_CAP_EXCEPTION_PAYLOAD`: `KVM_GET_VCPU_EVENTS` tells exceptions that were delivered from those that will be.
+    pub(crate) has_payloads: AtomicBool,
+    /// `KVM_CAP_X86_TRIPLE_FAULT_EVENT`
+    pub(crate) has_triple_faults: AtomicBool,
     /// `KVM_CAP_MSR_PLATFORM_INFO`: guests read that MSR.
     pub(crate) shows_platform_info: AtomicBool,
     /// `KVM_SET_BOOT_CPU_ID`
@@ -66,6 +70,8 @@ impl Options {
             hyperv: Partition::new(memory, time),
             xen: Xen::default(),
             disabled_quirks: AtomicU64::new(0),
+            has_payloads: AtomicBool::new(false),
+            has_triple_faults: AtomicBool::new(false),
             shows_platform_info: AtomicBool::new(true),
             boot_cpu: AtomicU32::new(0),
             max_vcpu_ids: Mutex::new(None),

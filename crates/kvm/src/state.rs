@@ -2,8 +2,8 @@
 
 use cpu_core::{CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, PendingException, Regs, Seg, Segment, Sregs};
 use kvm_abi::consts::{
-    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
-    KVM_VCPUEVENT_VALID_SMM, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI,
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_PAYLOAD,
+    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SMM, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI,
 };
 use kvm_abi::{
     Plain, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
@@ -152,16 +152,20 @@ pub(crate) fn to_core_cpuid(entry: &kvm_cpuid_entry2) -> CpuidEntry {
     }
 }
 
-/// Pending and injected exceptions are one, as without `KVM_CAP_EXCEPTION_PAYLOAD`.
-pub(crate) fn from_core_events(events: &Events) -> kvm_vcpu_events {
+/// Pending and injected exceptions are one, unless there is `KVM_CAP_EXCEPTION_PAYLOAD`.
+pub(crate) fn from_core_events(events: &Events, has_payloads: bool) -> kvm_vcpu_events {
     let mut out: kvm_vcpu_events = Plain::zeroed();
     // The vectors of INT3 and INTO would come again by themselves: Linux leaves them out, for lack of a length.
     if let Some(exception) = events.exception {
         let soft = matches!(exception.vector, x86_defs::vector::BP | x86_defs::vector::OF);
-        out.exception.injected = u8::from(!soft);
+        let injected = exception.injected || !has_payloads;
+        out.exception.injected = u8::from(!soft && injected);
+        out.exception.pending = u8::from(!soft && !injected);
         out.exception.nr = exception.vector;
         out.exception.has_error_code = exception.error.is_some().into();
         out.exception.error_code = exception.error.unwrap_or(0);
+        out.exception_has_payload = exception.payload.is_some().into();
+        out.exception_payload = exception.payload.unwrap_or(0);
     }
     out.interrupt.injected = (events.interrupt.is_some() && !events.soft).into();
     out.interrupt.nr = events.interrupt.unwrap_or(0);
@@ -173,15 +177,22 @@ pub(crate) fn from_core_events(events: &Events) -> kvm_vcpu_events {
     out.smi.pending = events.smi_pending.into();
     out.smi.smm_inside_nmi = events.smm_inside_nmi.into();
     out.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
+    if has_payloads {
+        out.flags |= KVM_VCPUEVENT_VALID_PAYLOAD;
+    }
     out
 }
 
 /// `old` supplies what the flags say is not given.
 pub(crate) fn to_core_events(events: &kvm_vcpu_events, old: &Events) -> Events {
     let valid = |flag: u32| events.flags & flag != 0;
-    let exception = (events.exception.injected != 0).then(|| PendingException {
+    // One that is pending goes before one that was injected.
+    let pending = valid(KVM_VCPUEVENT_VALID_PAYLOAD) && events.exception.pending != 0;
+    let exception = (pending || events.exception.injected != 0).then(|| PendingException {
         vector: events.exception.nr,
         error: (events.exception.has_error_code != 0).then_some(events.exception.error_code),
+        injected: !pending,
+        payload: (pending && events.exception_has_payload != 0).then_some(events.exception_payload),
     });
     let shadow = |bit: u32, old: bool| {
         if valid(KVM_VCPUEVENT_VALID_SHADOW) { u32::from(events.interrupt.shadow) & bit != 0 } else { old }

@@ -34,14 +34,7 @@ const REQUIRED: &[(u32, i32)] = &[
 ];
 
 /// What it then uses and we lack: any answer but 0 would make it fail later.
-const ABSENT: &[u32] = &[
-    KVM_CAP_EXCEPTION_PAYLOAD,
-    KVM_CAP_X86_TRIPLE_FAULT_EVENT,
-    KVM_CAP_X86_NOTIFY_VMEXIT,
-    KVM_CAP_DIRTY_LOG_RING,
-    KVM_CAP_HYPERV_SYNIC,
-    KVM_CAP_HYPERV_VAPIC,
-];
+const ABSENT: &[u32] = &[KVM_CAP_X86_NOTIFY_VMEXIT, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_HYPERV_SYNIC, KVM_CAP_HYPERV_VAPIC];
 
 /// The ioctls that api.rst puts under a capability.
 const IOCTLS: &[(u32, &[u32])] = &[

@@ -589,3 +589,26 @@ fn controllers_are_made_once_and_before_vcpus() {
     assert_eq!(client.ioctl(vm, KVM_CREATE_IRQCHIP, 0), Err(Errno::EINVAL));
     assert_eq!(client.set(vcpu, KVM_SET_LAPIC, &[0u32; 256]), Err(Errno::EINVAL));
 }
+
+/// The header's first ioctls of the timer: `KVM_GET_PIT` is `KVM_GET_PIT2` without its flags.
+#[test]
+fn the_timer_by_its_first_ioctls() {
+    let client = FakeClient::new();
+    let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
+    assert_eq!(client.ioctl(vm, KVM_CREATE_PIT, 0), Err(Errno::ENOENT));
+    client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).unwrap();
+    let mut state = [0u32; 18];
+    assert_eq!(client.ioctl_with(vm, KVM_GET_PIT, &mut state), Err(Errno::ENXIO));
+    client.ioctl(vm, KVM_CREATE_PIT, 0).unwrap();
+    assert_eq!(client.ioctl(vm, KVM_CREATE_PIT2, common::SCRATCH), Err(Errno::EEXIST));
+    client.ioctl_with(vm, KVM_GET_PIT, &mut state).unwrap();
+    assert_eq!(state[0], 0x1_0000);
+    // Channel 0: count, then mode 2 with both bytes, as a BIOS leaves it.
+    (state[0], state[3]) = (1193, state[3] & 0xff00_0000 | 2 << 8 | 3);
+    client.ioctl_with(vm, KVM_SET_PIT, &mut state.clone()).unwrap();
+    let second: [u32; 28] = client.get(vm, KVM_GET_PIT2);
+    let mut first = [0u32; 18];
+    client.ioctl_with(vm, KVM_GET_PIT, &mut first).unwrap();
+    assert_eq!(first, second[..18]);
+    assert_eq!((first[0], first[3] & 0xffff), (1193, 2 << 8 | 3));
+}

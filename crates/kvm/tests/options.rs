@@ -798,3 +798,30 @@ fn control_bits_are_free_until_the_guest_has_a_cpuid() {
     machine.set_cpuid(&[]);
     assert_eq!(machine.set(KVM_SET_SREGS, &kvm_sregs { cr4: UMIP, ..sregs }), Err(Errno::EINVAL));
 }
+
+/// What has no effect here but is taken; the values are those that x86.c and kvm_main.c take.
+#[test]
+fn choices_without_an_effect() {
+    let (client, vm) = new_vm();
+    for (cap, offered, taken, refused) in [
+        (KVM_CAP_HALT_POLL, 1, &[0, 200_000, u32::MAX.into()][..], &[1 << 32][..]),
+        (KVM_CAP_X86_DISABLE_EXITS, 4, &[0, 4, 15], &[16, 1 << 32]),
+        (KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1, &[0, 1], &[2, u64::MAX]),
+    ] {
+        assert_eq!(client.ioctl(vm, KVM_CHECK_EXTENSION, cap.into()), Ok(offered));
+        for &value in taken {
+            assert_eq!(enable(&client, vm, cap, value), Ok(0), "{cap} {value:#x}");
+        }
+        for &value in refused {
+            assert_eq!(enable(&client, vm, cap, value), Err(Errno::EINVAL), "{cap} {value:#x}");
+        }
+    }
+    // struct kvm_pmu_event_filter: action, number of events, fixed counters, flags.
+    let filter =
+        |action, events, flags| client.set(vm, KVM_SET_PMU_EVENT_FILTER, &[action, events, 0, flags, 0, 0, 0, 0u32]);
+    assert_eq!(filter(KVM_PMU_EVENT_ALLOW, 300, 0), Ok(0));
+    assert_eq!(filter(KVM_PMU_EVENT_DENY, 0, 0), Ok(0));
+    assert_eq!(filter(2, 0, 0), Err(Errno::EINVAL));
+    assert_eq!(filter(KVM_PMU_EVENT_ALLOW, 0, 1), Err(Errno::EINVAL));
+    assert_eq!(filter(KVM_PMU_EVENT_ALLOW, 301, 0), Err(Errno::E2BIG));
+}

@@ -142,6 +142,25 @@ pub(super) fn create_pit2(vm: &Caller<'_, Vm>, config: &[u32; 16]) -> Result<(),
     whole(vm, Errno::ENOENT)?.create_pit(config[0] & KVM_PIT_SPEAKER_DUMMY != 0)
 }
 
+/// As [`create_pit2`] with port 61H. The header's `KVM_CREATE_PIT`. EEXIST. ENOENT.
+pub(super) fn create_pit(vm: &Caller<'_, Vm>, _: &dyn Client, _: u64) -> Result<(), Errno> {
+    whole(vm, Errno::ENOENT)?.create_pit(true)
+}
+
+/// As [`get_pit2`], without flags. The header's `KVM_GET_PIT`. ENXIO.
+pub(super) fn get_pit(vm: &Caller<'_, Vm>, state: &mut [u32; 18]) -> Result<(), Errno> {
+    state.copy_from_slice(&chip(vm, Errno::ENXIO)?.get_pit()?[..18]);
+    Ok(())
+}
+
+/// As [`set_pit2`]; flags stay. The header's `KVM_SET_PIT`. ENXIO.
+pub(super) fn set_pit(vm: &Caller<'_, Vm>, state: &[u32; 18]) -> Result<(), Errno> {
+    let chip = chip(vm, Errno::ENXIO)?;
+    let mut all = chip.get_pit()?;
+    all[..18].copy_from_slice(state);
+    chip.set_pit(&all)
+}
+
 /// State of the timer. api.rst `KVM_GET_PIT2`. ENXIO: there is none.
 pub(super) fn get_pit2(vm: &Caller<'_, Vm>) -> Result<PitState, Errno> {
     chip(vm, Errno::ENXIO)?.get_pit()

@@ -107,6 +107,9 @@ ioctls! {
     KVM_IRQ_LINE               0x61 Vm     In<[u32; 2]>,                           Irqchip,        Full => chip::irq_line;
     KVM_GET_IRQCHIP            0x62 Vm     InOut<[u32; 130]>,                      Irqchip,        Full => chip::get_irqchip;
     KVM_SET_IRQCHIP            0x63 Vm     InNumberedOut<[u32; 130]>,              Irqchip,        Full => chip::set_irqchip;
+    KVM_CREATE_PIT             0x64 Vm     Value,                                  Pit,            Full => chip::create_pit;
+    KVM_GET_PIT                0x65 Vm     InOut<[u32; 18]>,                       Pit,            Full => chip::get_pit;
+    KVM_SET_PIT                0x66 Vm     InNumberedOut<[u32; 18]>,               Pit,            Full => chip::set_pit;
     KVM_IRQ_LINE_STATUS        0x67 Vm     InOut<[u32; 2]>,                        IrqInjectStatus, Full => chip::irq_line_status;
     KVM_REGISTER_COALESCED_MMIO 0x67 Vm    In<kvm_coalesced_mmio_zone>,            CoalescedMmio,  Full => vm::register_coalesced_mmio;
     KVM_UNREGISTER_COALESCED_MMIO 0x68 Vm  In<kvm_coalesced_mmio_zone>,            CoalescedMmio,  Full => vm::unregister_coalesced_mmio;
@@ -127,6 +130,7 @@ ioctls! {
     KVM_CLEAR_DIRTY_LOG        0xc0 Vm     InOut<ClearDirtyLog>,                   ManualDirtyLogProtect2, Full => vm::clear_dirty_log;
     KVM_SIGNAL_MSI             0xa5 Vm     In<kvm_msi>,                            SignalMsi,      Full => chip::signal_msi;
     KVM_X86_SET_MSR_FILTER     0xc6 Vm     In<MsrFilter>,                          X86MsrFilter,   Full => vm::set_msr_filter;
+    KVM_SET_PMU_EVENT_FILTER   0xb2 Vm     In<[u32; 8]>,                           PmuEventFilter, Full => vm::set_pmu_event_filter;
     KVM_CREATE_DEVICE          0xe0 Vm     InOut<kvm_create_device>,               DeviceCtrl,     Full => vm::create_device;
     KVM_GET_STATS_FD           0xce Vm     Value,                                  BinaryStatsFd,  Full => vm::get_stats_fd;
 

@@ -1,6 +1,6 @@
 //! Ioctls of a vCPU file. The vCPU's lock is held throughout.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use irqchip::lapic::event;
 use kvm_abi::consts::*;
@@ -504,7 +504,7 @@ pub(super) fn set_mce(vcpu: &mut Vcpu, error: &kvm_x86_mce) -> Result<(), Errno>
     Ok(())
 }
 
-/// Reads events between instructions. api.rst `KVM_GET_VCPU_EVENTS`. Pending and injected exceptions show as injected.
+/// Reads events between instructions. api.rst `KVM_GET_VCPU_EVENTS`.
 pub(crate) fn get_vcpu_events(vcpu: &mut Vcpu) -> Result<kvm_vcpu_events, Errno> {
     let machine = vcpu.machine.clone();
     let mut latched_init = false;
@@ -512,30 +512,47 @@ pub(crate) fn get_vcpu_events(vcpu: &mut Vcpu) -> Result<kvm_vcpu_events, Errno>
         vcpu.accept_nmi_and_smi(apic);
         latched_init = apic.lapic.events() & event::INIT != 0;
     }
-    let mut events = state::from_core_events(&vcpu.cpu.events());
+    let options = &machine.options;
+    let mut events = state::from_core_events(&vcpu.cpu.events(), options.has_payloads.load(Relaxed));
     events.smi.latched_init = latched_init.into();
+    if options.has_triple_faults.load(Relaxed) {
+        events.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        events.triple_fault.pending = vcpu.triple_fault.into();
+    }
     Ok(events)
 }
 
-/// Loads events between instructions. api.rst `KVM_SET_VCPU_EVENTS`. EINVAL: a flag of a capability that is not offered, an
-/// exception that is none, SMM while the vCPU waits for a start-up IPI.
+/// Loads events between instructions. api.rst `KVM_SET_VCPU_EVENTS`. EINVAL: a flag of a capability that is not switched on,
+/// an exception that is none, SMM while the vCPU waits for a start-up IPI.
 pub(crate) fn set_vcpu_events(vcpu: &mut Vcpu, events: &kvm_vcpu_events) -> Result<(), Errno> {
     const FLAGS: u32 = KVM_VCPUEVENT_VALID_NMI_PENDING
         | KVM_VCPUEVENT_VALID_SIPI_VECTOR
         | KVM_VCPUEVENT_VALID_SHADOW
-        | KVM_VCPUEVENT_VALID_SMM;
+        | KVM_VCPUEVENT_VALID_SMM
+        | KVM_VCPUEVENT_VALID_PAYLOAD
+        | KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+    let valid = |flag: u32| events.flags & flag != 0;
+    let options = vcpu.machine.options.clone();
+    let lacks = |flag: u32, has: &AtomicBool| valid(flag) && !has.load(Relaxed);
     let exception = &events.exception;
     let no_exception = exception.nr > 31 || exception.nr == vector::NMI;
-    if events.flags & !FLAGS != 0 || exception.injected != 0 && no_exception {
+    let has_exception = exception.injected != 0 || valid(KVM_VCPUEVENT_VALID_PAYLOAD) && exception.pending != 0;
+    if events.flags & !FLAGS != 0
+        || lacks(KVM_VCPUEVENT_VALID_PAYLOAD, &options.has_payloads)
+        || lacks(KVM_VCPUEVENT_VALID_TRIPLE_FAULT, &options.has_triple_faults)
+        || has_exception && no_exception
+    {
         return Err(Errno::EINVAL);
     }
-    let valid = |flag: u32| events.flags & flag != 0;
     let wants_smm = valid(KVM_VCPUEVENT_VALID_SMM) && (events.smi.smm != 0 || events.smi.pending != 0);
     if wants_smm && vcpu.mp_state == KVM_MP_STATE_INIT_RECEIVED {
         return Err(Errno::EINVAL);
     }
     let old = vcpu.cpu.events();
     vcpu.cpu.set_events(state::to_core_events(events, &old));
+    if valid(KVM_VCPUEVENT_VALID_TRIPLE_FAULT) {
+        vcpu.triple_fault = events.triple_fault.pending != 0;
+    }
     let Some(apic) = vcpu.machine.apic() else { return Ok(()) };
     if valid(KVM_VCPUEVENT_VALID_SIPI_VECTOR) {
         apic.lapic.set_start_up_vector(events.sipi_vector as u8);

@@ -19,6 +19,14 @@ use crate::vcpu::VcpuFile;
 use crate::vm::Vm;
 use crate::{caps, kvmclock, options};
 
+/// `KVM_X86_DISABLE_VALID_EXITS`: those that are not offered are taken and stay as they are, as in Linux.
+const DISABLE_EXITS: u32 = KVM_X86_DISABLE_EXITS_MWAIT
+    | KVM_X86_DISABLE_EXITS_HLT
+    | KVM_X86_DISABLE_EXITS_PAUSE
+    | KVM_X86_DISABLE_EXITS_CSTATE;
+/// `KVM_PMU_EVENT_FILTER_MAX_EVENTS`
+const MAX_PMU_EVENTS: u32 = 300;
+
 /// Switches on what a VM has only if it is wanted, each capability with its own `args[0]`. api.rst `KVM_ENABLE_CAP`, and "Capabilities
 /// that can be enabled on VMs". EINVAL: another capability, flags, a value that it does not take. EEXIST, EINVAL: as
 /// [`Vm::create_chip`].
@@ -43,8 +51,32 @@ pub(super) fn enable_cap(vm: &Caller<'_, Vm>, cap: &kvm_enable_cap) -> Result<()
             Ok(())
         }
         KVM_CAP_X2APIC_API => vm.set_x2apic_api(value),
+        KVM_CAP_EXCEPTION_PAYLOAD => {
+            vm.options.has_payloads.store(value != 0, Relaxed);
+            Ok(())
+        }
+        KVM_CAP_X86_TRIPLE_FAULT_EVENT => {
+            vm.options.has_triple_faults.store(value != 0, Relaxed);
+            Ok(())
+        }
+        // Nothing polls before it sleeps, nothing exits on PAUSE, and what cannot be emulated always exits.
+        KVM_CAP_HALT_POLL if u32::try_from(value).is_ok() => Ok(()),
+        KVM_CAP_X86_DISABLE_EXITS if value & !u64::from(DISABLE_EXITS) == 0 => Ok(()),
+        KVM_CAP_EXIT_ON_EMULATION_FAILURE if value <= 1 => Ok(()),
         KVM_CAP_X86_USER_SPACE_MSR => vm.options.set_msr_exits(value),
         KVM_CAP_MAX_VCPU_ID => vm.options.limit_vcpu_ids(value),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+/// What performance counters may count, of which there are none. api.rst `KVM_SET_PMU_EVENT_FILTER`. EINVAL: neither list, flags.
+/// E2BIG. EFAULT.
+pub(super) fn set_pmu_event_filter(vm: &Caller<'_, Vm>, filter: &[u32; 8]) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    let &[action, events, _, flags, ..] = filter;
+    match (action, flags) {
+        (KVM_PMU_EVENT_ALLOW | KVM_PMU_EVENT_DENY, 0) if events <= MAX_PMU_EVENTS => Ok(()),
+        (KVM_PMU_EVENT_ALLOW | KVM_PMU_EVENT_DENY, 0) => Err(Errno::E2BIG),
         _ => Err(Errno::EINVAL),
     }
 }
