@@ -125,6 +125,7 @@ capabilities! {
     PmuEventFilter               = KVM_CAP_PMU_EVENT_FILTER            => 1;
     HaltPoll                     = KVM_CAP_HALT_POLL                   => 1;
     ExitOnEmulationFailure       = KVM_CAP_EXIT_ON_EMULATION_FAILURE   => 1;
+    LastCpu                      = KVM_CAP_LAST_CPU                    => 1;
     SystemEventData              = KVM_CAP_SYSTEM_EVENT_DATA           => 1;
     CoalescedPio                 = KVM_CAP_COALESCED_PIO               => 1;
     StealTime                    = KVM_CAP_STEAL_TIME                  => steal::is_measured();

@@ -12,6 +12,8 @@ use kvm_abi::{
 };
 use mmu::Mapping;
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 
 const CODE: u64 = 0x1000;
 const HANDLER: u64 = 0x4000;
@@ -127,4 +129,24 @@ fn a_triple_fault_may_wait() {
     machine.run();
     assert_eq!(machine.page.load_u32(8), Some(KVM_EXIT_SHUTDOWN));
     assert_eq!(get().triple_fault.pending, 0);
+}
+
+/// The header at `KVM_CAP_LAST_CPU`: `fail_entry.cpu` is where the guest was to run.
+#[test]
+fn a_refused_entry_names_the_cpu() {
+    let machine = Machine::new();
+    assert_eq!(machine.client.ioctl(machine.vm, KVM_CHECK_EXTENSION, KVM_CAP_LAST_CPU.into()), Ok(1));
+    let mut sregs: kvm_sregs = machine.client.get(machine.vcpu, KVM_GET_SREGS);
+    // A TSS that is not busy, at which only VM entry looks.
+    sregs.tr.type_ = 9;
+    machine.client.set(machine.vcpu, KVM_SET_SREGS, &sregs).unwrap();
+    let (all, this) = (sched_getaffinity(Pid::from_raw(0)).unwrap(), Pid::from_raw(0));
+    for cpu in (0..CpuSet::count()).filter(|&cpu| all.is_set(cpu).unwrap()) {
+        let mut one = CpuSet::new();
+        one.set(cpu).unwrap();
+        sched_setaffinity(this, &one).unwrap();
+        machine.run();
+        assert_eq!(machine.page.load_u32(8), Some(KVM_EXIT_FAIL_ENTRY));
+        assert_eq!((machine.page.load_u64(32), machine.page.load_u32(40)), (Some(0x8000_0021), Some(cpu as u32)));
+    }
 }

@@ -19,6 +19,7 @@ use kvm_abi::consts::{
 
 use x86_defs::{pf::PfError, vector};
 
+use super::entry_failure::last_cpu;
 use super::{Outcome, Reason, Row};
 use crate::vcpu::Vcpu;
 
@@ -54,7 +55,7 @@ pub(super) fn handle(vcpu: &mut Vcpu, instruction: &[u8]) -> Outcome {
 
 /// An event whose tables or TSS lie where there is no RAM: suberror `KVM_INTERNAL_ERROR_DELIVERY_EV`, as `vmx_handle_exit`
 /// has it. data: IDT-vectoring information (valid, hardware exception or external interrupt), basic exit reason 48 (EPT
-/// violation), qualification and CPU, both 0.
+/// violation), qualification, which is 0, and CPU.
 pub(super) fn handle_undeliverable(vcpu: &mut Vcpu, vector: u8) -> Outcome {
     if vcpu.era.shows_exceptions() {
         if vector >= 32 {
@@ -65,7 +66,7 @@ pub(super) fn handle_undeliverable(vcpu: &mut Vcpu, vector: u8) -> Outcome {
     }
     let kind = if vector < 32 { 3 << 8 } else { 0 };
     let vectoring = 1 << 31 | kind | u64::from(vector);
-    vcpu.page.set_internal(KVM_INTERNAL_ERROR_DELIVERY_EV, &[vectoring, 48, 0, 0]);
+    vcpu.page.set_internal(KVM_INTERNAL_ERROR_DELIVERY_EV, &[vectoring, 48, 0, last_cpu().into()]);
     vcpu.page.set_exit_reason(KVM_EXIT_INTERNAL_ERROR);
     Outcome::User
 }
