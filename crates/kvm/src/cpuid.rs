@@ -89,6 +89,7 @@ pub const OFFERED: &[Feature] = &[
     bit::MOVDIR64B,
     bit::FSRM,
     bit::SERIALIZE,
+    bit::IA32_ARCH_CAPABILITIES,
     bit::XSAVEOPT,
     bit::XSAVEC,
     bit::XGETBV_ECX_1,

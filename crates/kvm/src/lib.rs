@@ -3,6 +3,7 @@
 //! A front end hands [`system_file`] to whoever opens `/dev/kvm`, brings requests to [`client::File`] objects, and shows
 //! the client as a [`client::Client`]. Everything else is inside.
 
+mod arch_capabilities;
 mod caps;
 mod chip;
 pub mod client;

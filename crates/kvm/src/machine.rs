@@ -136,6 +136,8 @@ pub(crate) struct Machine {
     pub(crate) sse3: AtomicBool,
     /// The guest's CPUID has IA32_TSC_ADJUST: without it writes are ignored.
     pub(crate) tsc_adjust: AtomicBool,
+    /// The guest's CPUID has IA32_ARCH_CAPABILITIES.
+    pub(crate) arch_capabilities: AtomicBool,
     /// The local APIC, if it is not user space's.
     apic: OnceLock<VcpuApic>,
     /// The paravirtual clock.
@@ -168,6 +170,7 @@ impl Machine {
             x2apic: AtomicBool::new(false),
             sse3: AtomicBool::new(false),
             tsc_adjust: AtomicBool::new(false),
+            arch_capabilities: AtomicBool::new(false),
             apic: OnceLock::new(),
             time: PvTime::new(time),
             pv: Paravirt::new(),
@@ -334,6 +337,7 @@ impl Platform for VcpuPlatform {
     fn read_msr(&mut self, index: u32) -> Option<u64> {
         match index {
             msr::IA32_APIC_BASE => Some(self.0.apic_base.load(Relaxed)),
+            msr::IA32_ARCH_CAPABILITIES if !self.0.arch_capabilities.load(Relaxed) => None,
             msr::MSR_PLATFORM_INFO if !self.0.options.shows_platform_info.load(Relaxed) => None,
             msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => self.0.read_apic_msr(index),
             _ if Mce::has(index) => self.0.mce.lock().read(index, true),

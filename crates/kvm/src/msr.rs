@@ -9,6 +9,7 @@ use cpu_core::Cpu;
 use x86_defs::msr::{self, PAT_RESET, apic_base, misc_enable};
 use x86_defs::{Cr0, Efer, vector};
 
+use crate::arch_capabilities;
 use crate::era::Era;
 use crate::hyperv;
 use crate::machine::Machine;
@@ -88,6 +89,8 @@ const ROWS: &[Row] = &[
     constant(msr::IA32_BIOS_SIGN_ID, 1 << 32, Ignored),
     state(msr::MSR_PLATFORM_INFO, HAS_CPUID_FAULTING, Never),
     constant(msr::IA32_MTRRCAP, MTRR_CAP, Never),
+    // What the host has; user space loads anything.
+    state(msr::IA32_ARCH_CAPABILITIES, 0, Never),
     state(msr::MISC_FEATURES_ENABLES, 0, Bits(CPUID_FAULTS)),
     constant(msr::IA32_PERF_STATUS, 1000 | 4 << 40, Never),
     state(msr::IA32_MISC_ENABLE, misc_enable::BTS_UNAVAIL | misc_enable::PEBS_UNAVAIL, Bits(u64::MAX)),
@@ -137,13 +140,14 @@ const ROWS: &[Row] = &[
     constant(0xc001_102a, /* BU_CFG2 */ 0, Ignored),
 ];
 
-/// MSRs that tell a VMM what a guest may be told (`kvm_get_msr_feature`). Nothing is promised about what a host's caches and
-/// predictors show to others, and no performance counter is described.
-pub(crate) const FEATURES: [(u32, u64); 3] = [
-    (msr::IA32_BIOS_SIGN_ID, 1 << 32),
-    (0x0000_010a, /* ARCH_CAPABILITIES */ 0),
-    (0x0000_0345, /* PERF_CAPABILITIES */ 0),
-];
+/// MSRs that tell a VMM what a guest may be told (`kvm_get_msr_feature`). No performance counter is described.
+pub(crate) fn features() -> [(u32, u64); 3] {
+    [
+        (msr::IA32_BIOS_SIGN_ID, 1 << 32),
+        (msr::IA32_ARCH_CAPABILITIES, arch_capabilities::value()),
+        (0x0000_0345, /* PERF_CAPABILITIES */ 0),
+    ]
+}
 
 const _: () = {
     let mut at = 1;
@@ -189,7 +193,9 @@ pub(crate) struct Bank([AtomicU64; ROWS.len()]);
 
 impl Bank {
     pub(crate) fn new() -> Self {
-        Self(std::array::from_fn(|at| AtomicU64::new(ROWS[at].reset)))
+        let bank = Self(std::array::from_fn(|at| AtomicU64::new(ROWS[at].reset)));
+        bank.put(msr::IA32_ARCH_CAPABILITIES, arch_capabilities::value());
+        bank
     }
 
     fn find(index: u32) -> Option<usize> {
@@ -229,7 +235,7 @@ pub(crate) fn get(vcpu: &mut Vcpu, index: u32) -> Option<u64> {
     if Mce::has(index) {
         return vcpu.machine.mce.lock().read(index, false);
     }
-    if index == msr::MSR_PLATFORM_INFO {
+    if matches!(index, msr::MSR_PLATFORM_INFO | msr::IA32_ARCH_CAPABILITIES) {
         return vcpu.machine.msrs.read(index);
     }
     if let Some(value) = vcpu.machine.read_hyperv_msr(index, false) {
@@ -258,6 +264,7 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
             }
             vcpu.machine.msrs.put(index, value);
         }
+        msr::IA32_ARCH_CAPABILITIES => vcpu.machine.msrs.put(index, value),
         msr::MISC_FEATURES_ENABLES if value & !vcpu.machine.misc_features() != 0 => return None,
         msr::IA32_MISC_ENABLE => {
             vcpu.machine.set_misc_enable(value)?;
@@ -301,7 +308,7 @@ mod tests {
     fn rows_reset_and_keep_their_masks() {
         for row in ROWS {
             let bank = Bank::new();
-            assert_eq!(bank.read(row.index), Some(row.reset));
+            bank.put(row.index, row.reset);
             assert_eq!(bank.write(row.index, row.reset, false), Some(()), "{:#x}: its own value", row.index);
             let taken = match row.write {
                 Never => continue,

@@ -184,6 +184,7 @@ impl Vcpu {
         self.machine.x2apic.store(cpuid::has(&self.cpuid, bit::X2APIC), Relaxed);
         self.machine.sse3.store(cpuid::has(&self.cpuid, bit::SSE3), Relaxed);
         self.machine.tsc_adjust.store(cpuid::has(&self.cpuid, bit::IA32_TSC_ADJUST), Relaxed);
+        self.machine.arch_capabilities.store(cpuid::has(&self.cpuid, bit::IA32_ARCH_CAPABILITIES), Relaxed);
         self.machine.pv.enforce(self.enforces_pv.then_some(&self.cpuid));
         let phys_bits = cpuid::phys_bits(&self.cpuid);
         self.machine.phys_bits.store(phys_bits, Relaxed);

@@ -162,7 +162,12 @@ fn feature_msrs_are_listed_and_read() {
     for index in indices.iter().chain([&0x1234_5678]) {
         msrs.extend([*index, 0, 0, 0].iter().flat_map(|word| word.to_le_bytes()));
     }
-    assert_eq!(client.ioctl_bytes(0, KVM_GET_MSRS, msrs).unwrap().0, indices.len() as i32);
+    let (read, msrs) = client.ioctl_bytes(0, KVM_GET_MSRS, msrs).unwrap();
+    assert_eq!(read, indices.len() as i32);
+    // RDCL_NO is the kernel's word about this host.
+    let at = 8 + 16 * indices.iter().position(|index| *index == 0x10a).unwrap() + 8;
+    let meltdown = std::fs::read_to_string("/sys/devices/system/cpu/vulnerabilities/meltdown").unwrap_or_default();
+    assert_eq!(msrs[at] & 1 != 0, meltdown == "Not affected\n");
 }
 
 #[test]

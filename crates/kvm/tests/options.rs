@@ -22,6 +22,7 @@ const HANDLER: u64 = 0x3000;
 const CR0_PE: u64 = 1;
 
 const PLATFORM_INFO: u32 = 0xce;
+const ARCH_CAPABILITIES: u32 = 0x10a;
 const MISC_FEATURES: u32 = 0x140;
 const MISC_ENABLE: u32 = 0x1a0;
 const TSC: u32 = 0x10;
@@ -335,6 +336,31 @@ fn guests_read_platform_information_if_user_space_lets_them() {
     assert_eq!([machine.out().0, machine.out().0], [0xfd, 0x81]);
     assert_eq!(machine.msr(PLATFORM_INFO), 1 << 31 | 0xff00);
     assert_eq!(machine.out().0, 0xfd, "a guest never writes it");
+}
+
+/// `kvm_get_msr_common`: only where CPUID.7.0:EDX bit 29 tells of it. User space loads what it likes, a guest nothing.
+#[test]
+fn guests_read_arch_capabilities_if_cpuid_tells_of_them() {
+    let machine = Machine::new(|a| {
+        for port in [0x80, 0x81] {
+            rdmsr(a, ARCH_CAPABILITIES)?;
+            a.out(port, eax)?;
+        }
+        wrmsr(a, ARCH_CAPABILITIES, 0, 0)
+    });
+    assert_eq!(machine.set_msr(ARCH_CAPABILITIES, 0x1_0000_0021), 1);
+    assert_eq!(machine.msr(ARCH_CAPABILITIES), 0x1_0000_0021);
+    assert_eq!(machine.out().0, 0xfd, "no CPUID");
+    let machine = Machine::new(|a| {
+        rdmsr(a, ARCH_CAPABILITIES)?;
+        a.out(0x80, eax)?;
+        wrmsr(a, ARCH_CAPABILITIES, 0, 0)
+    });
+    let entry = kvm_cpuid_entry2 { function: 7, flags: 1, edx: 1 << 29, ..Plain::zeroed() };
+    machine.set_cpuid(&[entry]);
+    assert_eq!(machine.set_msr(ARCH_CAPABILITIES, 0x21), 1);
+    assert_eq!(machine.out(), (0x80, 0x21));
+    assert_eq!(machine.out().0, 0xfd, "a guest never writes them");
 }
 
 /// `kvm_emulate_cpuid`; MSR_MISC_FEATURES_ENABLES in `kvm_set_msr_common`.

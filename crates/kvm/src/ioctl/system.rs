@@ -52,7 +52,7 @@ fn store_indices(list: &Fam<'_, u32>, indices: &[u32]) -> Result<(), Errno> {
 
 /// The MSRs that tell of features. api.rst `KVM_GET_MSR_FEATURE_INDEX_LIST`. E2BIG as [`get_msr_index_list`].
 pub(super) fn get_msr_feature_index_list(_: &Caller<'_, System>, list: &Fam<'_, u32>) -> Result<(), Errno> {
-    store_indices(list, &msr::FEATURES.map(|(index, _)| index))
+    store_indices(list, &msr::features().map(|(index, _)| index))
 }
 
 /// Their values, up to the first that is none of them; returns how many. api.rst `KVM_GET_MSRS`. E2BIG: 256 or more.
@@ -61,9 +61,9 @@ pub(super) fn get_msrs(_: &Caller<'_, System>, list: &Fam<'_, kvm_msr_entry>) ->
         return Err(Errno::E2BIG);
     }
     let mut entries = list.read()?;
-    let mut done = 0;
+    let (features, mut done) = (msr::features(), 0);
     for entry in &mut entries {
-        let Some((_, value)) = msr::FEATURES.iter().find(|(index, _)| *index == entry.index) else { break };
+        let Some((_, value)) = features.iter().find(|(index, _)| *index == entry.index) else { break };
         entry.data = *value;
         done += 1;
     }
