@@ -10,6 +10,7 @@ use mmu::{Access, AccessKind, Lookup, Paging};
 use x86_defs::{GuestPhysAddr, LinearAddr, Rflags};
 
 use crate::cpu::{Cpu, Stop};
+use crate::decode::trace::Written;
 use crate::fault::Fault;
 use crate::host::{self, HostWord};
 use crate::host_simd::{self, V};
@@ -379,8 +380,10 @@ impl Cpu {
 
     /// A guest store at host address `host` hit a page that traces were decoded from.
     pub(crate) fn code_written(&mut self, host: u64, size: u32) {
-        if self.traces.written(host, size) {
-            self.leave = true;
+        let written = self.traces.written(host, size);
+        self.leave |= written != Written::Nothing;
+        if written == Written::Page {
+            self.forget_jumps();
         }
     }
 

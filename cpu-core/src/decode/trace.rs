@@ -25,7 +25,7 @@ use crate::state::Seg;
 const PAGE: u64 = 0x1000;
 /// Ops that the arena holds: 32 MiB of address space, touched as it fills.
 const ARENA_OPS: usize = 1 << 20;
-/// Slots kept free for one trace (footing, head, ops with data and wide displacements, links: 228 at most).
+/// Slots kept free for one trace (bytes, footing, head, ops with data and wide displacements, links: 243 at most).
 const RESERVE: usize = 256;
 /// Slots that one single instruction may take (displacement, op, data, end, three links of two: 10 at most).
 const SINGLE_OPS: usize = 16;
@@ -97,16 +97,15 @@ struct Trace {
     head: NonNull<Op>,
 }
 
-/// In the slot before a trace's head: what the trace stands on. Looked at with the head, so that one line of the host's cache
-/// has both.
+/// In the slot before a trace's head: what the trace stands on. The slots before it hold the bytes that it was decoded from, from
+/// the first one's beginning. All of that is looked at with the head, so it shares lines of the host's cache.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
 struct Footing {
     /// Host address of the trace's first byte, good while the picture of memory is `picture`.
     host: u64,
     picture: u64,
-    /// Where the bytes that it was decoded from begin in [`Traces::bytes`].
-    bytes_at: u32,
+    /// Bytes.
     len: u16,
     dead: bool,
 }
@@ -121,6 +120,11 @@ impl Footing {
     unsafe fn of(head: *const Op) -> *mut Self {
         // SAFETY: the caller's: `build` puts a footing before each head.
         unsafe { head.sub(1) }.cast_mut().cast()
+    }
+
+    /// Slots for the bytes of a trace.
+    const fn slots(len: usize) -> usize {
+        len.div_ceil(size_of::<Op>())
     }
 }
 
@@ -151,6 +155,24 @@ struct CodePage {
     /// Bit n: bytes 64 n to 64 n + 63 hold decoded code.
     lines: u64,
     traces: Vec<u32>,
+    /// Of those lines, the ones that were stored to since the last trace came, and how many lines all stores there had.
+    rewritten: u64,
+    stored: u32,
+}
+
+/// Stores to every line of code of a page, and to so many lines in all, tell that it holds data now. Fewer may be a variable
+/// beside a loop's code.
+const LINES_OF_DATA: u32 = 32;
+
+/// What a store did to traces.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Written {
+    /// Nothing.
+    Nothing,
+    /// It hit decoded bytes, so the running trace must be left.
+    Code,
+    /// As [`Written::Code`], and the page's traces are all gone: the caller forgets what leads to them.
+    Page,
 }
 
 /// The traces of one CPU.
@@ -158,7 +180,6 @@ pub(crate) struct Traces {
     arena: NonNull<Op>,
     used: usize,
     list: Vec<Trace>,
-    bytes: Vec<u8>,
     by_address: Map<(u64, u64, u8), u32>,
     /// By host address, so that it does not matter by which guest-physical address a store comes (aliases of 2007).
     pages: Map<u64, CodePage>,
@@ -218,7 +239,6 @@ impl Traces {
             arena: map_arena(),
             used: 0,
             list: Vec::new(),
-            bytes: Vec::new(),
             by_address: Map::default(),
             pages: Map::default(),
             singles: vec![None; SINGLES],
@@ -236,7 +256,6 @@ impl Traces {
     fn clear(&mut self) {
         self.used = 0;
         self.list.clear();
-        self.bytes.clear();
         self.by_address.clear();
         self.pages.clear();
         self.flushes += 1;
@@ -254,6 +273,12 @@ impl Traces {
         self.pages.contains_key(&page)
     }
 
+    /// Pages that stores look at traces in.
+    #[cfg(test)]
+    pub(crate) fn code_pages(&self) -> usize {
+        self.pages.len()
+    }
+
     /// Enters a trace into the page that its host address lies in. True: the page had none.
     fn enter_page(&mut self, index: u32) -> bool {
         let Footing { host, len, .. } = self.list[index as usize].footing();
@@ -262,6 +287,7 @@ impl Traces {
         let new = page.lines == 0;
         page.lines |= (u64::MAX << from) & (u64::MAX >> (63 - to));
         page.traces.push(index);
+        (page.rewritten, page.stored) = (0, 0);
         new
     }
 
@@ -271,23 +297,32 @@ impl Traces {
         }
     }
 
-    /// A store of `size` bytes at host address `host` happened. True: it hit decoded bytes, so the running trace must be left.
-    pub(crate) fn written(&mut self, host: u64, size: u32) -> bool {
-        let Some(page) = self.pages.get(&(host & !(PAGE - 1))) else { return false };
+    /// A store of `size` bytes at host address `host` happened.
+    pub(crate) fn written(&mut self, host: u64, size: u32) -> Written {
+        let key = host & !(PAGE - 1);
+        let Some(page) = self.pages.get_mut(&key) else { return Written::Nothing };
         let first = line_of(host);
         let last = ((host & (PAGE - 1)) + u64::from(size) - 1).min(PAGE - 1) >> 6;
         let touched = (u64::MAX << first) & (u64::MAX >> (63 - last));
-        if page.lines & touched == 0 {
-            return false;
+        page.rewritten |= page.lines & touched;
+        page.stored = page.stored.saturating_add(touched.count_ones());
+        if page.rewritten == page.lines && page.stored >= LINES_OF_DATA {
+            for index in self.pages.remove(&key).map(|page| page.traces).unwrap_or_default() {
+                self.kill(index);
+            }
+            return Written::Page;
         }
-        let mut hit = false;
+        let mut hit = Written::Nothing;
+        if page.lines & touched == 0 {
+            return hit;
+        }
         for &index in &page.traces {
             let trace = &self.list[index as usize];
             let footing = trace.footing();
             if host < footing.host + u64::from(footing.len) && footing.host < host + u64::from(size) {
                 // SAFETY: `head` is a head of the arena; no reference to it exists.
                 unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
-                hit = true;
+                hit = Written::Code;
             }
         }
         hit
@@ -399,11 +434,15 @@ impl Cpu {
         // SAFETY: the caller's.
         let footing = unsafe { Footing::of(head) };
         // SAFETY: as above, copied out.
-        let Footing { host, picture, bytes_at, len, dead } = unsafe { footing.read() };
+        let Footing { host, picture, len, dead } = unsafe { footing.read() };
         if dead || picture != self.view.picture() {
             return false;
         }
-        let bytes = &self.traces.bytes[bytes_at as usize..][..usize::from(len)];
+        let len = usize::from(len);
+        // SAFETY: `build` puts the slots of the bytes there.
+        let bytes = unsafe { footing.sub(Footing::slots(len)) }.cast::<u8>();
+        // SAFETY: as above; they are written once, before anything leads to the head.
+        let bytes = unsafe { std::slice::from_raw_parts(bytes, len) };
         // SAFETY: `host` was looked up in this picture of memory, and a trace does not leave its page.
         if !unsafe { host::equals(host, bytes) } {
             return false;
@@ -523,6 +562,12 @@ impl Cpu {
             return NONE;
         }
         let index = self.traces.list.len() as u32;
+        let copy = self.traces.push(blank(handler::<Enter>));
+        for _ in 1..Footing::slots(len) {
+            self.traces.push(blank(handler::<Enter>));
+        }
+        // SAFETY: that many slots were pushed just now, one behind the other.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.cast(), len) };
         let footing = self.traces.push(blank(handler::<Enter>));
         let first = self.traces.push(blank(handler::<Enter>));
         let aligned = self.seg_base[Seg::Cs as usize] & (PAGE - 1) == 0;
@@ -539,9 +584,7 @@ impl Cpu {
         // SAFETY: `first` was pushed just now; `Head` has the size and alignment of `Op`.
         unsafe { first.cast::<Head>().write(head) };
 
-        let bytes_at = self.traces.bytes.len() as u32;
-        self.traces.bytes.extend_from_slice(&bytes[..len]);
-        let standing = Footing { host, picture: self.view.picture(), bytes_at, len: len as u16, dead: false };
+        let standing = Footing { host, picture: self.view.picture(), len: len as u16, dead: false };
         // SAFETY: `footing` was pushed just now; `Footing` has the size and alignment of `Op`.
         unsafe { footing.cast::<Footing>().write(standing) };
         let key = (gpa, ip, mode.bits());

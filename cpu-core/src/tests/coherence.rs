@@ -123,6 +123,46 @@ fn a_store_that_crosses_into_the_next_page_changes_both() {
 }
 
 #[test]
+fn a_page_of_code_that_becomes_data_is_other_code_afterwards() {
+    // `mov r8d, ecx's value; ret` is written, called, and overwritten by what fills its page: by a repeated store of all of it,
+    // then by single ones of each line.
+    let mut machine = machine(|a| {
+        let (mut top, mut line) = (a.create_label(), a.create_label());
+        a.mov(edx, 50)?;
+        a.set_label(&mut top)?;
+        a.mov(edi, 0x3000)?;
+        a.mov(ecx, 512)?;
+        a.rep().stosq()?;
+        a.mov(edi, 0x3000)?;
+        a.mov(ecx, 64)?;
+        a.set_label(&mut line)?;
+        a.mov(qword_ptr(rdi), rdx)?;
+        a.add(rdi, 64)?;
+        a.dec(ecx)?;
+        a.jne(line)?;
+        a.mov(word_ptr(0x3000), 0xb841)?;
+        a.mov(dword_ptr(0x3002), edx)?;
+        a.mov(byte_ptr(0x3006), 0xc3)?;
+        a.call(0x3000u64)?;
+        a.add(r9d, r8d)?;
+        a.dec(edx)?;
+        a.jne(top)
+    });
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!(machine.cpu.reg(Gpr::R9), (1..=50).sum());
+    assert_eq!(machine.cpu.traces.code_pages(), 2, "the program's page and that of what it wrote last");
+    let mut machine = self::machine(|a| {
+        a.mov(dword_ptr(0x3000), 0xc390_9090u32 as i32)?;
+        a.call(0x3000u64)?;
+        a.mov(edi, 0x3000)?;
+        a.mov(ecx, 512)?;
+        a.rep().stosq()
+    });
+    assert_eq!(machine.cpu.run(), Exit::Hlt);
+    assert_eq!(machine.cpu.traces.code_pages(), 1, "the page holds data");
+}
+
+#[test]
 fn a_repeated_store_over_itself_ends() {
     // REP STOSB fills from itself on with HLT. It goes on as it was fetched, or, interrupted, stops at the HLT that it is now.
     let mut machine = machine(|a| {
