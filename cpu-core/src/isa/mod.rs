@@ -103,6 +103,7 @@ const FAMILIES: &[(&str, &[Row])] = families![
     simd::evex::element,
     simd::evex::float,
     simd::evex::gather,
+    simd::evex::half,
     simd::evex::integer,
     simd::evex::mask,
     simd::evex::moves,

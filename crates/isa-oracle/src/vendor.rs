@@ -159,7 +159,7 @@ const NOTES: &[Note] = &[
 
 /// Whether the last bits of the result are up to the CPU's approximation: comparable on the CPU that recorded it only.
 pub fn is_approximate(mnemonic: M) -> bool {
-    const APPROXIMATE: [M; 24] = [
+    const APPROXIMATE: [M; 28] = [
         M::Rcpps,
         M::Rcpss,
         M::Rsqrtps,
@@ -184,6 +184,10 @@ pub fn is_approximate(mnemonic: M) -> bool {
         M::Vrsqrt14pd,
         M::Vrsqrt14ss,
         M::Vrsqrt14sd,
+        M::Vrcpph,
+        M::Vrcpsh,
+        M::Vrsqrtph,
+        M::Vrsqrtsh,
     ];
     APPROXIMATE.contains(&mnemonic)
 }

@@ -134,6 +134,8 @@ pub const OFFERED: &[Feature] = &[
     bit::AVX512_BITALG,
     bit::AVX512_VPOPCNTDQ,
     bit::AVX512_BF16,
+    bit::AVX512_FP16,
+    bit::AVX_VNNI,
 ];
 
 /// Registers that a feature's instructions have.
@@ -155,6 +157,7 @@ const BY_HOST: &[(Feature, Registers)] = &[
     (bit::AVX2, Registers::Ymm),
     (bit::VAES, Registers::Ymm),
     (bit::VPCLMULQDQ, Registers::Ymm),
+    (bit::AVX_VNNI, Registers::Ymm),
     (bit::AVX512F, Registers::Zmm),
     (bit::AVX512DQ, Registers::Zmm),
     (bit::AVX512_IFMA, Registers::Zmm),
@@ -167,6 +170,7 @@ const BY_HOST: &[(Feature, Registers)] = &[
     (bit::AVX512_BITALG, Registers::Zmm),
     (bit::AVX512_VPOPCNTDQ, Registers::Zmm),
     (bit::AVX512_BF16, Registers::Zmm),
+    (bit::AVX512_FP16, Registers::Zmm),
 ];
 
 /// Whether guests on this host are told of a feature of [`OFFERED`].

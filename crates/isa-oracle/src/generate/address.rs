@@ -43,7 +43,7 @@ pub(super) fn place(
             } else {
                 0
             };
-            fill(rng, case, address, size, around);
+            fill(rng, case, address, size, around, super::has_halves(instruction));
             let mxcsr = match instruction.mnemonic() {
                 Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => address,
                 Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => address.wrapping_add(24),
@@ -61,7 +61,7 @@ pub(super) fn place(
     }
     if memory.is_empty() && everything && rng.one_in(8) {
         let address = DATA_BASE + rng.below(DATA_BYTES as u64);
-        fill(rng, case, address, 64, 32);
+        fill(rng, case, address, 64, 32, false);
     }
 }
 
@@ -180,9 +180,9 @@ fn displace(case: &mut Case, delta: u64) {
 }
 
 /// Puts interesting bytes where the operand lies, and `around` it, as far as that is writable memory.
-fn fill(rng: &mut Rng, case: &mut Case, address: u64, size: u64, around: u64) {
+fn fill(rng: &mut Rng, case: &mut Case, address: u64, size: u64, around: u64, of_halves: bool) {
     let mut bytes = vec![0; size as usize];
-    values::memory(rng, &mut bytes);
+    values::memory(rng, &mut bytes, of_halves);
     for i in 0..size + 2 * around {
         let place = address.wrapping_add(i).wrapping_sub(around).wrapping_sub(DATA_BASE);
         if let Some(byte) = case.state.memory.get_mut(place as usize) {

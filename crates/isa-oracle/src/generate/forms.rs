@@ -78,6 +78,8 @@ pub(crate) const FEATURES: &[CpuidFeature] = {
         F::AVX512_BITALG,
         F::AVX512_VPOPCNTDQ,
         F::AVX512_BF16,
+        F::AVX512_FP16,
+        F::AVX_VNNI,
     ]
 };
 
@@ -156,9 +158,13 @@ pub(crate) fn host_has(code: Code) -> bool {
     })
 }
 
-/// Whether the core executes `code` here: AVX-512's instructions only where the host has them.
+/// Whether the core executes `code` here: AVX-512's and AVX-VNNI's instructions only where the host has them.
 pub fn is_executed_here(code: Code) -> bool {
-    !code.cpuid_features().iter().any(|feature| format!("{feature:?}").starts_with("AVX512")) || host_has(code)
+    let is_hosts = |feature: &CpuidFeature| {
+        let name = format!("{feature:?}");
+        name.starts_with("AVX512") || name == "AVX_VNNI"
+    };
+    !code.cpuid_features().iter().any(is_hosts) || host_has(code)
 }
 
 /// All encodings that tests may run in `mode` and `keep` wants.

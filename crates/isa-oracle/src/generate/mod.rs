@@ -155,6 +155,7 @@ impl Generator {
             }
         }
         let features = instruction.cpuid_features();
+        let of_halves = has_halves(&instruction);
         let is_x87 = features.iter().any(|f| {
             matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387)
                 || matches!(f, CpuidFeature::FXSR | CpuidFeature::CMOV) && instruction.cpuid_features().len() > 1
@@ -173,7 +174,7 @@ impl Generator {
         // VEX encodings change the registers that EVEX has beyond theirs, where the host has such.
         let beyond = everything && encoding == EncodingKind::VEX && rng.one_in(2);
         if cpu_core::host_has_avx512() && (is_evex || used.iter().any(|r| r.is_k()) || beyond) {
-            avx512(rng, state, case.mode, |r| everything || used.iter().any(|used| overlaps(*used, r)));
+            avx512(rng, state, case.mode, of_halves, |r| everything || used.iter().any(|used| overlaps(*used, r)));
         }
         let is_sse = used.iter().any(is_vector) || features.contains(&CpuidFeature::SSE);
         if is_sse || everything && rng.one_in(4) {
@@ -185,7 +186,8 @@ impl Generator {
                 if everything || used.iter().any(|r| is_vector(r) && r.number() == at) {
                     let is_long = |r: &Register| (r.is_ymm() || r.is_zmm()) && r.number() == at;
                     let upper = everything || used.iter().any(is_long) || rng.one_in(4);
-                    *ymm = [values::vector(rng), if upper { values::vector(rng) } else { 0 }];
+                    let low = values::vector(rng, of_halves);
+                    *ymm = [low, if upper { values::vector(rng, of_halves) } else { 0 }];
                 }
             }
         }
@@ -204,6 +206,11 @@ impl Generator {
         address::place(rng, case, &instruction, &memory, everything);
         selectors::place(rng, case, &instruction);
     }
+}
+
+/// Whether the instruction computes with halves.
+fn has_halves(instruction: &Instruction) -> bool {
+    instruction.cpuid_features().contains(&CpuidFeature::AVX512_FP16)
 }
 
 /// Whether writing one of the registers changes the other (EAX and RAX, XMM0 and YMM0).
@@ -228,7 +235,7 @@ fn mxcsr(rng: &mut Rng) -> u32 {
 fn x87(rng: &mut Rng, state: &mut State, only_registers: bool) {
     let x87 = &mut state.x87;
     for st in &mut x87.st {
-        *st = if rng.one_in(3) { values::vector(rng) & ((1 << 80) - 1) } else { values::f80_bits(rng) };
+        *st = if rng.one_in(3) { values::vector(rng, false) & ((1 << 80) - 1) } else { values::f80_bits(rng) };
     }
     x87.ftw = match rng.below(6) {
         0 => 0,
@@ -297,16 +304,16 @@ fn gather(rng: &mut Rng, instruction: &Instruction, state: &mut State) {
 }
 
 /// Registers that EVEX reaches alone, and masks.
-fn avx512(rng: &mut Rng, state: &mut State, mode: Mode, wanted: impl Fn(Register) -> bool) {
+fn avx512(rng: &mut Rng, state: &mut State, mode: Mode, of_halves: bool, wanted: impl Fn(Register) -> bool) {
     let count = if mode == Mode::Bits64 { 16 } else { 8 };
     for at in 0..count {
         if wanted(Register::ZMM0 + at as u32) {
-            state.avx512.upper[at] = [values::vector(rng), values::vector(rng)];
+            state.avx512.upper[at] = [(); 2].map(|()| values::vector(rng, of_halves));
         }
     }
     for at in 0..16 {
         if mode == Mode::Bits64 && wanted(Register::ZMM16 + at as u32) {
-            state.avx512.high[at] = std::array::from_fn(|_| values::vector(rng));
+            state.avx512.high[at] = std::array::from_fn(|_| values::vector(rng, of_halves));
         }
     }
     for at in 0..8 {

@@ -69,6 +69,41 @@ fn f64_bits(rng: &mut Rng) -> u64 {
         }
 }
 
+/// Halves that fill 16 bytes: of all kinds, or of one range, so that not every vector has NaNs.
+fn halves(rng: &mut Rng) -> u128 {
+    let range = rng.below(6);
+    (0..8).fold(0, |vector, _| vector << 16 | u128::from(f16_bits(rng, range)))
+}
+
+fn f16_bits(rng: &mut Rng, range: u64) -> u16 {
+    let sign = (rng.below(2) as u16) << 15;
+    let bits = rng.bits() as u16;
+    let near = |rng: &mut Rng, base: u16| base.wrapping_add(rng.below(5) as u16).wrapping_sub(2);
+    sign | 0x7fff
+        & match range {
+            0 => 0x3c00 ^ (bits & 0x0fff), // exponents about 0
+            1 => bits & 0x3bff,            // below 1, and denormals
+            2 => 0x4000 | bits & 0x3bff,   // from 2 to the greatest
+            3 => bits & 0x07ff,            // denormals and the least normals
+            _ => match rng.below(14) {
+                0 => 0,
+                1 => near(rng, 0x3c00),     // 1
+                2 => rng.below(4) as u16,   // least denormals
+                3 => near(rng, 0x0400),     // least normal
+                4 => near(rng, 0x7bff),     // greatest finite, infinity
+                5 => 0x7c00,                // infinity
+                6 => 0x7e00 | bits & 0x1ff, // quiet NaN
+                7 => 0x7c01 | bits & 0x1fe, // signalling NaN
+                8 => {
+                    let power = rng.pick(&[7, 8, 10, 11, 15]);
+                    near(rng, (15 + power) << 10)
+                }
+                9 => bits & 0x3ff, // any denormal
+                _ => bits,
+            },
+        }
+}
+
 /// An 80-bit number, unsupported encodings (unnormals, pseudo-denormals) included.
 pub(super) fn f80_bits(rng: &mut Rng) -> u128 {
     let sign = u128::from(rng.below(2)) << 79;
@@ -107,8 +142,12 @@ pub(super) fn f80_bits(rng: &mut Rng) -> u128 {
     }
 }
 
-/// Sixteen bytes: as floats of one width, as integers of one width, or as an 80-bit number.
-pub(super) fn vector(rng: &mut Rng) -> u128 {
+/// Sixteen bytes: as floats of one width, as integers of one width, or as an 80-bit number; mostly as halves where the
+/// instruction has such.
+pub(super) fn vector(rng: &mut Rng, of_halves: bool) -> u128 {
+    if of_halves && !rng.one_in(4) {
+        return halves(rng);
+    }
     let join = |parts: [u64; 2]| u128::from(parts[0]) | u128::from(parts[1]) << 64;
     match rng.below(8) {
         0..=2 => {
@@ -129,16 +168,17 @@ pub(super) fn vector(rng: &mut Rng) -> u128 {
     }
 }
 
-/// `bytes` of memory that an operand of `bytes.len()` bytes covers.
-pub(super) fn memory(rng: &mut Rng, bytes: &mut [u8]) {
+/// `bytes` of memory that an operand of `bytes.len()` bytes covers. `of_halves`: as for [`vector`].
+pub(super) fn memory(rng: &mut Rng, bytes: &mut [u8], of_halves: bool) {
     match bytes.len() {
+        2 | 4 | 8 if of_halves => bytes.copy_from_slice(&vector(rng, true).to_le_bytes()[..bytes.len()]),
         1..=2 => bytes.copy_from_slice(&integer(rng).to_le_bytes()[..bytes.len()]),
         4 | 8 if rng.one_in(2) => bytes.copy_from_slice(&integer(rng).to_le_bytes()[..bytes.len()]),
         10 if rng.one_in(3) => decimal(rng, bytes),
         10 => bytes.copy_from_slice(&f80_bits(rng).to_le_bytes()[..10]),
         _ => {
             for chunk in bytes.chunks_mut(16) {
-                chunk.copy_from_slice(&vector(rng).to_le_bytes()[..chunk.len()]);
+                chunk.copy_from_slice(&vector(rng, of_halves).to_le_bytes()[..chunk.len()]);
             }
         }
     }

@@ -10,6 +10,7 @@ pub(in crate::isa) mod convert;
 pub(in crate::isa) mod element;
 pub(in crate::isa) mod float;
 pub(in crate::isa) mod gather;
+pub(in crate::isa) mod half;
 pub(in crate::isa) mod integer;
 pub(in crate::isa) mod mask;
 pub(in crate::isa) mod moves;
@@ -29,7 +30,7 @@ use crate::decode::digest::{Digest, FlagsOut, Lowered, slot};
 use crate::fault::Fault;
 use crate::flags::Flags;
 use crate::host_evex::{self, Frame, Stub, host_has_avx512};
-use crate::host_simd::{CONTROL, DEFAULT};
+use crate::host_simd::{CONTROL, DEFAULT, FLAGS};
 use crate::isa::{Key, Row, plain_handler};
 use crate::op::Op;
 use crate::state::VectorRegister;
@@ -61,6 +62,8 @@ enum Float {
     /// The same, but FZ makes zeros of denormal results. It does so even where underflow, which is never raised here, is
     /// unmasked: measured on Intel's CPUs.
     Flushed,
+    /// Exceptions set their flags and are never raised, masked or not.
+    Told,
 }
 
 /// The instructions for vectors of 128, 256 and 512 bits.
@@ -165,7 +168,11 @@ impl Insn {
 
     /// A product and a sum; as for [`Inexact::Fused`].
     const fn fused(self, order: u16, subtracts: [bool; 2], float: Float) -> Self {
-        let lane = if matches!(float, Float::Single) { 4 } else { 8 };
+        let lane = match float {
+            Float::Half => 2,
+            Float::Single => 4,
+            _ => 8,
+        };
         self.reads_destination().float(float, Inexact::Fused { order, subtracts, lane })
     }
 
@@ -195,11 +202,12 @@ struct Table {
 }
 
 static TABLE: LazyLock<Table> = LazyLock::new(|| {
-    let families: [&'static [Insn]; 7] = [
+    let families: [&'static [Insn]; 8] = [
         &compare::INSNS,
         &convert::INSNS,
         &element::INSNS,
         &float::INSNS,
+        &half::INSNS,
         &integer::INSNS,
         &moves::INSNS,
         &permute::INSNS,
@@ -225,6 +233,7 @@ fn host_has(d: &Digest<'_>) -> bool {
             CpuidFeature::AVX512_BITALG => is_x86_feature_detected!("avx512bitalg"),
             CpuidFeature::AVX512_VPOPCNTDQ => is_x86_feature_detected!("avx512vpopcntdq"),
             CpuidFeature::AVX512_BF16 => is_x86_feature_detected!("avx512bf16"),
+            CpuidFeature::AVX512_FP16 => is_x86_feature_detected!("avx512fp16"),
             CpuidFeature::GFNI => is_x86_feature_detected!("gfni"),
             CpuidFeature::VAES => is_x86_feature_detected!("vaes"),
             CpuidFeature::VPCLMULQDQ => is_x86_feature_detected!("vpclmulqdq"),
@@ -678,6 +687,7 @@ const STATUS: u64 = crate::flags::STATUS;
 fn zero_lanes(vector: &mut VectorRegister, insn: &Insn, lanes: u32, mask: u64) {
     let bytes = match (insn.lane, insn.float) {
         (0, _) if insn.span != 0 => insn.span.into(),
+        (0, Some(Float::Half)) => 2,
         (0, Some(Float::Double)) => 8,
         (0, _) => 4,
         (lane, _) => usize::from(lane),
@@ -712,6 +722,10 @@ fn compute(cpu: &mut Cpu, fields: Fields, frame: &mut Frame, live: u64) -> Resul
     }
     let operands = frame.vector;
     execute(at, frame, true);
+    if float == Float::Told {
+        cpu.set_mxcsr(cpu.fpu.mxcsr | frame.under.found & FLAGS);
+        return Ok(());
+    }
     let out = frame.vector[0];
     let tiny = || unbounded::is_any_tiny(&out, float, live);
     settle(cpu, frame.under.found, tiny, |mxcsr| insn.inexact.of(&operands, live, mxcsr))

@@ -141,26 +141,37 @@ fn lane(from: &VectorRegister, bits: u32, i: u32, mxcsr: u32) -> Parts {
     parts((halves(from)[at as usize / 128] >> (at % 128)) as u64, bits, mxcsr)
 }
 
-/// A float of `bits`; denormals are zeros under DAZ.
+/// A float of `bits`; denormals are zeros under DAZ, but for halves.
 pub(in crate::isa::simd) fn parts(value: u64, bits: u32, mxcsr: u32) -> Parts {
     const DAZ: u32 = 1 << 6;
-    let (fraction_bits, exponent_bits) = if bits == 32 { (23, 8) } else { (52, 11) };
+    let (fraction_bits, exponent_bits) = match bits {
+        16 => (10, 5),
+        32 => (23, 8),
+        _ => (52, 11),
+    };
     let exponent = (value >> fraction_bits) as i32 & ((1 << exponent_bits) - 1);
     let fraction = value & ((1 << fraction_bits) - 1);
     let bias = (1 << (exponent_bits - 1)) - 1 + fraction_bits;
     let sign = value >> (bits - 1) & 1 != 0;
     match exponent {
-        0 if mxcsr & DAZ != 0 => Some((sign, 0, 0)),
+        0 if mxcsr & DAZ != 0 && bits != 16 => Some((sign, 0, 0)),
         0 => Some((sign, fraction, 1 - bias)),
         _ if exponent == (1 << exponent_bits) - 1 => None,
         _ => Some((sign, fraction | 1 << fraction_bits, exponent - bias)),
     }
 }
 
-/// Whether `x × y ± z` has more significant bits than a float of `bits`.
+/// Exponent of the least half.
+pub(in crate::isa::simd) const LEAST_HALF: i32 = -24;
+
+/// Whether `x × y ± z` has more significant bits than a float of `bits`, or lower ones than any half where that has 16.
 pub(in crate::isa::simd) fn is_inexact(x: Parts, y: Parts, z: Parts, subtract: bool, bits: u32) -> bool {
     let (Some(x), Some(y), Some(z)) = (x, y, z) else { return false };
-    let precision = if bits == 32 { 24 } else { 53 };
+    let (precision, least) = match bits {
+        16 => (11, LEAST_HALF),
+        32 => (24, i32::MIN),
+        _ => (53, i32::MIN),
+    };
     let odd = |value: u128, exponent: i32| match value {
         0 => (0, 0),
         _ => (value >> value.trailing_zeros(), exponent + value.trailing_zeros() as i32),
@@ -169,7 +180,7 @@ pub(in crate::isa::simd) fn is_inexact(x: Parts, y: Parts, z: Parts, subtract: b
     let (addend, addend_at) = odd(z.1.into(), z.2);
     let width = |value: u128| 128 - value.leading_zeros();
     if product == 0 || addend == 0 {
-        return width(product) > precision;
+        return width(product) > precision || product != 0 && at < least;
     }
     // The lower of the two is odd, so the sum reaches from its lowest bit up to about the higher one's highest.
     let distance = at - addend_at;
@@ -182,7 +193,7 @@ pub(in crate::isa::simd) fn is_inexact(x: Parts, y: Parts, z: Parts, subtract: b
     let sum = if negative { difference(high, [low, 0]) } else { total(high, [low, 0]) };
     let trailing = if sum[0] != 0 { sum[0].trailing_zeros() } else { 128 + sum[1].trailing_zeros() };
     let length = if sum[1] != 0 { 128 + width(sum[1]) } else { width(sum[0]) };
-    length > trailing + precision
+    length > trailing + precision || length != 0 && at.min(addend_at) + (trailing as i32) < least
 }
 
 /// `value` × 2^`by`, lower half first; `by` is below 128.

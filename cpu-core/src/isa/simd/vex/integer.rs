@@ -24,6 +24,16 @@ macro_rules! wide {
     };
 }
 
+/// The destination plus products of the two sources. EVEX forms have the same name.
+macro_rules! accumulate {
+    ($name:literal) => {
+        text!(
+            concat!("vmovdqu xmm2, [{d}]\n{{vex}} ", $name, " xmm2, xmm0, xmm1\nvmovdqa xmm0, xmm2"),
+            concat!("vmovdqu ymm2, [{d}]\n{{vex}} ", $name, " ymm2, ymm0, ymm1\nvmovdqa ymm0, ymm2")
+        )
+    };
+}
+
 pub(in crate::isa) const ROWS: &[Row] = &[
     vex(M::Vpaddb, three!("vpaddb")),
     vex(M::Vpaddw, three!("vpaddw")),
@@ -46,6 +56,10 @@ pub(in crate::isa) const ROWS: &[Row] = &[
     vex(M::Vpmulhuw, three!("vpmulhuw")),
     vex(M::Vpmuludq, three!("vpmuludq")),
     vex(M::Vpmaddwd, three!("vpmaddwd")),
+    vex(M::Vpdpbusd, accumulate!("vpdpbusd")),
+    vex(M::Vpdpbusds, accumulate!("vpdpbusds")),
+    vex(M::Vpdpwssd, accumulate!("vpdpwssd")),
+    vex(M::Vpdpwssds, accumulate!("vpdpwssds")),
     vex(M::Vpavgb, three!("vpavgb")),
     vex(M::Vpavgw, three!("vpavgw")),
     vex(M::Vpminub, three!("vpminub")),

@@ -77,6 +77,7 @@ fn host_has(d: &Digest<'_>) -> bool {
         CpuidFeature::PCLMULQDQ => is_x86_feature_detected!("pclmulqdq"),
         CpuidFeature::VAES => is_x86_feature_detected!("vaes"),
         CpuidFeature::VPCLMULQDQ => is_x86_feature_detected!("vpclmulqdq"),
+        CpuidFeature::AVX_VNNI => is_x86_feature_detected!("avxvnni"),
         _ => true,
     })
 }

@@ -1,0 +1,142 @@
+//! Halves: AVX512-FP16. SDM Vol. 1 "Programming with Intel AVX-512", on FP16; Vol. 2, the page of each mnemonic.
+//!
+//! MXCSR's DAZ and FZ say nothing about halves: denormal ones are operands and results as they are.
+
+use iced_x86::{Code as C, Mnemonic as M, OpCodeOperandKind as K};
+
+use super::{
+    Float, Inexact, Insn, da, dab, dai, from_xmm, insn, kabi, kai, narrowed, one, one_imm, rows, scalar, scalar_imm,
+    to_xmm, widened,
+};
+use crate::host_x87::Arithmetic;
+use crate::isa::Row;
+
+pub(in crate::isa) const ROWS: &[Row] = &rows(&INSNS);
+
+pub(super) static INSNS: [Insn; 113] = [
+    // Arithmetic
+    insn(M::Vaddph, 2, dab!("vaddph")).float(Float::Half, Inexact::Two(Arithmetic::Add, 2)),
+    insn(M::Vaddsh, 0, scalar!("vaddsh")).float(Float::Half, Inexact::Two(Arithmetic::Add, 2)),
+    insn(M::Vsubph, 2, dab!("vsubph")).float(Float::Half, Inexact::Two(Arithmetic::Sub, 2)),
+    insn(M::Vsubsh, 0, scalar!("vsubsh")).float(Float::Half, Inexact::Two(Arithmetic::Sub, 2)),
+    insn(M::Vmulph, 2, dab!("vmulph")).float(Float::Half, Inexact::Two(Arithmetic::Mul, 2)),
+    insn(M::Vmulsh, 0, scalar!("vmulsh")).float(Float::Half, Inexact::Two(Arithmetic::Mul, 2)),
+    insn(M::Vdivph, 2, dab!("vdivph")).float(Float::Half, Inexact::Two(Arithmetic::Div, 2)),
+    insn(M::Vdivsh, 0, scalar!("vdivsh")).float(Float::Half, Inexact::Two(Arithmetic::Div, 2)),
+    insn(M::Vminph, 2, dab!("vminph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vminsh, 0, scalar!("vminsh")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vmaxph, 2, dab!("vmaxph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vmaxsh, 0, scalar!("vmaxsh")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vsqrtph, 2, da!("vsqrtph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vsqrtsh, 0, scalar!("vsqrtsh")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vgetexpph, 2, da!("vgetexpph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vgetexpsh, 0, scalar!("vgetexpsh")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vgetmantph, 2, dai!("vgetmantph")).imm().float(Float::Other, Inexact::Unknown),
+    insn(M::Vgetmantsh, 0, scalar_imm!("vgetmantsh")).imm().float(Float::Other, Inexact::Unknown),
+    insn(M::Vreduceph, 2, dai!("vreduceph")).imm().float(Float::Other, Inexact::Unknown),
+    insn(M::Vreducesh, 0, scalar_imm!("vreducesh")).imm().float(Float::Other, Inexact::Unknown),
+    insn(M::Vrndscaleph, 2, dai!("vrndscaleph")).imm().float(Float::Other, Inexact::Unknown),
+    insn(M::Vrndscalesh, 0, scalar_imm!("vrndscalesh")).imm().float(Float::Other, Inexact::Unknown),
+    insn(M::Vscalefph, 2, dab!("vscalefph")).float(Float::Half, Inexact::Scaled),
+    insn(M::Vscalefsh, 0, scalar!("vscalefsh")).float(Float::Half, Inexact::Scaled),
+    // Whatever MXCSR says
+    insn(M::Vrcpph, 2, da!("vrcpph")),
+    insn(M::Vrcpsh, 0, scalar!("vrcpsh")),
+    insn(M::Vrsqrtph, 2, da!("vrsqrtph")),
+    insn(M::Vrsqrtsh, 0, scalar!("vrsqrtsh")),
+    insn(M::Vfpclassph, 2, kai!("vfpclassph")).imm(),
+    insn(M::Vfpclasssh, 0, one_imm!("vfpclasssh k2 {{k1}}, xmm1")).imm(),
+    // Comparisons
+    insn(M::Vcmpph, 2, kabi!("vcmpph")).imm().float(Float::Other, Inexact::Unknown),
+    insn(M::Vcmpsh, 0, one_imm!("vcmpsh k2 {{k1}}, xmm1, xmm2")).imm().float(Float::Other, Inexact::Unknown),
+    insn(M::Vcomish, 0, one!("vcomish xmm1, xmm2\npushfq\npop rax")).flags().float(Float::Other, Inexact::Unknown),
+    insn(M::Vucomish, 0, one!("vucomish xmm1, xmm2\npushfq\npop rax")).flags().float(Float::Other, Inexact::Unknown),
+    // Moves. Scalars from memory alone go into zeros
+    insn(M::Vmovsh, 0, scalar!("vmovsh")).second(),
+    insn(M::Vmovw, 0, one!("vmovw xmm0, eax")).codes(&[C::EVEX_Vmovw_xmm_r32m16, C::EVEX_Vmovw_xmm_r64m16]),
+    insn(M::Vmovw, 0, one!("vmovw eax, xmm1")).codes(&[C::EVEX_Vmovw_r32m16_xmm, C::EVEX_Vmovw_r64m16_xmm]),
+    // Halves and integers
+    insn(M::Vcvtph2w, 2, da!("vcvtph2w")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttph2w, 2, da!("vcvttph2w")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtph2uw, 2, da!("vcvtph2uw")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttph2uw, 2, da!("vcvttph2uw")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtph2dq, 4, widened!("vcvtph2dq")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttph2dq, 4, widened!("vcvttph2dq")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtph2udq, 4, widened!("vcvtph2udq")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttph2udq, 4, widened!("vcvttph2udq")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtph2qq, 8, from_xmm!("vcvtph2qq")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttph2qq, 8, from_xmm!("vcvttph2qq")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtph2uqq, 8, from_xmm!("vcvtph2uqq")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttph2uqq, 8, from_xmm!("vcvttph2uqq")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtw2ph, 2, da!("vcvtw2ph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtuw2ph, 2, da!("vcvtuw2ph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtdq2ph, 4, narrowed!("vcvtdq2ph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtudq2ph, 4, narrowed!("vcvtudq2ph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtqq2ph, 8, to_xmm!("vcvtqq2ph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtuqq2ph, 8, to_xmm!("vcvtuqq2ph")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtsi2sh, 0, one!("vcvtsi2sh xmm0, xmm1, rax")).with(K::r64_or_mem).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtsi2sh, 0, one!("vcvtsi2sh xmm0, xmm1, eax")).with(K::r32_or_mem).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtusi2sh, 0, one!("vcvtusi2sh xmm0, xmm1, rax"))
+        .with(K::r64_or_mem)
+        .float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtusi2sh, 0, one!("vcvtusi2sh xmm0, xmm1, eax"))
+        .with(K::r32_or_mem)
+        .float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtsh2si, 0, one!("vcvtsh2si rax, xmm1")).with(K::r64_reg).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtsh2si, 0, one!("vcvtsh2si eax, xmm1")).with(K::r32_reg).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtsh2usi, 0, one!("vcvtsh2usi rax, xmm1")).with(K::r64_reg).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtsh2usi, 0, one!("vcvtsh2usi eax, xmm1")).with(K::r32_reg).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttsh2si, 0, one!("vcvttsh2si rax, xmm1")).with(K::r64_reg).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttsh2si, 0, one!("vcvttsh2si eax, xmm1")).with(K::r32_reg).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttsh2usi, 0, one!("vcvttsh2usi rax, xmm1")).with(K::r64_reg).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvttsh2usi, 0, one!("vcvttsh2usi eax, xmm1")).with(K::r32_reg).float(Float::Other, Inexact::Unknown),
+    // Widths of floats
+    insn(M::Vcvtph2psx, 4, widened!("vcvtph2psx")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtph2pd, 8, from_xmm!("vcvtph2pd")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtsh2ss, 0, scalar!("vcvtsh2ss")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtsh2sd, 0, scalar!("vcvtsh2sd")).float(Float::Other, Inexact::Unknown),
+    insn(M::Vcvtps2phx, 4, narrowed!("vcvtps2phx")).float(Float::Half, Inexact::ToHalf { bytes: 4, source: 1 }),
+    insn(M::Vcvtpd2ph, 8, to_xmm!("vcvtpd2ph")).float(Float::Half, Inexact::ToHalf { bytes: 8, source: 1 }),
+    insn(M::Vcvtss2sh, 0, scalar!("vcvtss2sh")).float(Float::Half, Inexact::ToHalf { bytes: 4, source: 2 }),
+    insn(M::Vcvtsd2sh, 0, scalar!("vcvtsd2sh")).float(Float::Half, Inexact::ToHalf { bytes: 8, source: 2 }),
+    // Products added with one rounding
+    insn(M::Vfmadd132ph, 2, dab!("vfmadd132ph")).fused(132, [false, false], Float::Half),
+    insn(M::Vfmadd132sh, 0, scalar!("vfmadd132sh")).fused(132, [false, false], Float::Half),
+    insn(M::Vfmadd213ph, 2, dab!("vfmadd213ph")).fused(213, [false, false], Float::Half),
+    insn(M::Vfmadd213sh, 0, scalar!("vfmadd213sh")).fused(213, [false, false], Float::Half),
+    insn(M::Vfmadd231ph, 2, dab!("vfmadd231ph")).fused(231, [false, false], Float::Half),
+    insn(M::Vfmadd231sh, 0, scalar!("vfmadd231sh")).fused(231, [false, false], Float::Half),
+    insn(M::Vfmsub132ph, 2, dab!("vfmsub132ph")).fused(132, [true, true], Float::Half),
+    insn(M::Vfmsub132sh, 0, scalar!("vfmsub132sh")).fused(132, [true, true], Float::Half),
+    insn(M::Vfmsub213ph, 2, dab!("vfmsub213ph")).fused(213, [true, true], Float::Half),
+    insn(M::Vfmsub213sh, 0, scalar!("vfmsub213sh")).fused(213, [true, true], Float::Half),
+    insn(M::Vfmsub231ph, 2, dab!("vfmsub231ph")).fused(231, [true, true], Float::Half),
+    insn(M::Vfmsub231sh, 0, scalar!("vfmsub231sh")).fused(231, [true, true], Float::Half),
+    insn(M::Vfnmadd132ph, 2, dab!("vfnmadd132ph")).fused(132, [true, true], Float::Half),
+    insn(M::Vfnmadd132sh, 0, scalar!("vfnmadd132sh")).fused(132, [true, true], Float::Half),
+    insn(M::Vfnmadd213ph, 2, dab!("vfnmadd213ph")).fused(213, [true, true], Float::Half),
+    insn(M::Vfnmadd213sh, 0, scalar!("vfnmadd213sh")).fused(213, [true, true], Float::Half),
+    insn(M::Vfnmadd231ph, 2, dab!("vfnmadd231ph")).fused(231, [true, true], Float::Half),
+    insn(M::Vfnmadd231sh, 0, scalar!("vfnmadd231sh")).fused(231, [true, true], Float::Half),
+    insn(M::Vfnmsub132ph, 2, dab!("vfnmsub132ph")).fused(132, [false, false], Float::Half),
+    insn(M::Vfnmsub132sh, 0, scalar!("vfnmsub132sh")).fused(132, [false, false], Float::Half),
+    insn(M::Vfnmsub213ph, 2, dab!("vfnmsub213ph")).fused(213, [false, false], Float::Half),
+    insn(M::Vfnmsub213sh, 0, scalar!("vfnmsub213sh")).fused(213, [false, false], Float::Half),
+    insn(M::Vfnmsub231ph, 2, dab!("vfnmsub231ph")).fused(231, [false, false], Float::Half),
+    insn(M::Vfnmsub231sh, 0, scalar!("vfnmsub231sh")).fused(231, [false, false], Float::Half),
+    insn(M::Vfmaddsub132ph, 2, dab!("vfmaddsub132ph")).fused(132, [true, false], Float::Half),
+    insn(M::Vfmaddsub213ph, 2, dab!("vfmaddsub213ph")).fused(213, [true, false], Float::Half),
+    insn(M::Vfmaddsub231ph, 2, dab!("vfmaddsub231ph")).fused(231, [true, false], Float::Half),
+    insn(M::Vfmsubadd132ph, 2, dab!("vfmsubadd132ph")).fused(132, [false, true], Float::Half),
+    insn(M::Vfmsubadd213ph, 2, dab!("vfmsubadd213ph")).fused(213, [false, true], Float::Half),
+    insn(M::Vfmsubadd231ph, 2, dab!("vfmsubadd231ph")).fused(231, [false, true], Float::Half),
+    // Complex numbers. "Execution occurs as if all MXCSR exceptions are masked" (SDM Vol. 2 "VFMADDCPH")
+    insn(M::Vfmaddcph, 4, dab!("vfmaddcph")).reads_destination().float(Float::Told, Inexact::Unknown),
+    insn(M::Vfmaddcsh, 0, scalar!("vfmaddcsh")).span(4).reads_destination().float(Float::Told, Inexact::Unknown),
+    insn(M::Vfcmaddcph, 4, dab!("vfcmaddcph")).reads_destination().float(Float::Told, Inexact::Unknown),
+    insn(M::Vfcmaddcsh, 0, scalar!("vfcmaddcsh")).span(4).reads_destination().float(Float::Told, Inexact::Unknown),
+    insn(M::Vfmulcph, 4, dab!("vfmulcph")).float(Float::Told, Inexact::Unknown),
+    insn(M::Vfmulcsh, 0, scalar!("vfmulcsh")).float(Float::Told, Inexact::Unknown),
+    insn(M::Vfcmulcph, 4, dab!("vfcmulcph")).float(Float::Told, Inexact::Unknown),
+    insn(M::Vfcmulcsh, 0, scalar!("vfcmulcsh")).float(Float::Told, Inexact::Unknown),
+];
