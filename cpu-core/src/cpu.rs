@@ -398,6 +398,7 @@ impl Cpu {
 
     /// State after power-up.
     pub fn reset(&mut self) {
+        self.set_smm(false);
         self.gpr = [0; 20];
         // Family 6: EDX holds the processor signature.
         self.gpr[Gpr::Rdx as usize] = 0x600;

@@ -179,7 +179,8 @@ impl Cpu {
         let accepted = self.events.interrupt.is_some() && self.rflags & Rflags::IF.bits() != 0;
         if self.has_smi() && !accepted && !self.holds_nmi {
             self.enter_smm();
-            return Due::Delivered(None);
+            // SMBASE may be where no code segment can be.
+            return Due::Delivered(self.entry_check().map(|_| Exit::EntryFailure));
         }
         if self.events.nmi_pending && !self.events.nmi_masked && !self.holds_nmi {
             self.events.nmi_pending = false;

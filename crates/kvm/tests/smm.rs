@@ -587,6 +587,19 @@ fn no_smram_ends_in_an_internal_error() {
     assert_eq!(machine.page.load_u32(32), Some(KVM_INTERNAL_ERROR_EMULATION));
 }
 
+/// `smbase` of x86.c has 64 bits, the base of CS has 32.
+#[test]
+fn smbase_beyond_4_gib_fails_at_vm_entry() {
+    let machine = Machine::new(false, spins, tells);
+    machine.set_msr(IA32_SMBASE, 1 << 32);
+    assert_eq!(machine.msr(IA32_SMBASE), 1 << 32);
+    machine.queue_smi();
+    for _ in 0..2 {
+        assert_eq!(machine.run(), KVM_EXIT_FAIL_ENTRY);
+        assert_eq!(machine.smi(), [1, 0, 0, 0]);
+    }
+}
+
 /// api.rst `KVM_SET_VCPU_EVENTS`, and x86.c where it says EINVAL.
 #[test]
 fn events_carry_smm() {
