@@ -9,6 +9,7 @@ mod peer;
 mod report;
 mod round;
 mod row;
+mod scale;
 mod sector;
 mod vmm;
 mod workload;
@@ -74,6 +75,7 @@ fn run(args: &Args) -> Result<()> {
             Part::Exits => vmm::measure()?,
             Part::Costs => costs::measure()?,
             Part::Latency => latency::measure()?,
+            Part::Scale => scale::measure()?,
         });
     }
     softkvm::require_host()?;
@@ -157,6 +159,7 @@ const GROUPS: &[Group] = &[
     (vmm::NAMES, vmm::measure_inside_softkvm),
     (costs::NAMES, || vmm::inside(&[], Part::Costs)),
     (latency::NAMES, || vmm::inside(&[], Part::Latency)),
+    (scale::NAMES, || vmm::inside(&[], Part::Scale)),
     (sector::NAMES, sector::measure),
 ];
 

@@ -43,6 +43,7 @@ pub(crate) enum Part {
     Exits,
     Costs,
     Latency,
+    Scale,
 }
 
 /// The rows of a process that sees softkvm's /dev/kvm: this program with `--inside PART`.
