@@ -136,6 +136,7 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     pub(crate) fn target(&mut self, la: u64, write: bool, by: By, seg: Seg) -> Result<Target, Stop> {
+        self.counts.data_walks += 1;
         self.check_canonical(la, seg)?;
         let access = Access {
             kind: if write { AccessKind::Write } else { AccessKind::Read },
@@ -381,7 +382,10 @@ impl Cpu {
     /// A guest store at host address `host` hit a page that traces were decoded from.
     pub(crate) fn code_written(&mut self, host: u64, size: u32) {
         let written = self.traces.written(host, size);
-        self.leave |= written != Written::Nothing;
+        if written != Written::Nothing {
+            self.counts.code_writes += 1;
+            self.leave = true;
+        }
         if written == Written::Page {
             self.forget_jumps();
         }

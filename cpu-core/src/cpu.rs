@@ -18,6 +18,7 @@ use crate::fault::Fault;
 use crate::flags::{Flags, STATUS};
 use crate::op::{Op, RasEntry};
 use crate::platform::Platform;
+use crate::profile::{Counts, Profile, Ran};
 use crate::state::{
     Breakpoints, CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, Regs, Seg, Segment, Sregs, Variant,
     VectorRegister,
@@ -205,6 +206,11 @@ pub struct Cpu {
     pub(crate) flush_generation: u64,
     /// Where what was found under `code_context` lies.
     pub(crate) linked: LinkedPages,
+    /// What is slow anyway, counted.
+    pub(crate) counts: Counts,
+    /// What the loop entered last.
+    pub(crate) ran: Option<Ran>,
+    pub(crate) profile: Arc<Profile>,
 }
 
 /// Features that frequent instructions ask for, looked up once in the CPUID table.
@@ -276,6 +282,22 @@ impl Kick {
         self.stamp.fetch_or(ATTENTION, Ordering::SeqCst);
     }
 
+    /// The CPU notes what it runs now, and does not return. Without effect while it is outside the guest.
+    pub fn sample(&self) {
+        self.asked.fetch_or(ASKED_SAMPLE, Ordering::SeqCst);
+        self.stamp.fetch_or(ATTENTION, Ordering::SeqCst);
+    }
+
+    /// True: [`Self::sample`] was called and is not answered. It is now.
+    pub(crate) fn take_sample(&self) -> bool {
+        self.asked() && self.asked.fetch_and(!ASKED_SAMPLE, Ordering::SeqCst) & ASKED_SAMPLE != 0
+    }
+
+    /// Whoever called [`Self::sample`] has no answer yet.
+    pub fn owes_sample(&self) -> bool {
+        self.asked.load(Ordering::SeqCst) & ASKED_SAMPLE != 0
+    }
+
     /// Forgets a kick that has not been answered.
     pub fn clear(&self) {
         self.asked.fetch_and(!1, Ordering::SeqCst);
@@ -308,6 +330,8 @@ impl Kick {
 
 /// Kick asked for a return from `run`.
 pub(crate) const ASKED_RETURN: u64 = 1;
+/// Kick asked for a sample.
+pub(crate) const ASKED_SAMPLE: u64 = 4;
 
 impl Cpu {
     /// A CPU in the state after power-up (SDM Vol. 3 "Processor State After Reset"). `phys_bits`: MAXPHYADDR.
@@ -391,6 +415,9 @@ impl Cpu {
             code_window: (0, 0),
             flush_generation: 1,
             linked: LinkedPages::default(),
+            counts: Counts::default(),
+            ran: None,
+            profile: Arc::default(),
         });
         cpu.reset();
         cpu
@@ -629,12 +656,14 @@ impl Cpu {
 
     /// Drops all translations and what was found through them.
     pub fn flush_tlb(&mut self) {
+        self.counts.tlb_flushes += 1;
         self.tlb.flush();
         self.forget_jumps();
     }
 
     /// INVLPG: drops the page of `la`, and what was found through it.
     pub(crate) fn flush_page(&mut self, la: u64) {
+        self.counts.page_flushes += 1;
         if self.tlb.flush_page(la) || self.linked.may_hold(la) {
             self.forget_jumps();
         }

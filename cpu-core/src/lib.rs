@@ -18,6 +18,7 @@ mod host_x87;
 mod isa;
 mod op;
 mod platform;
+mod profile;
 mod protect;
 mod run;
 mod state;
@@ -33,6 +34,7 @@ pub use host_evex::host_has_avx512;
 pub use isa::{FEATURES, families, is_implemented};
 pub use op::STACK_BYTES;
 pub use platform::{HostPlatform, Hypercall, Platform};
+pub use profile::{Counts, Line, Place, Profile, Sampled, Samples, disassemble, executed};
 pub use run::Poll;
 pub use state::{
     Breakpoints, CpuidEntry, DebugRegs, DescriptorTable, Events, Fpu, Gpr, Msrs, PendingException, Regs, Seg, Segment,

@@ -462,6 +462,7 @@ impl Cpu {
         if !cached.is_null() {
             return cached;
         }
+        self.counts.jump_cache_misses += 1;
         let head = self.trace_at(ip);
         if !head.is_null() {
             self.may_link(ip);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use mmu::{Lookup, PageFault};
 use x86_defs::{Dr6, GuestPhysAddr, Rflags};
 
-use crate::cpu::{ASKED_RETURN, Cpu, Stop, StopReason};
+use crate::cpu::{ASKED_RETURN, ASKED_SAMPLE, Cpu, Stop, StopReason};
 use crate::decode::trace::MAX_INSTRUCTION_BYTES;
 use crate::event::{self, Delivery};
 use crate::fault::{Fault, Origin};
@@ -67,7 +67,7 @@ impl Cpu {
         self.unchecked = false;
         self.enter();
         let exit = self.run_entered(polling);
-        self.view.leave();
+        self.leave_guest();
         exit
     }
 
@@ -79,7 +79,7 @@ impl Cpu {
         self.unchecked = false;
         self.enter();
         let exit = self.take_events().or_else(|| self.run_one());
-        self.view.leave();
+        self.leave_guest();
         exit.or_else(|| self.next_mmio_write().map(Exit::Mmio))
     }
 
@@ -90,6 +90,16 @@ impl Cpu {
         // Whatever the VMM did to memory while we were away is visible to fetches from here on.
         self.serialize();
         self.fpu.settle();
+        // Whatever was asked for meanwhile was not of the guest's time.
+        self.kick.take_sample();
+    }
+
+    fn leave_guest(&mut self) {
+        if self.kick.take_sample() {
+            self.sample();
+        }
+        self.publish();
+        self.view.leave();
     }
 
     fn run_entered(&mut self, mut polling: Option<Polling<'_>>) -> Exit {
@@ -123,6 +133,10 @@ impl Cpu {
         }
         if self.kick.asked() {
             let asked = self.kick.take();
+            if asked & ASKED_SAMPLE != 0 {
+                self.sample();
+                self.publish();
+            }
             self.refresh_memory();
             if asked & ASKED_RETURN != 0 {
                 return Some(Exit::ExternalInterrupt);
@@ -205,6 +219,7 @@ impl Cpu {
         if head.is_null() {
             return if self.kick.asked() { None } else { self.run_one() };
         }
+        self.note_entry(false);
         self.begin(QUANTUM);
         self.execute(head);
         self.end()
@@ -251,6 +266,8 @@ impl Cpu {
     fn run_one(&mut self) -> Option<Exit> {
         let traced = self.rflags & Rflags::TF.bits() != 0;
         self.mmio.rip = self.rip;
+        self.note_entry(true);
+        self.counts.single_instructions += 1;
         self.begin(1);
         self.budget = 0;
         if let Some(exit) = self.instruction_breakpoint() {

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
@@ -76,6 +77,23 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show where guests spend their time: the hottest code, and what is slow
+    ///
+    /// Looks at running VMs for a while, without stopping them, and prints of each: how fast its vCPUs were, what the
+    /// interpreter had to do beside running instructions, why they left the guest, the traces of code that took most of the
+    /// time, and the instructions. If /dev/kvm is softkvm's, only VMs of the daemon behind it. Needs root.
+    ///
+    /// A trace is what the interpreter decodes and runs at a stretch: up to 32 instructions with one entry. Each vCPU is asked
+    /// some 250 times a second, at irregular intervals, what trace it runs; the first column is that trace's part of the answers.
+    /// What walks, decoding and delivering events cost is part of the trace behind which they happen. An answer does not tell
+    /// where in the trace the vCPU was: it counts evenly for the trace's instructions up to the branch by which it was left. So the
+    /// shares of single instructions and mnemonics say how often they ran in hot code, not how slow each is. A single
+    /// instruction that is listed as "alone" was run outside of traces: device accesses, page ends, single steps.
+    ///
+    /// Names of counts: data_walks and fetch_walks are translations that the TLB did not have; jump_cache_misses are looks for
+    /// a trace that the cache of jump targets did not have; traces_dropped are those whose code has changed, code_writes the
+    /// guest's own stores that changed it; arena_resets are when room for traces ran out, and all are decoded anew.
+    Profile(ProfileArgs),
     /// Write manual pages and shell completions to DIR/share, for whoever installs softkvm
     #[command(hide = true)]
     Documents {
@@ -90,6 +108,41 @@ pub enum Command {
         #[command(flatten)]
         service: ServiceArgs,
     },
+}
+
+/// Options of `softkvm profile`.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct ProfileArgs {
+    /// How long to look
+    #[arg(long, value_name = "N", default_value = "10", value_parser = seconds)]
+    pub seconds: Duration,
+    /// Only the VM with this number, as softkvm status shows it
+    #[arg(long, value_name = "ID")]
+    pub vm: Option<u64>,
+    /// How many traces and mnemonics to list of each VM
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub top: usize,
+    /// For programs
+    ///
+    /// One object: seconds; vms, each with id, owner_pid, daemon_pid, samples (all answers), lost (answers of more places than
+    /// are kept), vcpus, traces, mnemonics. A vCPU has id, asked (how often), samples (its answers), in_guest (their part of
+    /// that), mips, counts, vmx_exits (by exit reason of the SDM), kvm_exits (by kvm_run.exit_reason). Counts are
+    /// instructions, single_instructions, data_walks, fetch_walks, tlb_flushes, page_flushes, jump_cache_misses,
+    /// traces_decoded, traces_dropped, code_writes, arena_resets, interrupts, nmis, exceptions. A trace has share (0 to 1),
+    /// samples, address (linear), ip, bitness, cpl, cr3 (a list), alone, instructions (how many; 0 if the code is gone), code
+    /// (lines of ip, bytes, text, share); a mnemonic has mnemonic, share. Addresses are texts, in hexadecimal.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A day is more than anybody needs.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.01..=86400.0).contains(&seconds) {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err("not 0.01 to 86400".into())
+    }
 }
 
 /// Options of the daemon.

@@ -15,7 +15,7 @@ use crate::cli::ServiceArgs;
 use crate::client::guard;
 use crate::exit::{self, Status};
 use crate::front::{Access, Front, OpenSystem, cuse, fuse};
-use crate::{place, status, sys};
+use crate::{place, profile, status, sys};
 
 /// What the daemon serves.
 pub struct Objects {
@@ -23,6 +23,8 @@ pub struct Objects {
     pub system: Box<OpenSystem>,
     /// The VMs that there are, and the last that ended: `vms` and `ended`.
     pub status: Box<dyn Fn() -> Value + Send + Sync>,
+    /// Begins a profile.
+    pub profiler: Box<profile::Begin>,
 }
 
 /// For whom the device is.
@@ -106,13 +108,13 @@ pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: im
         }
     };
     let report = Arc::new(report);
-    let socket = status::Socket::bind(&runtime, Arc::clone(&report) as _)?;
+    let sockets = [status::bind(&runtime, Arc::clone(&report) as _)?, profile::bind(&runtime, objects.profiler)?];
 
     ready(&format!("{} is {mode}", args.device.display()));
     let signal = signals.wait().context("cannot wait for signals")?;
     tracing::info!(%signal, "ending");
 
-    drop(socket);
+    drop(sockets);
     guard::serves(0);
     drop(bound);
     let open = front.open_files();

@@ -26,6 +26,7 @@ const FILES: &[(&str, &str)] = &[
     ("/dev/kvm", "the device"),
     ("/dev/cuse, /dev/fuse", "what it is served by"),
     ("/run/softkvm/PID.sock", "a running daemon; softkvm status asks it"),
+    ("/run/softkvm/PID.profile", "the same, for softkvm profile"),
 ];
 
 /// Writes them all to where they lie below the prefix `prefix`.
@@ -86,7 +87,7 @@ mod tests {
     fn every_command_that_help_shows_has_its_page() {
         let prefix = std::env::temp_dir().join(format!("softkvm-documents-{}", std::process::id()));
         write(&prefix).unwrap();
-        let pages = ["softkvm", "softkvm-run", "softkvm-serve", "softkvm-status"];
+        let pages = ["softkvm", "softkvm-run", "softkvm-serve", "softkvm-status", "softkvm-profile"];
         let folder = prefix.join("share/man/man8");
         assert_eq!(fs::read_dir(&folder).unwrap().count(), pages.len());
         for page in pages {

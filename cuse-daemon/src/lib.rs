@@ -11,6 +11,7 @@ pub mod front;
 pub mod manager;
 pub mod objects;
 pub mod place;
+pub mod profile;
 pub mod run;
 pub mod status;
 pub mod sys;

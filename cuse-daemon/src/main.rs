@@ -8,7 +8,7 @@ use clap::Parser;
 use cuse_daemon::cli::{Cli, Command};
 use cuse_daemon::daemon::Audience;
 use cuse_daemon::exit::{self, Status};
-use cuse_daemon::{daemon, documents, manager, objects, run, status};
+use cuse_daemon::{daemon, documents, manager, objects, profile, run, status};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         }
         Command::Documents { prefix } => documents::write(prefix).map(|()| 0),
         Command::Status { json } => status::show(*json).map(|()| 0),
+        Command::Profile(args) => profile::show(args).map(|()| 0),
     };
     match done {
         Ok(status) => ExitCode::from(status),

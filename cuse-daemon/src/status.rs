@@ -21,7 +21,10 @@ use crate::front::Front;
 /// Where the sockets are: `PID.sock`.
 pub const DIRECTORY: &str = "/run/softkvm";
 /// Who does not read or write for so long is not waited for.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What to do then.
+pub(crate) const NO_DAEMON: &str = "no softkvm daemon is running. Next step: softkvm run -- CMD, or softkvm serve";
 
 /// Makes the document.
 pub type Report = dyn Fn() -> Value + Send + Sync;
@@ -30,33 +33,35 @@ pub type Report = dyn Fn() -> Value + Send + Sync;
 pub struct Socket(PathBuf);
 
 impl Socket {
-    /// Starts to answer.
-    pub fn bind(directory: &Path, report: Arc<Report>) -> Result<Self> {
-        let path = directory.join(format!("{}.sock", std::process::id()));
+    /// Starts to answer, on a thread of that name.
+    pub fn bind(path: PathBuf, name: &str, answer: impl Fn(UnixStream) + Send + 'static) -> Result<Self> {
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).context("cannot protect the status socket")?;
-        let body = move || {
-            for stream in listener.incoming().flatten() {
-                if let Err(err) = answer(stream, &report()) {
-                    tracing::debug!(%err, "status not delivered");
-                }
-            }
-        };
-        thread::Builder::new().name("status".into()).spawn(body).context("no thread for the status socket")?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).context("cannot protect a socket")?;
+        let body = move || listener.incoming().flatten().for_each(answer);
+        thread::Builder::new().name(name.into()).spawn(body).context("no thread for a socket")?;
         Ok(Self(path))
     }
+}
+
+/// Starts to answer `softkvm status`.
+pub fn bind(directory: &Path, report: Arc<Report>) -> Result<Socket> {
+    Socket::bind(directory.join(format!("{}.sock", std::process::id())), "status", move |stream| {
+        if let Err(err) = answer(stream, &report()) {
+            tracing::debug!(%err, "status not delivered");
+        }
+    })
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
         if let Err(err) = fs::remove_file(&self.0) {
-            tracing::debug!(%err, path = %self.0.display(), "status socket not removed");
+            tracing::debug!(%err, path = %self.0.display(), "socket not removed");
         }
     }
 }
 
-fn answer(mut stream: UnixStream, report: &Value) -> std::io::Result<()> {
+pub(crate) fn answer(mut stream: UnixStream, report: &Value) -> std::io::Result<()> {
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.write_all(report.to_string().as_bytes())
 }
@@ -98,17 +103,22 @@ pub fn summary(report: &Value) -> Value {
 
 /// `softkvm status`.
 pub fn show(as_json: bool) -> Result<()> {
-    let mut reports = ask_all()?;
-    // In a namespace, or on a host, that is served: the daemon that serves it.
-    if let Some(at) = position_behind(Path::new("/dev/kvm"), &reports) {
-        reports = vec![reports.swap_remove(at)];
-    }
+    let reports = relevant()?;
     if as_json {
         println!("{}", serde_json::to_string_pretty(&merged(reports))?);
     } else {
         print!("{}", text(&reports));
     }
     Ok(())
+}
+
+/// In a namespace, or on a host, that is served: of the daemon that serves it. Otherwise of all.
+pub(crate) fn relevant() -> Result<Vec<Value>> {
+    let mut reports = ask_all()?;
+    if let Some(at) = position_behind(Path::new("/dev/kvm"), &reports) {
+        reports = vec![reports.swap_remove(at)];
+    }
+    Ok(reports)
 }
 
 /// The process that serves `device`, if a softkvm does.
@@ -144,7 +154,7 @@ fn ask_all() -> Result<Vec<Value>> {
         match ask(&path) {
             Ok(report) => reports.push(report),
             Err(err) if err.kind() == std::io::ErrorKind::PermissionDenied => {
-                bail!("only root may ask softkvm daemons. Next step: sudo softkvm status")
+                bail!("only root may ask softkvm daemons. Next step: the same with sudo")
             }
             // A daemon that was killed leaves its socket.
             Err(err) if err.kind() == std::io::ErrorKind::ConnectionRefused => {
@@ -179,7 +189,8 @@ fn merged(reports: Vec<Value>) -> Value {
 fn text(reports: &[Value]) -> String {
     let mut out = String::new();
     if reports.is_empty() {
-        out.push_str("no softkvm daemon is running. Next step: softkvm run -- CMD, or softkvm serve\n");
+        out.push_str(NO_DAEMON);
+        out.push('\n');
     }
     for report in reports {
         let daemon = &report["daemon"];

@@ -1,3 +1,4 @@
 //! How guests leave guest mode, seen by a VMM of our own.
 
 mod ends;
+mod profile;

@@ -27,5 +27,6 @@ pub fn inside(name: &str, within: Duration, body: impl FnOnce()) {
 fn again(name: &str) -> Result<Console> {
     let me = std::env::current_exe().context("our own path")?;
     let line = [me.as_os_str(), "--exact".as_ref(), name.as_ref(), "--nocapture".as_ref()];
-    Console::start(softkvm::run::<&str, _>(&[], &line)?.env(MARK, "1"))
+    // It need not build again what was built to start it.
+    Console::start(softkvm::run::<&str, _>(&[], &line)?.env(MARK, "1").env("SOFTKVM", softkvm::binary()?))
 }

@@ -122,6 +122,18 @@ impl Footing {
         unsafe { head.sub(1) }.cast_mut().cast()
     }
 
+    /// The bytes before a footing.
+    ///
+    /// # Safety
+    /// `footing` is one of an arena that lives as long as the slice is used, and `len` what it says.
+    #[inline(always)]
+    unsafe fn bytes<'a>(footing: *const Self, len: usize) -> &'a [u8] {
+        // SAFETY: `build` puts the slots of the bytes there.
+        let bytes = unsafe { footing.sub(Self::slots(len)) }.cast::<u8>();
+        // SAFETY: as above; they are written once, before anything leads to the head.
+        unsafe { std::slice::from_raw_parts(bytes, len) }
+    }
+
     /// Slots for the bytes of a trace.
     const fn slots(len: usize) -> usize {
         len.div_ceil(size_of::<Op>())
@@ -184,10 +196,8 @@ pub(crate) struct Traces {
     /// By host address, so that it does not matter by which guest-physical address a store comes (aliases of 2007).
     pages: Map<u64, CodePage>,
     singles: Vec<Option<Single>>,
-    /// How often the arena was emptied.
-    pub(crate) flushes: u64,
-    /// How many traces were decoded.
-    pub(crate) decoded: u64,
+    /// Traces that were dropped one by one.
+    pub(crate) dropped: u64,
 }
 
 /// An instruction that was executed by itself, kept by its bytes; its ops lie in the arena, in slots of their own.
@@ -242,8 +252,7 @@ impl Traces {
             by_address: Map::default(),
             pages: Map::default(),
             singles: vec![None; SINGLES],
-            flushes: 0,
-            decoded: 0,
+            dropped: 0,
         }
     }
 
@@ -258,7 +267,6 @@ impl Traces {
         self.list.clear();
         self.by_address.clear();
         self.pages.clear();
-        self.flushes += 1;
     }
 
     /// When an instruction was last executed by itself at offset `ip`, it went over the end of its page.
@@ -266,6 +274,22 @@ impl Traces {
         self.singles[single_index(ip)].is_some_and(|known| {
             known.ip == ip && known.mode == mode && (gpa & (PAGE - 1)) + u64::from(known.len) > PAGE
         })
+    }
+
+    /// The bytes that the trace there was decoded from, if there is one.
+    pub(crate) fn bytes_at(&self, gpa: u64, ip: u64, mode: Mode) -> Option<&[u8]> {
+        let trace = &self.list[*self.by_address.get(&(gpa, ip, mode.bits()))? as usize];
+        let len = trace.footing().len.into();
+        // SAFETY: a trace of the list has its head in the arena, which lives as long as the list.
+        let footing = unsafe { Footing::of(trace.head.as_ptr()) };
+        // SAFETY: as above; `len` is its own.
+        Some(unsafe { Footing::bytes(footing, len) })
+    }
+
+    /// The bytes of the instruction that was last executed by itself at offset `ip`, if they are still known.
+    pub(crate) fn single_bytes(&self, ip: u64, mode: Mode) -> Option<&[u8]> {
+        let known = self.singles[single_index(ip)].as_ref()?;
+        (known.ip == ip && known.mode == mode).then(|| &known.bytes[..known.len.into()])
     }
 
     /// Traces were decoded from the page at host address `page`.
@@ -330,6 +354,7 @@ impl Traces {
 
     /// Forgets a trace whose bytes have changed. Its ops stay where they are: links may lead there, to be sent away.
     fn kill(&mut self, index: u32) {
+        self.dropped += 1;
         let trace = &mut self.list[index as usize];
         trace.set_footing(Footing { dead: true, ..trace.footing() });
         // SAFETY: `head` is a head of the arena; no reference to it exists.
@@ -438,11 +463,8 @@ impl Cpu {
         if dead || picture != self.view.picture() {
             return false;
         }
-        let len = usize::from(len);
-        // SAFETY: `build` puts the slots of the bytes there.
-        let bytes = unsafe { footing.sub(Footing::slots(len)) }.cast::<u8>();
-        // SAFETY: as above; they are written once, before anything leads to the head.
-        let bytes = unsafe { std::slice::from_raw_parts(bytes, len) };
+        // SAFETY: the arena is this CPU's, and not freed in this function.
+        let bytes = unsafe { Footing::bytes(footing, len.into()) };
         // SAFETY: `host` was looked up in this picture of memory, and a trace does not leave its page.
         if !unsafe { host::equals(host, bytes) } {
             return false;
@@ -472,6 +494,7 @@ impl Cpu {
     pub(crate) fn make_room_for_traces(&mut self) {
         if self.traces.is_full() {
             self.traces.clear();
+            self.counts.arena_resets += 1;
             self.forget_jumps();
         }
     }
@@ -532,6 +555,7 @@ impl Cpu {
 
     /// Walks for a fetch of one byte at `la`.
     pub(crate) fn translate_fetch(&mut self, la: u64) -> Result<u64, mmu::PageFault> {
+        self.counts.fetch_walks += 1;
         let access = Access { kind: AccessKind::Fetch, user: self.cpl == 3, implicit: false };
         let paging = self.paging();
         let found = mmu::walk_cached(&self.view, &paging, LinearAddr(la), access, &mut self.tlb.structures)?;
@@ -590,7 +614,7 @@ impl Cpu {
         let key = (gpa, ip, mode.bits());
         self.traces.list.push(Trace { gpa, key, head: NonNull::new(first).expect("inside the arena") });
         self.traces.by_address.insert(key, index);
-        self.traces.decoded += 1;
+        self.counts.traces_decoded += 1;
         if self.traces.enter_page(index) {
             // From now on stores to this page take the slow path, whatever address they use.
             self.tlb.protect(ptr.as_ptr().addr() as u64);
@@ -815,7 +839,7 @@ fn lower_all(bytes: &[u8], ip: u64, mode: Mode, max: usize) -> (Vec<Lowered>, us
 
 /// Where a jump that lies before byte `len` goes, if the trace should go on there: `distance` bytes from its start,
 /// forward, not far, in what was fetched.
-fn followed(distance: u64, len: usize, fetched: usize) -> Option<usize> {
+pub(crate) fn followed(distance: u64, len: usize, fetched: usize) -> Option<usize> {
     /// Bytes between a jump and its target that a trace takes along.
     const GAP: usize = 64;
     let target = usize::try_from(distance).ok()?;

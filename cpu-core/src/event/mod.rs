@@ -124,6 +124,11 @@ pub(crate) fn deliver(cpu: &mut Cpu, what: Delivery) -> Option<Exit> {
     // Each round either ends or raises the class of `first`: benign, contributory or page fault, double fault.
     loop {
         if let Ok(Ok(())) = gate::enter(cpu, &event) {
+            *match what {
+                Delivery::Exception(_) | Delivery::Injected(_) => &mut cpu.counts.exceptions,
+                Delivery::External(_) => &mut cpu.counts.interrupts,
+                Delivery::Nmi => &mut cpu.counts.nmis,
+            } += 1;
             return None;
         }
         let mut fault = match cpu.stop.take() {

@@ -217,7 +217,6 @@ impl Vcpu {
     fn count(&mut self, start: Instant) {
         self.has_run = true;
         self.counters.run_ns.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
-        self.counters.instructions.store(self.cpu.instructions(), Relaxed);
     }
 
     pub(crate) fn interrupted(&mut self) -> Result<(), Errno> {

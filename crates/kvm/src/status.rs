@@ -1,6 +1,7 @@
 //! What `softkvm status` shows, and the counters behind it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use kvm_abi::EXIT_NAMES;
@@ -56,14 +57,53 @@ pub struct VcpuStatus {
 /// Counters of one vCPU; read by others while it runs.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
+    /// What the core counts, as of the last return from the guest.
+    pub(crate) core: Arc<cpu_core::Profile>,
     vmx: [AtomicU64; Reason::COUNT],
     kvm: [AtomicU64; EXIT_NAMES.len()],
-    pub(crate) instructions: AtomicU64,
     pub(crate) run_ns: AtomicU64,
     pub(crate) running: AtomicBool,
 }
 
+/// Exits by reason, at one moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Exits {
+    vmx: [u64; Reason::COUNT],
+    kvm: [u64; EXIT_NAMES.len()],
+}
+
+impl Exits {
+    /// What came since `before`.
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        Self {
+            vmx: std::array::from_fn(|i| self.vmx[i] - before.vmx[i]),
+            kvm: std::array::from_fn(|i| self.kvm[i] - before.kvm[i]),
+        }
+    }
+
+    /// As two fields of a [`VcpuStatus`]: those that happened, by name.
+    pub(crate) fn named(&self) -> VcpuStatus {
+        let named = |(name, &count): (&str, &u64)| (count > 0).then(|| (name.to_owned(), count));
+        VcpuStatus {
+            vmx_exits: Reason::NAMES.into_iter().zip(&self.vmx).filter_map(named).collect(),
+            kvm_exits: EXIT_NAMES.into_iter().zip(&self.kvm).filter_map(named).collect(),
+            ..VcpuStatus::default()
+        }
+    }
+}
+
 impl Counters {
+    /// Nothing yet, with the core's.
+    pub(crate) fn new(core: Arc<cpu_core::Profile>) -> Self {
+        Self { core, ..Self::default() }
+    }
+
+    /// Exits by reason.
+    pub(crate) fn all_exits(&self) -> Exits {
+        let now = |counter: &AtomicU64| counter.load(Relaxed);
+        Exits { vmx: self.vmx.each_ref().map(now), kvm: self.kvm.each_ref().map(now) }
+    }
+
     /// The core came back.
     pub(crate) fn vmx_exit(&self, reason: Reason) {
         self.vmx[reason as usize].fetch_add(1, Relaxed);
@@ -92,7 +132,7 @@ impl Counters {
     }
 
     pub(crate) fn instructions(&self) -> u64 {
-        self.instructions.load(Relaxed)
+        self.core.instructions()
     }
 
     pub(crate) fn run_ns(&self) -> u64 {
@@ -105,17 +145,12 @@ impl Counters {
 
     /// All of it, as of now.
     pub(crate) fn status(&self, id: u32) -> VcpuStatus {
-        let named = |(name, counter): (&str, &AtomicU64)| {
-            let count = counter.load(Relaxed);
-            (count > 0).then(|| (name.to_owned(), count))
-        };
         VcpuStatus {
             id,
             running: self.running.load(Relaxed),
-            instructions: self.instructions.load(Relaxed),
+            instructions: self.instructions(),
             run_ns: self.run_ns.load(Relaxed),
-            vmx_exits: Reason::NAMES.into_iter().zip(&self.vmx).filter_map(named).collect(),
-            kvm_exits: EXIT_NAMES.into_iter().zip(&self.kvm).filter_map(named).collect(),
+            ..self.all_exits().named()
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The system file: what open("/dev/kvm") gives, and the list of VMs behind it.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use mmu::Mapping;
@@ -22,6 +22,8 @@ pub struct Kvm {
     vms: Mutex<Vec<Weak<Vm>>>,
     ended: Mutex<VecDeque<VmStatus>>,
     created: AtomicU64,
+    /// Somebody takes a profile.
+    pub(crate) profiled: AtomicBool,
 }
 
 impl Kvm {
@@ -37,8 +39,15 @@ impl Kvm {
 
     /// What there is now, and the last VMs that ended.
     pub fn status(&self) -> Status {
-        let vms: Vec<Arc<Vm>> = self.vms.lock().iter().filter_map(Weak::upgrade).collect();
-        Status { vms: vms.iter().map(|vm| vm.status()).collect(), ended: self.ended.lock().iter().cloned().collect() }
+        Status {
+            vms: self.vms().iter().map(|vm| vm.status()).collect(),
+            ended: self.ended.lock().iter().cloned().collect(),
+        }
+    }
+
+    /// The VMs that there are.
+    pub(crate) fn vms(&self) -> Vec<Arc<Vm>> {
+        self.vms.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
     /// A number for a new VM, from 1.

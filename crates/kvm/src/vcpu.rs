@@ -102,7 +102,7 @@ impl VcpuFile {
         let kick: Arc<Kick> = cpu.kicker();
         machine.set_kick(kick.clone());
         let waker = Waker::new(kick.clone());
-        let counters = Arc::<Counters>::default();
+        let counters = Arc::new(Counters::new(cpu.profile()));
 
         let mut vcpus = vm.vcpus.lock();
         if vcpus.contains_key(&id) {
