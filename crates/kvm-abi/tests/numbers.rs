@@ -100,6 +100,12 @@ const OF_TODAY: &[(u32, u32)] = &[
     (KVM_SET_XSAVE, 0x5000_aea5),
     (KVM_GET_XCRS, 0x8188_aea6),
     (KVM_SET_XCRS, 0x4188_aea7),
+    (KVM_CREATE_PIT, 0x0000_ae64),
+    (KVM_GET_PIT, 0xc048_ae65),
+    (KVM_SET_PIT, 0x8048_ae66),
+    (KVM_SET_PMU_EVENT_FILTER, 0x4020_aeb2),
+    (KVM_SMI, 0x0000_aeb7),
+    (KVM_CREATE_DEVICE, 0xc00c_aee0),
 ];
 
 #[test]
