@@ -37,8 +37,11 @@ struct Request {
     top: usize,
 }
 
+/// Of a daemon's socket, whose name is its PID.
+pub(crate) const EXTENSION: &str = "profile";
+
 fn path(directory: &Path, pid: impl std::fmt::Display) -> PathBuf {
-    directory.join(format!("{pid}.profile"))
+    directory.join(format!("{pid}.{EXTENSION}"))
 }
 
 /// Starts to answer `softkvm profile`.

@@ -17,6 +17,7 @@ use nix::sys::stat::{major, minor};
 use serde_json::{Value, json};
 
 use crate::front::Front;
+use crate::profile;
 
 /// Where the sockets are: `PID.sock`.
 pub const DIRECTORY: &str = "/run/softkvm";
@@ -156,8 +157,9 @@ fn ask_all() -> Result<Vec<Value>> {
             Err(err) if err.kind() == std::io::ErrorKind::PermissionDenied => {
                 bail!("only root may ask softkvm daemons. Next step: the same with sudo")
             }
-            // A daemon that was killed leaves its socket.
+            // A daemon that was killed leaves its sockets.
             Err(err) if err.kind() == std::io::ErrorKind::ConnectionRefused => {
+                let _ = fs::remove_file(path.with_extension(profile::EXTENSION));
                 let _ = fs::remove_file(&path);
             }
             Err(err) => tracing::warn!(%err, path = %path.display(), "a daemon does not answer"),
