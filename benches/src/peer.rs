@@ -154,7 +154,7 @@ impl Counter {
         for entry in fs::read_dir("/run/softkvm").context("no daemon of softkvm's answers")? {
             let path = entry?.path();
             let daemon = path.file_stem().and_then(|pid| pid.to_str()?.parse().ok()).map(Pid::from_raw);
-            if daemon.and_then(parent_of) == Some(run) {
+            if path.extension().is_some_and(|kind| kind == "sock") && daemon.and_then(parent_of) == Some(run) {
                 return Ok(Self(path));
             }
         }
