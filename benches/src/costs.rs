@@ -66,7 +66,7 @@ fn best(guest: &mut Guest) -> Result<f64> {
 }
 
 /// `body` so many times, counted in ECX.
-fn repeat(a: &mut CodeAssembler, times: u32, body: impl Fn(&mut CodeAssembler) -> Write) -> Write {
+pub(crate) fn repeat(a: &mut CodeAssembler, times: u32, body: impl Fn(&mut CodeAssembler) -> Write) -> Write {
     let mut again = a.create_label();
     a.mov(ecx, times)?;
     a.set_label(&mut again)?;

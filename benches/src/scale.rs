@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use tiny_vmm::code_asm::*;
 use tiny_vmm::{Alarm, Guest, Mode, assemble};
 
+use crate::costs::repeat;
 use crate::row::Row;
 
 const PAIR: &str = "2 busy vCPUs, beside one";
@@ -52,11 +53,7 @@ fn another(guest: &mut Guest, id: u64) -> Result<VcpuFd> {
 /// Work that two vCPUs of one VM do in the time in which one does a part of it: 2 is the most.
 fn pair() -> Result<f64> {
     let code = assemble(Mode::Long, |a| {
-        let mut again = a.create_label();
-        a.mov(ecx, ITERATIONS)?;
-        a.set_label(&mut again)?;
-        a.dec(ecx)?;
-        a.jnz(again)?;
+        repeat(a, ITERATIONS, |_| Ok(()))?;
         a.hlt()
     })?;
     let mut guest = Guest::new(Mode::Long, RAM, &code)?;

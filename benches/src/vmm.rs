@@ -11,6 +11,7 @@ use softkvm_tests::softkvm;
 use tiny_vmm::code_asm::*;
 use tiny_vmm::{Guest, Mode, VcpuExit, assemble};
 
+use crate::costs::repeat;
 use crate::row::Row;
 
 const OUT: &str = "exit round trip, OUT, tiny VMM";
@@ -124,11 +125,7 @@ fn first_instruction() -> Result<f64> {
 /// Guest instructions per microsecond in `dec; jnz`.
 fn tight_loop() -> Result<f64> {
     let code = assemble(Mode::Long, |a| {
-        let mut again = a.create_label();
-        a.mov(ecx, ITERATIONS)?;
-        a.set_label(&mut again)?;
-        a.dec(ecx)?;
-        a.jnz(again)?;
+        repeat(a, ITERATIONS, |_| Ok(()))?;
         a.hlt()
     })?;
     let mut guest = Guest::new(Mode::Long, RAM, &code)?;

@@ -2,7 +2,7 @@
 //! that faults half-way. SDM Vol. 3, chapter "Protection"; Vol. 2 "MOV—Move" for the checks of each register.
 
 use x86_defs::descriptor::system_type;
-use x86_defs::{Cr0, Descriptor, Rflags, Selector};
+use x86_defs::{AccessRights, Cr0, Descriptor, Rflags, Selector};
 
 use crate::cpu::{Cpu, Stop};
 use crate::fault::Fault;
@@ -258,11 +258,15 @@ impl Cpu {
 impl Segment {
     /// The register that a descriptor makes.
     pub(crate) fn of(selector: Selector, raw: Descriptor) -> Self {
-        let rights = raw.rights();
+        Self::with_rights(selector.0, raw.base().into(), raw.limit(), raw.rights())
+    }
+
+    /// One that is usable.
+    pub(crate) fn with_rights(selector: u16, base: u64, limit: u32, rights: AccessRights) -> Self {
         Self {
-            selector: selector.0,
-            base: raw.base().into(),
-            limit: raw.limit(),
+            selector,
+            base,
+            limit,
             type_: rights.typ(),
             s: rights.s(),
             dpl: rights.dpl(),

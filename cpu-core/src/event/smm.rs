@@ -171,20 +171,7 @@ fn rights_of(segment: &Segment) -> u32 {
 
 /// One that is not present is unusable, as `emulator_set_segment` has it.
 fn segment_of(selector: u16, base: u64, limit: u32, rights: AccessRights) -> Segment {
-    Segment {
-        selector,
-        base,
-        limit,
-        type_: rights.typ(),
-        s: rights.s(),
-        dpl: rights.dpl(),
-        present: rights.p(),
-        avl: rights.avl(),
-        l: rights.l(),
-        db: rights.db(),
-        g: rights.g(),
-        unusable: !rights.p(),
-    }
+    Segment { unusable: !rights.p(), ..Segment::with_rights(selector, base, limit, rights) }
 }
 
 impl Cpu {
