@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 
 use crate::access::By;
 use crate::cpu::{Cpu, Done, JumpEntry, Stop, Then};
+use crate::decode::trace::At;
 use crate::flags::Flags;
 use crate::host::HostWord;
 use crate::state::Seg;
@@ -512,34 +513,31 @@ impl Semantics for Enter {
 unsafe fn enter_again(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
     let running = unsafe { &mut *cpu };
-    // SAFETY: called with a head only.
-    if unsafe { may_enter(running, op, fa, fb, budget) } {
+    // SAFETY: called with a head of this CPU's arena only.
+    let head = unsafe { At::new(op) };
+    let stands = budget > 0 && !running.kick.asked() && running.stands(head);
+    // SAFETY: as above, copied out.
+    if stands || running.may_enter(unsafe { *op.cast::<Head>() }, fa, fb, budget) {
         let m = Machine { cpu, op, fa, fb, budget };
         // The stamp is the current one now, unless attention was asked for in between: then it ends here the next time.
         dispatch!(cpu, op, m)
     }
 }
 
-/// True: the trace is what memory holds, go on. False: the CPU is ready for the loop.
-///
-/// # Safety
-/// `op` is a head of the CPU's arena.
-#[inline(never)]
-unsafe fn may_enter(cpu: &mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) -> bool {
-    // SAFETY: the caller's.
-    if budget > 0 && !cpu.kick.asked() && unsafe { cpu.stands(op) } {
-        return true;
+impl Cpu {
+    /// True: the trace is what memory holds, go on. False: the CPU is ready for the loop.
+    #[cold]
+    #[inline(never)]
+    fn may_enter(&mut self, head: Head, fa: u64, fb: u64, budget: i64) -> bool {
+        if budget > 0 && self.trace_is_current(head.trace) {
+            return true;
+        }
+        self.fa = fa;
+        self.fb = fb;
+        self.budget = budget;
+        self.rip = head.ip;
+        false
     }
-    // SAFETY: the caller's, copied out.
-    let head = unsafe { *op.cast::<Head>() };
-    if budget > 0 && cpu.trace_is_current(head.trace) {
-        return true;
-    }
-    cpu.fa = fa;
-    cpu.fb = fb;
-    cpu.budget = budget;
-    cpu.rip = head.ip;
-    false
 }
 
 /// Behind a trace that ended for want of space: goes on at the op's own address, as a jump to it would.

@@ -94,7 +94,7 @@ type Map<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 struct Trace {
     gpa: u64,
     key: (u64, u64, u8),
-    head: NonNull<Op>,
+    head: At,
 }
 
 /// In the slot before a trace's head: what the trace stands on. The slots before it hold the bytes that it was decoded from, from
@@ -112,49 +112,62 @@ struct Footing {
 
 const _: () = assert!(size_of::<Footing>() == size_of::<Op>() && align_of::<Footing>() == align_of::<Op>());
 
-impl Footing {
-    /// That of the trace with this head.
-    ///
+/// The head of a trace: a slot of the arena, with the trace's footing before it and the bytes before that.
+#[derive(Clone, Copy)]
+pub(crate) struct At(NonNull<Op>);
+
+impl At {
     /// # Safety
-    /// `head` is a head of an arena that is alive, with whose owner the caller is.
-    unsafe fn of(head: *const Op) -> *mut Self {
-        // SAFETY: the caller's: `build` puts a footing before each head.
-        unsafe { head.sub(1) }.cast_mut().cast()
+    /// `head` is a head that [`Cpu::build`] made in an arena that outlives all use of this.
+    // SAFETY: that is all that the methods rely on.
+    pub(crate) unsafe fn new(head: *const Op) -> Self {
+        // SAFETY: the caller's: a slot of the arena.
+        Self(unsafe { NonNull::new_unchecked(head.cast_mut()) })
     }
 
-    /// The bytes before a footing.
-    ///
-    /// # Safety
-    /// `footing` is one of an arena that lives as long as the slice is used, and `len` what it says.
-    #[inline(always)]
-    unsafe fn bytes<'a>(footing: *const Self, len: usize) -> &'a [u8] {
-        // SAFETY: `build` puts the slots of the bytes there.
-        let bytes = unsafe { footing.sub(Self::slots(len)) }.cast::<u8>();
+    fn as_ptr(self) -> *const Op {
+        self.0.as_ptr()
+    }
+
+    fn place(self) -> *mut Footing {
+        // SAFETY: a slot of the arena is before it.
+        unsafe { self.0.as_ptr().sub(1) }.cast()
+    }
+
+    /// A copy.
+    fn footing(self) -> Footing {
+        // SAFETY: a footing is there, and nobody has a reference to it.
+        unsafe { self.place().read() }
+    }
+
+    fn set_footing(self, footing: Footing) {
+        // SAFETY: as in `footing`.
+        unsafe { self.place().write(footing) };
+    }
+
+    /// What the trace was decoded from: `len` bytes, as its footing says.
+    fn bytes(&self, len: u16) -> &[u8] {
+        let len = usize::from(len);
+        // SAFETY: so many slots before the footing hold the bytes.
+        let bytes = unsafe { self.place().sub(slots(len)) }.cast::<u8>();
         // SAFETY: as above; they are written once, before anything leads to the head.
         unsafe { std::slice::from_raw_parts(bytes, len) }
     }
 
-    /// Slots for the bytes of a trace.
-    const fn slots(len: usize) -> usize {
-        len.div_ceil(size_of::<Op>())
+    fn stamp(self) -> u64 {
+        // SAFETY: a head is there.
+        unsafe { (*self.0.as_ptr().cast::<Head>()).stamp }
+    }
+
+    fn set_stamp(self, stamp: u64) {
+        // SAFETY: a head is there, and nobody has a reference to it.
+        unsafe { (*self.0.as_ptr().cast::<Head>()).stamp = stamp };
     }
 }
 
-impl Trace {
-    /// A copy of what it stands on.
-    fn footing(&self) -> Footing {
-        // SAFETY: a trace of the list has its head in the arena.
-        let footing = unsafe { Footing::of(self.head.as_ptr()) };
-        // SAFETY: as above; nobody has a reference to it.
-        unsafe { footing.read() }
-    }
-
-    fn set_footing(&mut self, footing: Footing) {
-        // SAFETY: as in `footing`.
-        let at = unsafe { Footing::of(self.head.as_ptr()) };
-        // SAFETY: as above.
-        unsafe { at.write(footing) };
-    }
+/// Slots for the bytes of a trace.
+const fn slots(len: usize) -> usize {
+    len.div_ceil(size_of::<Op>())
 }
 
 /// Which line of 64 bytes of its page an address lies in.
@@ -279,11 +292,7 @@ impl Traces {
     /// The bytes that the trace there was decoded from, if there is one.
     pub(crate) fn bytes_at(&self, gpa: u64, ip: u64, mode: Mode) -> Option<&[u8]> {
         let trace = &self.list[*self.by_address.get(&(gpa, ip, mode.bits()))? as usize];
-        let len = trace.footing().len.into();
-        // SAFETY: a trace of the list has its head in the arena, which lives as long as the list.
-        let footing = unsafe { Footing::of(trace.head.as_ptr()) };
-        // SAFETY: as above; `len` is its own.
-        Some(unsafe { Footing::bytes(footing, len) })
+        Some(trace.head.bytes(trace.head.footing().len))
     }
 
     /// The bytes of the instruction that was last executed by itself at offset `ip`, if they are still known.
@@ -305,7 +314,7 @@ impl Traces {
 
     /// Enters a trace into the page that its host address lies in. True: the page had none.
     fn enter_page(&mut self, index: u32) -> bool {
-        let Footing { host, len, .. } = self.list[index as usize].footing();
+        let Footing { host, len, .. } = self.list[index as usize].head.footing();
         let (from, to) = (line_of(host), line_of(host + u64::from(len) - 1));
         let page = self.pages.entry(host & !(PAGE - 1)).or_default();
         let new = page.lines == 0;
@@ -316,7 +325,7 @@ impl Traces {
     }
 
     fn leave_page(&mut self, index: u32) {
-        if let Some(page) = self.pages.get_mut(&(self.list[index as usize].footing().host & !(PAGE - 1))) {
+        if let Some(page) = self.pages.get_mut(&(self.list[index as usize].head.footing().host & !(PAGE - 1))) {
             page.traces.retain(|&other| other != index);
         }
     }
@@ -342,10 +351,9 @@ impl Traces {
         }
         for &index in &page.traces {
             let trace = &self.list[index as usize];
-            let footing = trace.footing();
+            let footing = trace.head.footing();
             if host < footing.host + u64::from(footing.len) && footing.host < host + u64::from(size) {
-                // SAFETY: `head` is a head of the arena; no reference to it exists.
-                unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
+                trace.head.set_stamp(0);
                 hit = Written::Code;
             }
         }
@@ -355,10 +363,9 @@ impl Traces {
     /// Forgets a trace whose bytes have changed. Its ops stay where they are: links may lead there, to be sent away.
     fn kill(&mut self, index: u32) {
         self.dropped += 1;
-        let trace = &mut self.list[index as usize];
-        trace.set_footing(Footing { dead: true, ..trace.footing() });
-        // SAFETY: `head` is a head of the arena; no reference to it exists.
-        unsafe { (*trace.head.as_ptr().cast::<Head>()).stamp = 0 };
+        let trace = &self.list[index as usize];
+        trace.head.set_footing(Footing { dead: true, ..trace.head.footing() });
+        trace.head.set_stamp(0);
         if self.by_address.get(&trace.key) == Some(&index) {
             self.by_address.remove(&trace.key);
         }
@@ -430,7 +437,7 @@ impl Cpu {
         }
         let picture = self.view.picture();
         let trace = &self.traces.list[index as usize];
-        let (head, footing) = (trace.head.as_ptr(), trace.footing());
+        let (head, footing) = (trace.head, trace.head.footing());
         if footing.dead {
             return false;
         }
@@ -441,50 +448,39 @@ impl Cpu {
             };
             self.settle_trace(index, ptr.as_ptr().addr() as u64, picture);
         }
-        // SAFETY: a head of this CPU's arena.
-        if !unsafe { self.stands(head) } {
+        if !self.stands(head) {
             self.drop_trace(index);
             return false;
         }
         true
     }
 
-    /// Notes that the bytes that the trace of `head` was decoded from are still there. False: they are not, or somebody must
-    /// look where they are now.
-    ///
-    /// # Safety
-    /// `head` is a head of this CPU's arena.
+    /// Notes that the bytes that the trace of `head`, one of this CPU's, was decoded from are still there. False: they are not,
+    /// or somebody must look where they are now.
     #[inline(always)]
-    pub(crate) unsafe fn stands(&mut self, head: *const Op) -> bool {
-        // SAFETY: the caller's.
-        let footing = unsafe { Footing::of(head) };
-        // SAFETY: as above, copied out.
-        let Footing { host, picture, len, dead } = unsafe { footing.read() };
+    pub(crate) fn stands(&mut self, head: At) -> bool {
+        let Footing { host, picture, len, dead } = head.footing();
         if dead || picture != self.view.picture() {
             return false;
         }
-        // SAFETY: the arena is this CPU's, and not freed in this function.
-        let bytes = unsafe { Footing::bytes(footing, len.into()) };
         // SAFETY: `host` was looked up in this picture of memory, and a trace does not leave its page.
-        if !unsafe { host::equals(host, bytes) } {
+        if !unsafe { host::equals(host, head.bytes(len)) } {
             return false;
         }
-        // SAFETY: the caller's; no reference to it exists.
-        unsafe { (*head.cast_mut().cast::<Head>()).stamp = self.kick.epoch() };
+        head.set_stamp(self.kick.epoch());
         true
     }
 
     /// A new picture of memory has the page of a trace at host address `page`.
     fn settle_trace(&mut self, index: u32, page: u64, picture: u64) {
-        let trace = &mut self.traces.list[index as usize];
-        let footing = Footing { picture, ..trace.footing() };
-        trace.set_footing(footing);
+        let head = self.traces.list[index as usize].head;
+        let footing = Footing { picture, ..head.footing() };
+        head.set_footing(footing);
         if footing.host & !(PAGE - 1) == page {
             return;
         }
         self.traces.leave_page(index);
-        let trace = &mut self.traces.list[index as usize];
-        trace.set_footing(Footing { host: page | trace.gpa & (PAGE - 1), ..footing });
+        head.set_footing(Footing { host: page | footing.host & (PAGE - 1), ..footing });
         if self.traces.enter_page(index) {
             self.tlb.protect(page);
         }
@@ -532,11 +528,9 @@ impl Cpu {
         let Some(gpa) = self.fetch_address(la) else { return NONE };
         let key = (gpa, ip, mode.bits());
         if let Some(&index) = self.traces.by_address.get(&key) {
-            let head = self.traces.list[index as usize].head.as_ptr();
-            // SAFETY: `head` is a head of the arena.
-            let stamp = unsafe { (*head.cast::<Head>()).stamp };
-            if stamp == self.kick.epoch() || self.trace_is_current(index) {
-                return head;
+            let head = self.traces.list[index as usize].head;
+            if head.stamp() == self.kick.epoch() || self.trace_is_current(index) {
+                return head.as_ptr();
             }
             if self.kick.asked() {
                 return NONE;
@@ -587,7 +581,7 @@ impl Cpu {
         }
         let index = self.traces.list.len() as u32;
         let copy = self.traces.push(blank(handler::<Enter>));
-        for _ in 1..Footing::slots(len) {
+        for _ in 1..slots(len) {
             self.traces.push(blank(handler::<Enter>));
         }
         // SAFETY: that many slots were pushed just now, one behind the other.
@@ -612,7 +606,7 @@ impl Cpu {
         // SAFETY: `footing` was pushed just now; `Footing` has the size and alignment of `Op`.
         unsafe { footing.cast::<Footing>().write(standing) };
         let key = (gpa, ip, mode.bits());
-        self.traces.list.push(Trace { gpa, key, head: NonNull::new(first).expect("inside the arena") });
+        self.traces.list.push(Trace { gpa, key, head: At(NonNull::new(first).expect("inside the arena")) });
         self.traces.by_address.insert(key, index);
         self.counts.traces_decoded += 1;
         if self.traces.enter_page(index) {
