@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use kvm_bindings::{KVM_CAP_X86_DISABLE_EXITS, KVM_X86_DISABLE_EXITS_PAUSE, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use nix::errno::Errno;
 use tiny_vmm::code_asm::*;
@@ -16,9 +17,11 @@ use crate::row::Row;
 
 const PAIR: &str = "2 busy vCPUs, beside one";
 const SLOWEST: &str = "16 busy vCPUs: the slowest beside the mean";
+const LOCK: &str = "8 vCPUs at a ticket lock: takes of it";
+const LOCK_KEPT: &str = "the same, without exits on PAUSE";
 const IDLE_CPU: &str = "50 idle VMs of 128 MiB: daemon's CPU time";
 const IDLE_MEMORY: &str = "50 idle VMs of 128 MiB: daemon's memory, each";
-pub(crate) const NAMES: &[&str] = &[PAIR, SLOWEST, IDLE_CPU, IDLE_MEMORY];
+pub(crate) const NAMES: &[&str] = &[PAIR, SLOWEST, LOCK, LOCK_KEPT, IDLE_CPU, IDLE_MEMORY];
 
 const RAM: usize = 2 << 20;
 /// Behind code, stack and paging structures.
@@ -26,6 +29,7 @@ const DATA: u64 = 1 << 20;
 const ITERATIONS: u32 = 400_000_000;
 const ROUNDS: usize = 3;
 const MANY: u64 = 16;
+const AT_LOCK: u64 = 8;
 const WATCHED: Duration = Duration::from_secs(5);
 const IDLE_VMS: usize = 50;
 const IDLE_RAM: usize = 128 << 20;
@@ -36,6 +40,8 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
     Ok(vec![
         Row::new(PAIR, "times", Some(pair()?), None),
         Row::new(SLOWEST, "%", Some(slowest()?), None),
+        Row::new(LOCK, "per ms", Some(ticket_lock(0)?), None),
+        Row::new(LOCK_KEPT, "per ms", Some(ticket_lock(KVM_X86_DISABLE_EXITS_PAUSE)?), None),
         Row::new(IDLE_CPU, "% of one", Some(cpu), None),
         Row::new(IDLE_MEMORY, "MiB", Some(memory), None),
     ])
@@ -125,6 +131,48 @@ fn slowest() -> Result<f64> {
         .collect();
     let mean = counts.iter().sum::<f64>() / counts.len() as f64;
     Ok(counts.iter().copied().fold(f64::INFINITY, f64::min) * 100.0 / mean)
+}
+
+/// How often vCPUs that take a lock in turn get it, in a millisecond of all.
+fn ticket_lock(disabled_exits: u32) -> Result<f64> {
+    let code = assemble(Mode::Long, |a| {
+        let (mut again, mut wait, mut mine) = (a.create_label(), a.create_label(), a.create_label());
+        a.set_label(&mut again)?;
+        a.mov(eax, 1)?;
+        a.lock().xadd(dword_ptr(rdi), eax)?;
+        a.set_label(&mut wait)?;
+        a.cmp(eax, dword_ptr(rdi + 64))?;
+        a.je(mine)?;
+        a.pause()?;
+        a.jmp(wait)?;
+        a.set_label(&mut mine)?;
+        repeat(a, 100, |_| Ok(()))?;
+        a.inc(dword_ptr(rdi + 64))?;
+        repeat(a, 100, |_| Ok(()))?;
+        a.jmp(again)
+    })?;
+    let mut guest = Guest::new(Mode::Long, RAM, &code)?;
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_DISABLE_EXITS, ..Default::default() };
+    cap.args[0] = disabled_exits.into();
+    guest.vm().enable_cap(&cap).context("KVM_CAP_X86_DISABLE_EXITS")?;
+    let vcpus: Vec<VcpuFd> = (1..=AT_LOCK).map(|id| another(&mut guest, id)).collect::<Result<_>>()?;
+    thread::scope(|scope| {
+        let running: Vec<_> = vcpus
+            .into_iter()
+            .map(|mut vcpu| {
+                scope.spawn(move || -> Result<()> {
+                    let mut regs = vcpu.get_regs()?;
+                    regs.rdi = DATA;
+                    vcpu.set_regs(&regs)?;
+                    until_interrupted(&mut vcpu, WATCHED)
+                })
+            })
+            .collect();
+        running.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))
+    })?;
+    let takes = &guest.ram()[DATA as usize + 64..][..4];
+    let takes = u32::from_le_bytes(takes.try_into().expect("four bytes"));
+    Ok(f64::from(takes) / WATCHED.as_secs_f64() / 1e3)
 }
 
 fn until_interrupted(vcpu: &mut VcpuFd, time: Duration) -> Result<()> {

@@ -16,6 +16,7 @@ use crate::decode::trace::{LinkedPages, Traces};
 use crate::event::smm::SMBASE_RESET;
 use crate::fault::Fault;
 use crate::flags::{Flags, STATUS};
+use crate::isa::PauseLoop;
 use crate::op::{Op, RasEntry};
 use crate::platform::Platform;
 use crate::profile::{Counts, Profile, Ran};
@@ -174,6 +175,7 @@ pub struct Cpu {
     pub(crate) keep_rf: bool,
     /// The running instruction takes no single-step trap (MOV SS, or it was delivered as an exception).
     pub(crate) suppress_step: bool,
+    pub(crate) pause_loop: PauseLoop,
     /// Length of the IN, OUT, INS or OUTS that exited.
     pub(crate) io_len: u8,
     /// #DB causes to be reported once the current instruction is done.
@@ -396,6 +398,7 @@ impl Cpu {
             shadow_wanted: false,
             keep_rf: false,
             suppress_step: false,
+            pause_loop: PauseLoop::default(),
             io_len: 0,
             debug_pending: 0,
             instructions: 0,

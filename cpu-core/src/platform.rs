@@ -64,6 +64,11 @@ pub trait Platform: Send {
         false
     }
 
+    /// PAUSE-loop exiting is on now: the guest had better leave the processor than spin.
+    fn exits_on_pause_loops(&mut self) -> bool {
+        false
+    }
+
     /// What becomes of VMCALL, or of VMMCALL where `amd`.
     fn hypercall(&mut self, amd: bool) -> Hypercall {
         let _ = amd;

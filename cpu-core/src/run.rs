@@ -9,6 +9,7 @@ use crate::cpu::{ASKED_RETURN, ASKED_SAMPLE, Cpu, Stop, StopReason};
 use crate::decode::trace::MAX_INSTRUCTION_BYTES;
 use crate::event::{self, Delivery};
 use crate::fault::{Fault, Origin};
+use crate::isa::PauseLoop;
 use crate::op::QUANTUM;
 use crate::state::{Breakpoints, Seg};
 use crate::vmx::{Exit, Io, Mmio};
@@ -90,6 +91,7 @@ impl Cpu {
         // Whatever the VMM did to memory while we were away is visible to fetches from here on.
         self.serialize();
         self.fpu.settle();
+        self.pause_loop = PauseLoop::default();
         // Whatever was asked for meanwhile was not of the guest's time.
         self.kick.take_sample();
     }

@@ -28,6 +28,8 @@ pub enum Exit {
     Msr(MsrAccess),
     /// Reason 33: guest state that VM entry refuses.
     EntryFailure,
+    /// Reason 40: PAUSE in a loop, if the platform wants an exit for it. RIP is behind it.
+    Pause,
     /// Reason 48 on memory that no slot holds, or a write to a read-only slot.
     Mmio(Mmio),
     /// Reason 48 while an event was being delivered: its descriptor tables or TSS lie where there is no RAM.

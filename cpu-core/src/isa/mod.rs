@@ -42,6 +42,8 @@ use crate::fault::Fault;
 use crate::op::{Op, plain};
 use crate::vmx::Exit;
 
+pub(crate) use self::system::PauseLoop;
+
 /// What a row stands for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Key {

@@ -56,7 +56,6 @@ pub(super) const ROWS: &[Row] = &[
     row(M::Bswap, bswap),
     row(M::Movbe, movbe),
     row(M::Nop, nop),
-    row(M::Pause, nop),
     row(M::Endbr32, nop),
     row(M::Endbr64, nop),
     row(M::Reservednop, nop),

@@ -1,4 +1,4 @@
-//! HLT, CPUID, RDTSC RDTSCP RDPMC RDPID, RDMSR WRMSR, MONITOR MWAIT, VMCALL, RSM and the opcodes that are #UD on purpose. SDM Vol. 2,
+//! HLT, CPUID, RDTSC RDTSCP RDPMC RDPID, RDMSR WRMSR, MONITOR MWAIT, PAUSE, VMCALL, RSM and the opcodes that are #UD on purpose. SDM Vol. 2,
 //! the page of each mnemonic.
 
 use iced_x86::Mnemonic as M;
@@ -30,6 +30,7 @@ pub(super) const ROWS: &[Row] = &[
     row(M::Vmcall, function_ends(vmcall)),
     row(M::Vmmcall, function_ends(vmmcall)),
     row(M::Rsm, function_ends(rsm)),
+    row(M::Pause, |d| calm(d, pause)),
     // Without shadow stacks, MPX and the hints these are the no-ops of 0F 0D, 0F 18 to 0F 1F: no operand is touched.
     row(M::Rdsspd, |d| calm(d, nothing)),
     row(M::Rdsspq, |d| calm(d, nothing)),
@@ -95,6 +96,42 @@ fn hlt(cpu: &mut Cpu, _: &Op) -> Done {
 fn monitor(cpu: &mut Cpu, _: &Op) -> Done {
     let lacks = !cpu.offers(&cpuid::MONITOR) && cpu.platform.mwait_needs_cpuid();
     if cpu.cpl == 0 && !lacks { Ok(Then::Leave) } else { Err(cpu.undefined()) }
+}
+
+/// A loop of PAUSE is one while less host time passes between two of them: PLE_Gap, which KVM sets to 128 counts of the TSC. What a
+/// guest does between takes an interpreter about eight times as long as a processor.
+const PLE_GAP: u64 = 8 * 128;
+/// Host time in a loop of PAUSE until it exits: PLE_Window, 4096 with KVM.
+const PLE_WINDOW: u64 = 8 * 4096;
+
+/// When PAUSE was executed, by the host's counter.
+#[derive(Debug, Default)]
+pub(crate) struct PauseLoop {
+    first: u64,
+    last: u64,
+}
+
+impl PauseLoop {
+    /// SDM Vol. 3 "Instructions That Cause VM Exits Conditionally", PAUSE with PAUSE-loop exiting: one is executed, and exits. After
+    /// an exit the next one begins a loop.
+    fn exits(&mut self, now: u64) -> bool {
+        if now.wrapping_sub(self.last) > PLE_GAP {
+            self.first = now;
+        }
+        self.last = now;
+        now.wrapping_sub(self.first) > PLE_WINDOW
+    }
+}
+
+/// SDM Vol. 2 "PAUSE". Above CPL 0 no loop of it exits; nor does one that is single-stepped.
+fn pause(cpu: &mut Cpu, _: &Op) -> Done {
+    let watched = cpu.cpl == 0 && cpu.rflags & Rflags::TF.bits() == 0 && cpu.platform.exits_on_pause_loops();
+    if watched && cpu.pause_loop.exits(crate::host::rdtsc()) {
+        // As HLT does: RIP is behind it.
+        let Stop = cpu.exit(Exit::Pause);
+        return Ok(Then::Leave);
+    }
+    Ok(Then::Next)
 }
 
 fn serialize(cpu: &mut Cpu, _: &Op) -> Done {
@@ -332,4 +369,107 @@ fn wrmsr(cpu: &mut Cpu, op: &Op) -> Done {
     }
     cpu.serialize();
     Ok(Then::Leave)
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::code_asm::*;
+
+    use super::*;
+    use crate::platform::Platform;
+    use crate::testing::Machine;
+
+    /// SDM Vol. 3 "Instructions That Cause VM Exits Conditionally", PAUSE, its list of two steps.
+    #[test]
+    fn a_loop_is_pauses_close_together_for_longer_than_the_window() {
+        let exits = |times: &[u64]| {
+            let mut pauses = PauseLoop::default();
+            times.iter().map(|&now| pauses.exits(now)).collect::<Vec<_>>()
+        };
+        let start = 1 << 40;
+        // The first one begins a loop, however long ago the counter was 0.
+        assert_eq!(exits(&[start]), [false]);
+        let close: Vec<u64> = (0..).map(|i| start + i * PLE_GAP).take_while(|at| at - start <= PLE_WINDOW).collect();
+        assert!(close.len() > 2 && exits(&close).iter().all(|exits| !exits));
+        let beyond = [&close[..], &[start + PLE_WINDOW + 1]].concat();
+        assert_eq!(exits(&beyond).iter().position(|&exits| exits), Some(close.len()));
+        // A gap begins another one.
+        let broken = [&close[..], &[start + PLE_WINDOW + PLE_GAP + 1, start + PLE_WINDOW + PLE_GAP + 2]].concat();
+        assert!(exits(&broken).iter().all(|exits| !exits));
+    }
+
+    /// Wants exits on loops of PAUSE.
+    #[derive(Debug)]
+    struct Crowded;
+
+    impl Platform for Crowded {
+        fn tsc(&mut self) -> u64 {
+            0
+        }
+
+        fn set_tsc(&mut self, _: u64) {}
+
+        fn random(&mut self) -> u64 {
+            0
+        }
+
+        fn exits_on_pause_loops(&mut self) -> bool {
+            true
+        }
+    }
+
+    /// PAUSE as often as ECX says; EBX counts those that the guest has behind it.
+    fn spinning(crowded: bool, count: u32) -> Machine {
+        let mut machine = Machine::new_64bit(|a| {
+            let mut again = a.create_label();
+            a.mov(ecx, count).unwrap();
+            a.set_label(&mut again).unwrap();
+            a.pause().unwrap();
+            a.inc(ebx).unwrap();
+            a.dec(ecx).unwrap();
+            a.jne(again).unwrap();
+            a.hlt().unwrap();
+        });
+        if crowded {
+            machine.cpu.platform = Box::new(Crowded);
+        }
+        machine
+    }
+
+    #[test]
+    fn a_loop_of_pause_exits_behind_one_and_goes_on() {
+        const COUNT: u32 = 200_000;
+        let mut machine = spinning(true, COUNT);
+        let mut exits = 0;
+        loop {
+            match machine.cpu.run() {
+                Exit::Pause => exits += 1,
+                exit => break assert_eq!(exit, Exit::Hlt),
+            }
+            let behind = machine.cpu.rip - crate::testing::CODE;
+            assert_eq!(behind, 5 + 2, "behind MOV and PAUSE");
+        }
+        assert!(exits > 0);
+        assert_eq!(machine.cpu.reg(Gpr::Rbx), u64::from(COUNT));
+        assert_eq!(machine.cpu.instructions(), 1 + 4 * u64::from(COUNT) + 1);
+    }
+
+    #[test]
+    fn no_pause_exits_where_nobody_wants_it_or_above_cpl_0_or_single_stepped() {
+        assert_eq!(spinning(false, 200_000).cpu.run(), Exit::Hlt);
+        let mut user = spinning(true, 200_000);
+        user.cpu.cpl = 3;
+        user.cpu.derive();
+        user.cpu.set_exception_bitmap(!0);
+        // HLT is the kernel's.
+        assert!(matches!(user.cpu.run(), Exit::Exception { vector: 13, .. } | Exit::TripleFault));
+        assert_eq!(user.cpu.reg(Gpr::Rbx), 200_000);
+        let mut stepped = spinning(true, u32::MAX);
+        stepped.cpu.rflags |= Rflags::TF.bits();
+        stepped.cpu.set_exception_bitmap(!0);
+        for _ in 0..4000 {
+            let exit = stepped.cpu.run();
+            assert!(matches!(exit, Exit::Exception { vector: 1, .. }), "{exit:?}");
+        }
+    }
 }

@@ -118,7 +118,7 @@ capabilities! {
     X2apicApi                    = KVM_CAP_X2APIC_API                  => vm::X2APIC_API;
     ImmediateExit                = KVM_CAP_IMMEDIATE_EXIT              => 1;
     NestedState                  = KVM_CAP_NESTED_STATE                => nested::BYTES;
-    // Of what may exit or not there is PAUSE, which does not.
+    // Of what may exit or not there is PAUSE, in a loop.
     X86DisableExits              = KVM_CAP_X86_DISABLE_EXITS           => KVM_X86_DISABLE_EXITS_PAUSE;
     ExceptionPayload             = KVM_CAP_EXCEPTION_PAYLOAD           => 1;
     X86TripleFaultEvent          = KVM_CAP_X86_TRIPLE_FAULT_EVENT      => 1;

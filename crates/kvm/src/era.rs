@@ -49,6 +49,11 @@ impl Era {
 
     // State
 
+    /// Whether a guest spins was not looked at in 2007.
+    pub(crate) fn has_pause_exits(self) -> bool {
+        self == Self::Modern
+    }
+
     /// CS base after reset. 2007's VMMs have no memory below 4 GiB and expect to start in the first mebibyte.
     pub(crate) fn reset_cs_base(self) -> u64 {
         match self {

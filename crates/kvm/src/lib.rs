@@ -28,6 +28,7 @@ mod msr_filter;
 mod nested;
 mod options;
 mod paravirt;
+mod processors;
 pub mod profile;
 mod run;
 mod run_page;

@@ -22,6 +22,7 @@ use crate::mce::Mce;
 use crate::msr::{self as msrs, Bank, is_apic_base};
 use crate::options::Options;
 use crate::paravirt::{self, Paravirt};
+use crate::processors::Processors;
 
 /// Fraction bits of the TSC ratio, as VMX's multiplier has.
 const RATIO_BITS: u32 = 48;
@@ -116,6 +117,7 @@ impl Clock {
 /// State that the core's platform and the API's handlers share. Only the thread that holds the vCPU writes it.
 pub(crate) struct Machine {
     clock: Clock,
+    pub(crate) processors: Arc<Processors>,
     pub(crate) options: Arc<Options>,
     pub(crate) era: Era,
     /// Guest's TSC = host's × ratio + offset.
@@ -154,10 +156,18 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// After reset; `bsp`: bootstrap processor.
-    pub(crate) fn new(clock: Clock, time: Arc<VmClock>, options: Arc<Options>, bsp: bool, era: Era) -> Self {
+    pub(crate) fn new(
+        clock: Clock,
+        time: Arc<VmClock>,
+        processors: Arc<Processors>,
+        options: Arc<Options>,
+        bsp: bool,
+        era: Era,
+    ) -> Self {
         let khz = options.tsc_khz();
         let machine = Self {
             clock,
+            processors,
             options,
             era,
             tsc_ratio: AtomicU64::new(RATIO_ONE),
@@ -364,6 +374,10 @@ impl Platform for VcpuPlatform {
         self.0.options.exits_on_msr(exit::msr::reason(refusal))
     }
 
+    fn exits_on_pause_loops(&mut self) -> bool {
+        self.0.era.has_pause_exits() && self.0.processors.are_short() && !self.0.options.keeps_pauses.load(Relaxed)
+    }
+
     fn cpuid_faults(&mut self) -> bool {
         self.0.msrs.read(msr::MISC_FEATURES_ENABLES).is_some_and(|value| value & msrs::CPUID_FAULTS != 0)
     }
@@ -446,7 +460,7 @@ mod tests {
     fn another_rate_goes_on_from_where_the_counter_is() {
         let time = VmClock::new();
         let options = Arc::new(Options::new(Arc::new(mmu::Memory::new()), time.clone()));
-        let machine = Machine::new(Clock::default(), time, options, true, Era::Modern);
+        let machine = Machine::new(Clock::default(), time, Arc::default(), options, true, Era::Modern);
         let before = machine.tsc();
         assert!(machine.set_tsc_khz(host_tsc_khz() / 2));
         let after = machine.tsc();

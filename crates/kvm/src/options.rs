@@ -45,6 +45,8 @@ pub(crate) struct Options {
     pub(crate) has_triple_faults: AtomicBool,
     /// `KVM_CAP_MSR_PLATFORM_INFO`: guests read that MSR.
     pub(crate) shows_platform_info: AtomicBool,
+    /// `KVM_X86_DISABLE_EXITS_PAUSE`: guests that spin keep their processor.
+    pub(crate) keeps_pauses: AtomicBool,
     /// `KVM_SET_BOOT_CPU_ID`
     boot_cpu: AtomicU32,
     /// `KVM_CAP_MAX_VCPU_ID`, fixed by the first vCPU.
@@ -73,6 +75,7 @@ impl Options {
             has_payloads: AtomicBool::new(false),
             has_triple_faults: AtomicBool::new(false),
             shows_platform_info: AtomicBool::new(true),
+            keeps_pauses: AtomicBool::new(false),
             boot_cpu: AtomicU32::new(0),
             max_vcpu_ids: Mutex::new(None),
             tsc_khz: AtomicU32::new(0),

@@ -88,6 +88,7 @@ impl Vcpu {
         };
         self.counters.running.store(false, Relaxed);
         self.mark_preempted();
+        self.machine.processors.offer();
         result.map(|()| Shown::Now)
     }
 
@@ -109,6 +110,7 @@ impl Vcpu {
     /// Today: no instruction runs while a signal is pending, and an open window that user space asked for goes first.
     fn run_modern(&mut self, client: &dyn Client) -> Result<(), Errno> {
         loop {
+            self.waker.clear();
             if client.interrupted() {
                 if self.wants_interrupt_window() && self.ready_for_interrupt() {
                     self.show_interrupt_window();
@@ -186,10 +188,12 @@ impl Vcpu {
         self.write_clock();
         let start = Instant::now();
         self.take_steal(client, start);
+        let in_guest = self.machine.processors.enter();
         let exit = match client.poll_interval() {
             None => self.cpu.run(),
             Some(every) => self.cpu.run_polled(Poll { every, stop: &mut || client.interrupted() }),
         };
+        drop(in_guest);
         self.count(start);
         exit
     }
@@ -201,7 +205,9 @@ impl Vcpu {
         let every = client.poll_interval();
         let page = &self.page;
         let mut stop = || !wanted && page.request_interrupt_window() || every.is_some() && client.interrupted();
+        let in_guest = self.machine.processors.enter();
         let exit = self.cpu.run_polled(Poll { every: every.map_or(TICK, |every| every.min(TICK)), stop: &mut stop });
+        drop(in_guest);
         self.count(start);
         exit
     }

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use crate::client::{Client, File, FileKind, Reply};
 use crate::ioctl::{self, Call, Target};
+use crate::processors::Processors;
 use crate::status::{Status, VmStatus};
 use crate::vm::Vm;
 
@@ -22,6 +23,8 @@ pub struct Kvm {
     vms: Mutex<Vec<Weak<Vm>>>,
     ended: Mutex<VecDeque<VmStatus>>,
     created: AtomicU64,
+    /// What vCPUs run on.
+    pub(crate) processors: Arc<Processors>,
     /// Somebody takes a profile.
     pub(crate) profiled: AtomicBool,
 }

@@ -76,6 +76,8 @@ pub(crate) struct Vcpu {
     pub(crate) reports_tpr: bool,
     /// The guest accessed the task priority in memory, and user space is to hear of it.
     pub(crate) tpr_access: Option<TprAccess>,
+    /// Calls it out of the guest, and out of its sleep.
+    pub(crate) waker: Arc<Waker>,
     /// What a signal to the client's thread does while it is in `KVM_RUN`.
     pub(crate) on_signal: Arc<dyn Fn() + Send + Sync>,
 }
@@ -92,8 +94,9 @@ impl VcpuFile {
     pub(crate) fn new(vm: Arc<Vm>, id: u32, era: Era) -> Result<Arc<Self>, Errno> {
         let page = RunPage::new().map_err(|_| Errno::ENOMEM)?;
         let is_boot_cpu = id == vm.options.boot_cpu();
-        let options = vm.options.clone();
-        let machine = Arc::new(Machine::new(vm.clock.clone(), vm.time.clone(), options, is_boot_cpu, era));
+        let (processors, options) = (vm.processors().clone(), vm.options.clone());
+        let (clock, time) = (vm.clock.clone(), vm.time.clone());
+        let machine = Arc::new(Machine::new(clock, time, processors, options, is_boot_cpu, era));
         let mut cpu = Cpu::new(vm.memory.clone(), machine.platform(), cpuid::phys_bits(&[]));
         cpu.set_variant(era.variant());
         let mut sregs = cpu.sregs();
@@ -143,7 +146,11 @@ impl VcpuFile {
             reports_tpr: false,
             tpr_access: None,
             steal: StealTime::new(&vm.memory),
-            on_signal: Arc::new(move || waker.wake()),
+            on_signal: Arc::new({
+                let waker = waker.clone();
+                move || waker.wake()
+            }),
+            waker,
         };
         Ok(Arc::new(Self { vm, id, pages, vcpu: Mutex::new(vcpu) }))
     }

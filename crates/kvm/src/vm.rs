@@ -25,6 +25,7 @@ use crate::ioeventfd::Ioeventfds;
 use crate::kvmclock::VmClock;
 use crate::machine::Clock;
 use crate::options::Options;
+use crate::processors::Processors;
 use crate::status::{Counters, VmStatus};
 use crate::system::Kvm;
 
@@ -102,6 +103,11 @@ impl Vm {
             x2apic_api: AtomicU32::new(0),
             has_vfio: AtomicBool::new(false),
         })
+    }
+
+    /// What its vCPUs run on.
+    pub(crate) fn processors(&self) -> &Arc<Processors> {
+        &self.kvm.processors
     }
 
     /// Interrupt controllers, if they are not user space's.

@@ -80,6 +80,7 @@ impl Vcpu {
             }
             if self.mp_state != KVM_MP_STATE_RUNNABLE {
                 self.mark_preempted();
+                machine.processors.offer();
                 sleep(apic, &machine, client.poll_interval());
             } else {
                 let waits = self.inject(apic);

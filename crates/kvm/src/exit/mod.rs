@@ -13,6 +13,7 @@ mod interrupt_window;
 mod io;
 mod mmio;
 pub(crate) mod msr;
+mod pause;
 mod triple_fault;
 mod unimplemented;
 
@@ -85,6 +86,7 @@ reasons! {
     Rdmsr             "MSR_READ"           msr::READ;
     Wrmsr             "MSR_WRITE"          msr::WRITE;
     EntryFailure      "INVALID_STATE"      entry_failure::ROW;
+    Pause             "PAUSE_INSTRUCTION"  pause::ROW;
     EptViolation      "EPT_VIOLATION"      mmio::ROW;
     Unimplemented     "UNIMPLEMENTED"      unimplemented::ROW;
 }
@@ -120,6 +122,7 @@ pub(crate) fn handle(vcpu: &mut Vcpu, exit: &Exit) -> Outcome {
             (if access.write.is_some() { &msr::WRITE } else { &msr::READ }, msr::handle(vcpu, access))
         }
         Exit::EntryFailure => (&entry_failure::ROW, entry_failure::handle(vcpu)),
+        Exit::Pause => (&pause::ROW, pause::handle(vcpu)),
         Exit::Mmio(ref mmio) => (&mmio::ROW, mmio::handle(vcpu, mmio)),
         Exit::Undeliverable { vector } => (&unimplemented::ROW, unimplemented::handle_undeliverable(vcpu, vector)),
         Exit::Unimplemented { ref bytes, len } => {

@@ -59,9 +59,13 @@ pub(super) fn enable_cap(vm: &Caller<'_, Vm>, cap: &kvm_enable_cap) -> Result<()
             vm.options.has_triple_faults.store(value != 0, Relaxed);
             Ok(())
         }
-        // Nothing polls before it sleeps, nothing exits on PAUSE, and what cannot be emulated always exits.
+        // The others are not offered, and no error.
+        KVM_CAP_X86_DISABLE_EXITS if value & !u64::from(DISABLE_EXITS) == 0 => {
+            vm.options.keeps_pauses.fetch_or(value & u64::from(KVM_X86_DISABLE_EXITS_PAUSE) != 0, Relaxed);
+            Ok(())
+        }
+        // Nothing polls before it sleeps, and what cannot be emulated always exits.
         KVM_CAP_HALT_POLL if u32::try_from(value).is_ok() => Ok(()),
-        KVM_CAP_X86_DISABLE_EXITS if value & !u64::from(DISABLE_EXITS) == 0 => Ok(()),
         KVM_CAP_EXIT_ON_EMULATION_FAILURE if value <= 1 => Ok(()),
         KVM_CAP_X86_USER_SPACE_MSR => vm.options.set_msr_exits(value),
         KVM_CAP_MAX_VCPU_ID => vm.options.limit_vcpu_ids(value),
