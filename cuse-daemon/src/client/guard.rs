@@ -7,7 +7,8 @@
 //!
 //! And it gives signals back to client threads that were held. Those have all signals blocked, or a handler would run in the
 //! middle of an injection. A killed tracer's tracees go on by themselves, but with that mask. What cannot be brought back
-//! is the result of the ioctl that such a thread was in: it goes on with that of the system call that ran instead. And it
+//! is the result of the ioctl that such a thread was in: it goes on with that of the system call that ran instead. One that was
+//! in a page fault of the 2007 ABI's RAM, which has no result, ends by SIGSEGV, as the next touch would have by SIGBUS. And it
 //! stays on the CPU that it was given meanwhile (`place.rs`).
 #![expect(unsafe_code, reason = "fork, and memory shared with the child")]
 

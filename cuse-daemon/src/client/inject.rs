@@ -164,10 +164,13 @@ impl Seized {
     /// The same for a thread in a page fault, be it of its own or of a system call that it makes. The fault must have been
     /// answered.
     pub fn stopped_in_fault(self) -> Result<Held, Errno> {
-        let held = self.stand()?;
+        let mut held = self.stand()?;
         held.next.set(restarted(held.registers));
         let gate =
             held.check().or_else(|errno| if held.registers.cs == USER64_CS { held.vdso() } else { Err(errno) })?;
+        // Where we are killed meanwhile, it goes on behind the gate, with a call's registers. No error can reach it there, nor
+        // should it run what its stack happens to hold: it ends by SIGSEGV.
+        held.registers.rsp = 0;
         held.ready(gate)
     }
 
