@@ -335,6 +335,13 @@ impl Irqchip {
     fn pulse_timer(&self) {
         self.set_gsi(TIMER_GSI, SOURCE_PIT, true);
         self.set_gsi(TIMER_GSI, SOURCE_PIT, false);
+        // The NMI watchdog of a virtual wire: once one APIC has NMIs there, all hear of it (`pit_do_work`).
+        if self.any(Lapic::takes_nmis_at_lint0) {
+            self.any(|lapic| {
+                lapic.lint0();
+                false
+            });
+        }
     }
 
     /// The service of a global system interrupt has ended.

@@ -512,8 +512,7 @@ fn apics_deliver_smis() {
         assert_eq!(machine.run_to_out(), RUNS, "HLT is not entered again");
     }
 
-    // The performance counters' entry has no source here; LINT1 has `KVM_NMI` on none. LINT0 has the PIC: not an SMI.
-    let by_timer_of_lvt = |a: &mut CodeAssembler| {
+    let by_error_of_lvt = |a: &mut CodeAssembler| {
         a.mov(ebx, 0xfee0_00f0u32)?;
         a.mov(dword_ptr(ebx), 0x1ff)?;
         a.mov(ebx, 0xfee0_0370u32)?;
@@ -522,9 +521,40 @@ fn apics_deliver_smis() {
         a.mov(eax, dword_ptr(ebx))?;
         a.out(OUTSIDE, al)
     };
-    let machine = Machine::new(true, by_timer_of_lvt, tells);
+    let machine = Machine::new(true, by_error_of_lvt, tells);
     assert_eq!(machine.run_to_out(), RUNS);
     assert_eq!(machine.get::<kvm_regs>(KVM_GET_REGS).rax, 0x40);
+}
+
+/// SDM Vol. 3 "Local Vector Table", delivery mode 010. What rises there is the timer, once some APIC has NMIs at its LINT0
+/// (`pit_do_work`, `kvm_apic_nmi_wd_deliver`); counters of performance and LINT1 have no source here.
+#[test]
+fn an_entry_of_the_local_vector_table_delivers_smis() {
+    const LINT0: usize = 0x350;
+    const SVR: usize = 0xf0;
+    let waits = |a: &mut CodeAssembler| {
+        a.mov(ebx, 0xfee0_00f0u32)?;
+        a.mov(dword_ptr(ebx), 0x1ff)?;
+        a.mov(ebx, 0xfee0_0350u32)?;
+        a.mov(dword_ptr(ebx), 0x200)?;
+        // Counter 0: mode 2, 65536 counts.
+        for (port, value) in [(0x43, 0x34), (0x40, 0), (0x40, 0)] {
+            a.mov(al, value)?;
+            a.out(port, al)?;
+        }
+        a.hlt()?;
+        spins(a)
+    };
+    let machine = Machine::new(true, waits, tells);
+    machine.client.set(machine.vm, KVM_CREATE_PIT2, &[0u32; 16]).unwrap();
+    let watched = machine.client.ioctl(machine.vm, KVM_CREATE_VCPU, 1).unwrap();
+    let mut page: [u32; 256] = machine.client.get(watched, KVM_GET_LAPIC);
+    (page[SVR / 4], page[LINT0 / 4]) = (0x1ff, 0x400);
+    machine.client.set(watched, KVM_SET_LAPIC, &page).unwrap();
+    assert_eq!(machine.run_to_out(), HANDLED);
+    assert_eq!(machine.run_to_out(), RUNS, "HLT is not entered again");
+    let events: kvm_vcpu_events = machine.client.get(watched, KVM_GET_VCPU_EVENTS);
+    assert_eq!((events.nmi.pending, events.smi.pending), (1, 0), "the other has its NMI");
 }
 
 /// SDM Vol. 3 "Shutdown" in "RSM": what the area must not hold. Linux's KVM checks CR3 and the upper halves of DR6 and DR7 too.

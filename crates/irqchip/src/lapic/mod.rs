@@ -525,6 +525,17 @@ impl Lapic {
         })
     }
 
+    /// LINT0 leads to NMIs: the timer is a watchdog (`apic_lvt_nmi_mode`).
+    pub fn takes_nmis_at_lint0(&self) -> bool {
+        let entry = self.load(at::LVT_LINT0);
+        entry & lvt::MASKED == 0 && entry >> lvt::MODE_SHIFT & 7 == DeliveryMode::Nmi as u32
+    }
+
+    /// LINT0 rises, but not for the PIC, which is asked. True: it came through.
+    pub fn lint0(&self) -> bool {
+        self.local(at::LVT_LINT0)
+    }
+
     /// LINT1 rises: the NMI input of a PC, and `KVM_NMI`. True: it came through as an NMI or otherwise.
     pub fn lint1(&self) -> bool {
         self.local(at::LVT_LINT1)

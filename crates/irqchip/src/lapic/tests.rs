@@ -429,6 +429,27 @@ fn lint1_delivers_as_its_entry_says() {
     assert_eq!(machine.apic.take_events(event::NMI), event::NMI);
 }
 
+/// SDM Vol. 3 "Local Vector Table", delivery mode 010. An entry without one is fixed.
+#[test]
+fn entries_with_a_delivery_mode_deliver_smis() {
+    type Fire = fn(&Lapic) -> bool;
+    let machine = Machine::enabled();
+    let sources: [(u32, Fire); 3] = [
+        (at::LVT_LINT0, Lapic::lint0),
+        (at::LVT_LINT1, Lapic::lint1),
+        (at::LVT_PERFORMANCE, Lapic::performance_interrupt),
+    ];
+    for (entry, fire) in sources {
+        machine.write(entry, 0x1_0200);
+        assert!(!fire(&machine.apic), "{entry:x}: masked");
+        machine.write(entry, 0x200);
+        assert!(fire(&machine.apic), "{entry:x}");
+        assert_eq!(machine.apic.take_events(u32::MAX), event::SMI, "{entry:x}");
+        assert_eq!(machine.apic.pending(), None, "{entry:x}: no vector");
+    }
+    assert!(!machine.apic.performance_interrupt(), "it masked itself");
+}
+
 #[test]
 fn page_travels() {
     let mut machine = Machine::enabled();
