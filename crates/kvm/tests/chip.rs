@@ -272,6 +272,42 @@ fn lines_end_a_halt_by_pic_and_ioapic() {
     assert_eq!(machine.run(0), Ok(OUT(STARTED)));
 }
 
+/// api.rst `KVM_IRQ_LINE`: 1 is asserted, whatever polarity the guest has told the I/O APIC (bit 13 of an entry:
+/// `KVM_CAP_IOAPIC_POLARITY_IGNORED`).
+#[test]
+fn the_polarity_of_an_input_is_ignored() {
+    const ACTIVE_LOW: u32 = 1 << 13;
+    const LEVEL: u32 = 1 << 15;
+    for mode in [0, LEVEL] {
+        let machine = Machine::new(Kind::Whole, 1, |a| {
+            set_up_pics(a, 0)?;
+            a.mov(ebx, 0xfec0_0000u32)?;
+            a.mov(dword_ptr(ebx), 0x10 + 2 * 9)?;
+            a.mov(dword_ptr(ebx + 0x10), 0x51 | ACTIVE_LOW | mode)?;
+            a.out(STARTED, al)?;
+            // An entry reads as it was written.
+            a.mov(eax, dword_ptr(ebx + 0x10))?;
+            a.sti()?;
+            a.nop()?;
+            a.out(STARTED, al)?;
+            a.nop()?;
+            a.out(STARTED, al)
+        });
+        let cap = u64::from(KVM_CAP_IOAPIC_POLARITY_IGNORED);
+        assert_eq!(machine.client.ioctl(machine.vm, KVM_CHECK_EXTENSION, cap), Ok(1));
+        assert_eq!(machine.run(0), Ok(OUT(STARTED)));
+        // Inactive, as it was: nothing comes of it.
+        assert_eq!(machine.line(9, 0), 1, "{mode:x}");
+        assert_eq!(machine.run(0), Ok(OUT(STARTED)), "{mode:x}");
+        let regs: kvm_regs = machine.client.get(machine.vcpus[0].0, KVM_GET_REGS);
+        assert_eq!(regs.rax & u64::from(ACTIVE_LOW), u64::from(ACTIVE_LOW), "{mode:x}");
+        assert_eq!(machine.line(9, 1), 1, "{mode:x}");
+        assert_eq!(machine.run(0), Ok(OUT(HANDLED)), "{mode:x}");
+        assert_eq!(machine.line(9, 0), 1, "{mode:x}");
+        assert_eq!(machine.run(0), Ok(OUT(STARTED)), "{mode:x}");
+    }
+}
+
 /// Also when nobody but the client's own answer tells of the signal.
 #[test]
 fn halt_sleeps_until_a_signal_and_goes_on() {

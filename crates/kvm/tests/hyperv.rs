@@ -326,7 +326,11 @@ fn a_guest_resets_and_crashes() {
         wrmsr(a, CRASH_CTL, 1 << 31, 0)?;
         a.out(0x80, al)
     });
+    // What stood there says nothing: `ndata` counts what is valid (`KVM_CAP_SYSTEM_EVENT_DATA`).
+    let system = machine.client.ioctl(0, KVM_CHECK_EXTENSION, KVM_CAP_SYSTEM_EVENT_DATA.into());
+    assert_eq!(system, Ok(1));
     for event in [KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_CRASH] {
+        machine.page.store_u32(36, 16).unwrap();
         assert_eq!(machine.run(), KVM_EXIT_SYSTEM_EVENT);
         assert_eq!([32, 36].map(|at| machine.page.load_u32(at).unwrap()), [event, 0]);
     }
