@@ -147,6 +147,14 @@ impl Machine {
         <[u32; 2]>::from_bytes(&reply.output).unwrap()[0] as i32
     }
 
+    /// Inputs of the I/O APIC that are high: `struct kvm_ioapic_state`, irr.
+    fn ioapic_irr(&self) -> u32 {
+        let mut chip = [0u32; 130];
+        chip[0] = KVM_IRQCHIP_IOAPIC;
+        self.client.ioctl_with(self.vm, KVM_GET_IRQCHIP, &mut chip).unwrap();
+        chip[6]
+    }
+
     fn msi_route(&self, gsi: u32, data: u32) {
         let mut bytes = vec![1, 0, 0, 0, 0, 0, 0, 0];
         let entry = [gsi, KVM_IRQ_ROUTING_MSI, 0, 0, APIC as u32, 0, data, 0, 0, 0, 0, 0];
@@ -525,6 +533,60 @@ fn resampling_lets_the_line_go_at_the_eoi() {
     assert_eq!(resample.read(), Err(Errno::EAGAIN), "not before the EOI");
     assert_eq!(machine.run(0), Ok(OUT(STARTED)));
     assert_eq!(resample.read(), Ok(1));
+}
+
+/// Two devices at one line, each in a thread of its own as crosvm's are in processes: who is told of the EOI and has something left to
+/// say signals again. Their line is let go with the last of them.
+#[test]
+fn devices_that_share_a_line_interrupt_until_all_are_served() {
+    const PENDING: u64 = 3;
+    let machine = Machine::new(Kind::Whole, 1, |a| {
+        let mut again = a.create_label();
+        set_up_pics(a, 0)?;
+        a.mov(ebx, 0xfec0_0000u32)?;
+        a.mov(dword_ptr(ebx), 0x10 + 2 * 10)?;
+        a.mov(dword_ptr(ebx + 0x10), 0x8052)?;
+        a.set_label(&mut again)?;
+        halts(a)?;
+        a.jmp(again)
+    });
+    let events = || [(); 2].map(|()| EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
+    let devices = [events(), events()];
+    let fds = devices.each_ref().map(|device| device.each_ref().map(|fd| machine.client.adopt(fd) as u32));
+    for [event, resample] in fds {
+        let argument = [event, 10, KVM_IRQFD_FLAG_RESAMPLE, resample, 0, 0, 0, 0];
+        machine.client.set(machine.vm, KVM_IRQFD, &argument).unwrap();
+    }
+    // How many requests each has to tell of; the handler serves one of each at its OUT.
+    let pending = [PENDING, 1].map(std::sync::atomic::AtomicU64::new);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        for ([event, resample], pending) in devices.iter().zip(&pending) {
+            event.write(1).unwrap();
+            scope.spawn(|| {
+                while !done.load(Relaxed) {
+                    if resample.read().is_ok() && pending.load(Relaxed) > 0 {
+                        event.write(1).unwrap();
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                }
+            });
+        }
+        for left in (0..PENDING).rev() {
+            assert_eq!(machine.run(0), Ok(OUT(HANDLED)), "{left} left");
+            for pending in &pending {
+                let _ = pending.fetch_update(Relaxed, Relaxed, |count| count.checked_sub(1));
+            }
+        }
+        done.store(true, Relaxed);
+    });
+    assert_eq!(pending.map(|pending| pending.into_inner()), [0; 2]);
+    // The last interrupt has no EOI yet. Without anybody at the line it is low (`irqfd_resampler_shutdown`).
+    assert_ne!(machine.ioapic_irr() & 1 << 10, 0);
+    for ([event, _], low) in fds.into_iter().zip([false, true]) {
+        machine.client.set(machine.vm, KVM_IRQFD, &[event, 10, KVM_IRQFD_FLAG_DEASSIGN, 0, 0, 0, 0, 0]).unwrap();
+        assert_eq!(machine.ioapic_irr() & 1 << 10 == 0, low);
+    }
 }
 
 #[test]

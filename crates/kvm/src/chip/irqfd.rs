@@ -70,17 +70,30 @@ impl Chip {
         Ok(())
     }
 
+    /// The line goes low with the last that could hold it (`irqfd_resampler_shutdown`).
     fn remove_irqfd(&self, event: &EventFd, gsi: u32) {
         let mut all = self.irqfds.all.lock();
+        let mut held = false;
         for gone in all.extract_if(.., |irqfd| irqfd.gsi == gsi && irqfd.event.is_same(event)) {
             self.alarm.forget(gone.event.as_fd());
+            held |= gone.resample.is_some();
+        }
+        let holds = |irqfd: &Arc<Irqfd>| irqfd.gsi == gsi && irqfd.resample.is_some();
+        let last = held && !all.iter().any(holds);
+        drop(all);
+        if last {
+            self.wires.set_gsi(gsi, SOURCE_RESAMPLE, false);
         }
     }
 
     /// Removes all.
     pub(crate) fn drop_irqfds(&self) {
-        for gone in self.irqfds.all.lock().drain(..) {
-            self.alarm.forget(gone.event.as_fd());
+        let gone = std::mem::take(&mut *self.irqfds.all.lock());
+        for irqfd in gone {
+            self.alarm.forget(irqfd.event.as_fd());
+            if irqfd.resample.is_some() {
+                self.wires.set_gsi(irqfd.gsi, SOURCE_RESAMPLE, false);
+            }
         }
     }
 
