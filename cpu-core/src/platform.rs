@@ -64,9 +64,9 @@ pub trait Platform: Send {
         false
     }
 
-    /// PAUSE-loop exiting is on now: the guest had better leave the processor than spin.
-    fn exits_on_pause_loops(&mut self) -> bool {
-        false
+    /// PAUSE-loop exiting is on, for the guest had better leave the processor than spin: the time, in counts of the host's TSC.
+    fn watches_pauses(&mut self) -> Option<u64> {
+        None
     }
 
     /// What becomes of VMCALL, or of VMMCALL where `amd`.

@@ -374,8 +374,9 @@ impl Platform for VcpuPlatform {
         self.0.options.exits_on_msr(exit::msr::reason(refusal))
     }
 
-    fn exits_on_pause_loops(&mut self) -> bool {
-        self.0.era.has_pause_exits() && self.0.processors.are_short() && !self.0.options.keeps_pauses.load(Relaxed)
+    fn watches_pauses(&mut self) -> Option<u64> {
+        let wanted = self.0.era.has_pause_exits() && self.0.processors.are_short();
+        (wanted && !self.0.options.keeps_pauses.load(Relaxed)).then(host_tsc)
     }
 
     fn cpuid_faults(&mut self) -> bool {
