@@ -79,7 +79,7 @@ impl Cpu {
         }
         self.unchecked = false;
         self.enter();
-        let exit = self.take_events().or_else(|| self.run_one());
+        let exit = self.take_events().unwrap_or_else(|| self.run_one());
         self.leave_guest();
         exit.or_else(|| self.next_mmio_write().map(Exit::Mmio))
     }
@@ -112,8 +112,10 @@ impl Cpu {
             if polling.as_mut().is_some_and(Polling::wants_stop) {
                 return Exit::ExternalInterrupt;
             }
-            if let Some(exit) = self.take_events() {
-                return exit;
+            match self.take_events() {
+                Some(Some(exit)) => return exit,
+                Some(None) => continue,
+                None => {}
             }
             let alone = std::mem::take(&mut self.alone)
                 || self.rflags & (Rflags::TF | Rflags::RF).bits() != 0
@@ -156,8 +158,9 @@ impl Cpu {
         }
     }
 
-    /// Delivers all that is due before the next instruction: an NMI may come before the first one of a trap's handler.
-    fn take_events(&mut self) -> Option<Exit> {
+    /// Delivers all that is due before the next instruction: an NMI may come before the first one of a trap's handler. `Some`: an exit,
+    /// or somebody wants attention before that is done; a breakpoint on the stack of #DB makes a delivery of each delivery.
+    fn take_events(&mut self) -> Option<Option<Exit>> {
         if !self.io_elements.is_empty() || !self.mmio.answered.is_empty() {
             // The device has been asked already: the instruction that asked goes on first.
             return None;
@@ -165,8 +168,8 @@ impl Cpu {
         loop {
             match self.take_event() {
                 Due::Nothing => return None,
-                Due::Delivered(None) => {}
-                Due::Delivered(exit) => return exit,
+                Due::Delivered(None) if !self.kick.asked() => {}
+                Due::Delivered(exit) => return Some(exit),
             }
         }
     }

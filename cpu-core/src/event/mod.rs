@@ -121,7 +121,8 @@ pub(crate) fn deliver(cpu: &mut Cpu, what: Delivery) -> Option<Exit> {
         Delivery::External(number) => (plain(cpu, number, None, cpu.rflags()), None),
         Delivery::Nmi => (plain(cpu, vector::NMI, None, cpu.rflags()), None),
     };
-    // Each round either ends or raises the class of `first`: benign, contributory or page fault, double fault.
+    // Each round either ends or raises the class of `first`: benign, contributory or page fault, double fault. Only benign ones may
+    // follow one another for ever, until somebody wants attention.
     loop {
         if let Ok(Ok(())) = gate::enter(cpu, &event) {
             *match what {
@@ -142,6 +143,11 @@ pub(crate) fn deliver(cpu: &mut Cpu, what: Delivery) -> Option<Exit> {
         with_ext(&mut fault);
         cpu.report(&fault);
         match first.map_or(Combined::Second, |first| combine(first, fault.vector)) {
+            // #AC at the stack of its own handler ends in nothing else. KVM queues it anew, too (`kvm_multiple_exception`).
+            Combined::Second if cpu.kick.asked() => {
+                cpu.events.exception = Some(PendingException::new(fault.vector, fault.error));
+                return None;
+            }
             Combined::Second => {}
             Combined::DoubleFault => fault = Fault::with_error(vector::DF, 0),
             Combined::Shutdown => return Some(Exit::TripleFault),

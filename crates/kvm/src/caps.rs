@@ -140,6 +140,9 @@ capabilities! {
     DisableQuirks2               = KVM_CAP_DISABLE_QUIRKS2             => options::QUIRKS;
     VmTscControl                 = KVM_CAP_VM_TSC_CONTROL              => 1;
     ExitHypercall                = KVM_CAP_EXIT_HYPERCALL              => hypercall::EXITS;
+    // KVM_CAP_X86_NOTIFY_VMEXIT is not here. It bounds how long a guest goes without an instruction boundary: an event's delivery that makes
+    // the next event, for ever. The core looks around between deliveries (`Cpu::take_events`), so its VMM gets at it at any moment, and no
+    // KVM_EXIT_NOTIFY could ever tell of one; a VMM that enables it wants exactly those.
     ManualDirtyLogProtect2       = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2   => memory::MANUAL_DIRTY_LOG;
 }
 

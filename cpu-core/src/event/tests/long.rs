@@ -134,6 +134,18 @@ pub(super) fn run(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Seen {
     Guest::new(cpl, assemble).run()
 }
 
+/// A write to the stack of #DB, which a breakpoint watches, and #DB has that stack for itself.
+pub(super) fn debugger_on_its_own_stack() -> Machine {
+    let mut guest = Guest::new(0, |a| a.mov(qword_ptr(IST1 - 8), rax).unwrap());
+    let rights = P | u32::from(system::INTERRUPT_GATE32);
+    set_gate(&mut guest.0, 1, gate(sel::CODE0, handler(1), rights, 1));
+    guest.0.cpu.debug.db[0] = IST1 - 8;
+    // Enabled, writes, eight bytes.
+    guest.0.cpu.debug.dr7 = 0x400 | 2 | 1 << 16 | 2 << 18;
+    guest.0.cpu.flush_tlb();
+    guest.0
+}
+
 #[test]
 fn frames_are_aligned_and_whole() {
     // CPL, IST, top of the handler's stack, SS in it.

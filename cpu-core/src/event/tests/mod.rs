@@ -9,6 +9,7 @@ use crate::state::Gpr;
 use crate::testing::{CODE, Machine};
 use crate::vmx::Exit;
 
+mod endless;
 mod extensions;
 mod long;
 mod protected;

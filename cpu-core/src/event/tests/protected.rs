@@ -160,6 +160,20 @@ impl Guest {
     }
 }
 
+/// An access and a stack that are not aligned, at CPL 3, where the handler of #AC is too.
+pub(super) fn alignment_check_at_level_3() -> Machine {
+    let mut guest = Guest::new(3, |a| a.mov(eax, dword_ptr(esp)).unwrap());
+    let entry = gate(sel::CODE3, handler(17), P | u32::from(system::INTERRUPT_GATE32), 0);
+    guest.0.write(IDT + 8 * 17, &entry.to_le_bytes());
+    let cpu = &mut guest.0.cpu;
+    cpu.cr0 |= Cr0::AM;
+    cpu.set_rflags(2 | Rflags::AC.bits());
+    cpu.gpr[Gpr::Rsp as usize] = STACK - 2;
+    cpu.derive();
+    cpu.flush_tlb();
+    guest.0
+}
+
 /// Runs `assemble` at `cpl` and says what came of it.
 fn run(cpl: u8, assemble: impl FnOnce(&mut CodeAssembler)) -> Seen {
     Guest::new(cpl, assemble).run()
