@@ -109,6 +109,11 @@ impl Open {
         !self.shared.mapped.swap(true, Ordering::Relaxed)
     }
 
+    /// Some mapping of the object's memory is in place: who maps it anew is not at the beginning.
+    pub fn has_mapping(&self) -> bool {
+        self.shared.mapped.load(Ordering::Relaxed)
+    }
+
     /// A VM whose memory became mappable after this file was opened.
     pub fn lacks_mapping(&self) -> bool {
         self.lacks.load(Ordering::Relaxed) && self.shared.file.ram_window().is_some()

@@ -202,8 +202,7 @@ impl<'a> Caller<'a> {
     /// Without passthrough, mmap of our files shows pages of the kernel's cache. Puts the real memory in their place;
     /// false if there is nothing to replace, or it cannot be.
     fn map_in_place(&self) -> bool {
-        let mapping = self.open.shared.file.mapping();
-        if mapping.is_none() && !self.open.has_window {
+        if self.open.shared.file.mapping().is_none() && !self.open.has_window {
             return false;
         }
         let Ok(range) = memory::mapped_from(self.tid(), self.front.device_number(), self.open.node) else {
@@ -217,14 +216,7 @@ impl<'a> Caller<'a> {
             let stopping = self.open.has_window.then(|| self.stop_others(space));
             let held = self.hold()?;
             stopping.iter().for_each(Stopping::wait);
-            match &mapping {
-                Some(mapping) => {
-                    memory::map_over(held, space, &range, mapping, self.open.first_mapping())?;
-                    self.front.forget_pages(self.open);
-                    Ok(())
-                }
-                None => window::show(self.front, self.open, space, held),
-            }
+            window::show(self.front, self.open, space, held)
         });
         match replaced {
             Ok(()) => {}

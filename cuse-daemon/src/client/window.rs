@@ -30,7 +30,7 @@ use nix::unistd::Pid;
 
 use super::inject::{self, Held, Seized};
 use super::maps::{self, Area, Pagemap};
-use super::memory::{Part, file_id, map_in_place};
+use super::memory::{Part, file_id, map_in_place, map_over};
 use super::space::{Space, errno_of};
 use super::view::{self, Seen, Shown};
 use super::{install, stop};
@@ -47,6 +47,11 @@ pub fn fault(front: &Arc<Front>, call: &Call<'_>, open: &Arc<Open>, offset: u64,
     let bytes = shared.file.ram_window().and_then(|window| shared.views.copy(&window, offset, len));
     let Some(bytes) = bytes else { return Answer::Error(Errno::EIO) };
     shared.views.lend(offset, &bytes);
+    in_place(front, call, open, bytes)
+}
+
+/// A page fault that is answered with a copy: if possible the memory itself is there before the thread runs on.
+pub fn in_place(front: &Arc<Front>, call: &Call<'_>, open: &Arc<Open>, bytes: Vec<u8>) -> Answer {
     // If nothing better comes of it, the next ioctl tries again.
     open.page_fault();
     let answer = place(front, call, open, bytes);
@@ -56,7 +61,7 @@ pub fn fault(front: &Arc<Front>, call: &Call<'_>, open: &Arc<Open>, offset: u64,
     answer
 }
 
-/// Puts RAM in the place of the mapping, once the thread has its answer.
+/// Puts memory in the place of the mapping, once the thread has its answer.
 fn place(front: &Arc<Front>, call: &Call<'_>, open: &Arc<Open>, bytes: Vec<u8>) -> Answer {
     let tid = Pid::from_raw(call.header.pid.cast_signed());
     let plain = Answer::Data(bytes);
@@ -84,7 +89,7 @@ fn place_exclusively(front: &Arc<Front>, call: &Call<'_>, open: &Open, space: &A
     let seized = match Seized::new(tid) {
         Ok(seized) => seized,
         Err(errno) => {
-            tracing::warn!(%tid, %errno, "a page of guest RAM is copied, not shared, until the VMM's next ioctl");
+            tracing::warn!(%tid, %errno, "a page is copied, not shared, until the VMM's next ioctl");
             return plain;
         }
     };
@@ -95,7 +100,7 @@ fn place_exclusively(front: &Arc<Front>, call: &Call<'_>, open: &Open, space: &A
         show(front, open, space, held)
     });
     if let Err(errno) = shown {
-        tracing::debug!(%tid, %errno, "guest RAM is not shown");
+        tracing::debug!(%tid, %errno, "memory is not shown");
     }
     // Before anybody goes on: the next fault is to be answered in full again.
     space.placing.store(false, Ordering::SeqCst);
@@ -103,8 +108,16 @@ fn place_exclusively(front: &Arc<Front>, call: &Call<'_>, open: &Open, space: &A
     Answer::Done
 }
 
-/// Maps RAM over the parts of the client's mappings of `open` that are wanted. Nobody of the process runs meanwhile.
+/// Puts what `open` leads to in the place of what the client's mappings of it show: pages of the kernel's cache.
 pub fn show(front: &Front, open: &Open, space: &Arc<Space>, held: &Held) -> Result<(), Errno> {
+    let Some(mapping) = open.shared.file.mapping() else { return show_ram(front, open, space, held) };
+    map_over(held, space, &own_areas(front, open, held)?, &mapping, open.first_mapping())?;
+    front.forget_pages(open);
+    Ok(())
+}
+
+/// Maps RAM over the parts of the client's mappings of `open` that are wanted. Nobody of the process runs meanwhile.
+fn show_ram(front: &Front, open: &Open, space: &Arc<Space>, held: &Held) -> Result<(), Errno> {
     let views = &open.shared.views;
     let window = open.shared.file.ram_window().unwrap_or_default();
     let areas = own_areas(front, open, held)?;
