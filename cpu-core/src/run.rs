@@ -1,8 +1,9 @@
 //! The loop around the traces: events before an instruction, traces, what a trace stopped for.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mmu::{Lookup, PageFault};
+use mmu::{DirtyRing, Lookup, PageFault};
 use x86_defs::{Dr6, GuestPhysAddr, Rflags};
 
 use crate::cpu::{ASKED_RETURN, ASKED_SAMPLE, Cpu, Stop, StopReason};
@@ -156,6 +157,11 @@ impl Cpu {
             self.flush_tlb();
             self.serialize();
         }
+    }
+
+    /// Pages that this CPU makes dirty go into `ring` from now on.
+    pub fn set_dirty_ring(&mut self, ring: Arc<DirtyRing>) {
+        self.view.set_ring(Some(ring));
     }
 
     /// Delivers all that is due before the next instruction: an NMI may come before the first one of a trap's handler. `Some`: an exit,

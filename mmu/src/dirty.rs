@@ -1,4 +1,5 @@
-//! The dirty log of one slot: a bit per 4-KByte page, set by vCPUs, taken by KVM_GET_DIRTY_LOG.
+//! The dirty log of one slot: a bit per 4-KByte page, set by vCPUs, taken by KVM_GET_DIRTY_LOG. Where vCPUs have rings, a page
+//! with its bit is in one of them ([`crate::ring`]).
 //!
 //! KVM marks a page on its first touch too, whatever the access: it maps pages of a logged slot writable if it can, and logs
 //! them as it does so (`make_spte` in arch/x86/kvm/mmu/spte.c). A test of kvm-ioctls counts on that. Later reads and fetches
@@ -21,19 +22,17 @@ impl DirtyLog {
         Self { dirty: zeros(), touched: zeros() }
     }
 
-    /// Marks page `page` (counted from the slot's start) dirty. No effect outside the slot.
+    /// Marks page `page` (counted from the slot's start) dirty; whether it was not. No effect outside the slot.
     #[inline]
-    pub fn mark(&self, page: u64) {
-        set(&self.dirty, page);
+    pub fn mark(&self, page: u64) -> bool {
         set(&self.touched, page);
+        set(&self.dirty, page)
     }
 
-    /// Tells of a read or fetch of `page`: marks it dirty if nothing touched it before.
+    /// Tells of a read or fetch of `page`: marks it dirty if nothing touched it before; whether it was not dirty and is now.
     #[inline]
-    pub fn touch(&self, page: u64) {
-        if set(&self.touched, page) {
-            set(&self.dirty, page);
-        }
+    pub fn touch(&self, page: u64) -> bool {
+        set(&self.touched, page) && set(&self.dirty, page)
     }
 
     /// The dirty bits, 64 pages to a word, lowest bit first; clears them. A bit set meanwhile is in this answer or in the
@@ -56,6 +55,13 @@ impl DirtyLog {
     pub fn clear(&self, first: usize, mask: &[u64]) -> bool {
         let words = self.dirty.iter().skip(first).zip(mask);
         words.fold(false, |any, (word, &mask)| any | (mask != 0 && word.fetch_and(!mask, Ordering::AcqRel) & mask != 0))
+    }
+
+    /// Clears the mark of `page`. No effect outside the slot.
+    pub fn clear_page(&self, page: u64) {
+        if let Some(word) = usize::try_from(page / 64).ok().and_then(|at| self.dirty.get(at)) {
+            word.fetch_and(!(1 << (page % 64)), Ordering::AcqRel);
+        }
     }
 
     /// Whether `page` is marked.

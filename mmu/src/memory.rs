@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use crate::slot::{Alias, Backing, Change, SlotError, SlotSpec, Slots};
+use crate::ring::DirtyRing;
+use crate::slot::{Alias, Backing, Change, Slot, SlotError, SlotSpec, Slots};
 
 /// Address spaces of a VM: KVM_CAP_MULTI_ADDRESS_SPACE. A slot's number has its space in bits 16 and up.
 pub const SPACES: usize = 2;
@@ -138,6 +139,27 @@ impl Memory {
             self.generation.fetch_add(1, Ordering::SeqCst);
         }
         Ok(())
+    }
+
+    /// Resets what clients have harvested of the rings: a page that is written again is told of again. As [`Memory::take_dirty`].
+    /// What is not there, or does not log any more, is passed over. How many entries.
+    pub fn reset_rings(&self, rings: &[Arc<DirtyRing>]) -> u32 {
+        let current = self.current.write();
+        // Most neighbours are of one slot.
+        let mut last: Option<&Slot> = None;
+        let mut forget = |id, page| {
+            if last.is_none_or(|slot| slot.id() != id) {
+                last = space_of(id).ok().and_then(|space| current[space].by_id(id));
+            }
+            if let Some(dirty) = last.and_then(Slot::dirty) {
+                dirty.clear_page(page);
+            }
+        };
+        let count = rings.iter().map(|ring| ring.reset(&mut forget)).sum();
+        if count > 0 {
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
+        count
     }
 
     /// Blocks until every view is outside of guest execution or works with `generation` or a newer one. Kick the vCPUs

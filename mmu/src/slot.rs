@@ -165,14 +165,6 @@ impl Slot {
         (offset < self.span.bytes()).then_some(offset)
     }
 
-    /// Notes an access to the page at `offset` in the dirty log, if there is one.
-    #[inline(always)]
-    pub(crate) fn log(&self, offset: u64, write: bool) {
-        if let Some(dirty) = &self.dirty {
-            if write { dirty.mark(offset >> PAGE_SHIFT) } else { dirty.touch(offset >> PAGE_SHIFT) }
-        }
-    }
-
     fn end(&self) -> u64 {
         self.gpa + self.len()
     }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
-use x86_defs::{GuestPhysAddr, PAGE_MASK};
+use x86_defs::{GuestPhysAddr, PAGE_MASK, PAGE_SHIFT};
 
 use crate::memory::{Memory, Position, SPACES};
+use crate::ring::DirtyRing;
 use crate::slot::{Lookup, Slot, Slots};
 
 /// An access of several bytes met a page that is not RAM for it. The bytes before that page have been copied.
@@ -40,6 +41,8 @@ pub struct View {
     /// Address space.
     space: usize,
     hints: [Cell<usize>; 2],
+    /// Where pages go that become dirty, beside their slot's log.
+    ring: Option<Arc<DirtyRing>>,
 }
 
 impl View {
@@ -47,7 +50,13 @@ impl View {
     pub fn new(memory: &Arc<Memory>) -> Self {
         let (memory, position, hints) = (memory.clone(), memory.register(), Default::default());
         let (slots, generation) = memory.snapshot(0);
-        Self { memory, position, slots, generation, space: 0, hints }
+        Self { memory, position, slots, generation, space: 0, hints, ring: None }
+    }
+
+    /// Puts pages that become dirty from now on into `ring`. In a VM whose vCPUs have rings every view is one of a vCPU's, with its
+    /// ring: a page that one without marks is lost.
+    pub fn set_ring(&mut self, ring: Option<Arc<DirtyRing>>) {
+        self.ring = ring;
     }
 
     /// The memory that this is a view of.
@@ -105,6 +114,18 @@ impl View {
         true
     }
 
+    /// Notes an access to the page at `offset` in the slot's dirty log, if there is one.
+    #[inline(always)]
+    fn log(&self, slot: &Slot, offset: u64, write: bool) {
+        if let Some(dirty) = slot.dirty() {
+            let page = offset >> PAGE_SHIFT;
+            let is_new = if write { dirty.mark(page) } else { dirty.touch(page) };
+            if is_new && let Some(ring) = &self.ring {
+                ring.push(slot.id(), page);
+            }
+        }
+    }
+
     #[inline(always)]
     fn locate(&self, gpa: u64, user: User) -> Option<(&Slot, u64)> {
         let cell = &self.hints[user as usize];
@@ -123,7 +144,7 @@ impl View {
         if write && !writable {
             return Lookup::Readonly;
         }
-        slot.log(offset, write);
+        self.log(slot, offset, write);
         Lookup::Ram { ptr: slot.span().host(offset), writable, logged: slot.dirty().is_some() }
     }
 
@@ -131,7 +152,7 @@ impl View {
     #[inline]
     pub fn mark_dirty(&self, gpa: GuestPhysAddr) {
         if let Some((slot, offset)) = self.locate(gpa.0, User::Data) {
-            slot.log(offset, true);
+            self.log(slot, offset, true);
         }
     }
 
@@ -142,7 +163,7 @@ impl View {
         while !rest.is_empty() {
             let (now, later) = rest.split_at_mut(rest.len().min(at.bytes_to_page_end() as usize));
             let (slot, offset) = self.locate(at.0, User::Data).ok_or(AccessError::Hole(at))?;
-            slot.log(offset, false);
+            self.log(slot, offset, false);
             slot.span().read(offset, now).ok_or(AccessError::Hole(at))?;
             at = at.wrapping_add(now.len() as u64);
             rest = later;
@@ -164,7 +185,7 @@ impl View {
             if slot.dirty().is_some() {
                 // The bytes are there before the mark is looked at, so whoever takes the mark finds the bytes.
                 fence(Ordering::SeqCst);
-                slot.log(offset, true);
+                self.log(slot, offset, true);
             }
             at = at.wrapping_add(now.len() as u64);
             rest = later;
@@ -197,7 +218,7 @@ impl View {
             return None;
         }
         let old = slot.span().swap_u8(offset, new)?;
-        slot.log(offset, true);
+        self.log(slot, offset, true);
         Some(old)
     }
 
@@ -222,7 +243,7 @@ impl View {
         }
         let done = exchange(slot, offset)?;
         if done {
-            slot.log(offset, true);
+            self.log(slot, offset, true);
         }
         Some(done)
     }

@@ -28,7 +28,7 @@ pub const KVM_API_VERSION: i32 = kvm_bindings::KVM_API_VERSION as i32;
 pub const KVM_NR_INTERRUPTS: u32 = 256;
 
 /// Names of `kvm_run.exit_reason`, numbered from 0, without `KVM_EXIT_`.
-pub const EXIT_NAMES: [&str; 31] = [
+pub const EXIT_NAMES: [&str; 32] = [
     "UNKNOWN",
     "EXCEPTION",
     "IO",
@@ -60,4 +60,5 @@ pub const EXIT_NAMES: [&str; 31] = [
     "ARM_NISV",
     "X86_RDMSR",
     "X86_WRMSR",
+    "DIRTY_RING_FULL",
 ];

@@ -83,6 +83,7 @@ requests! {
     KVM_SET_PIT2 = iow 0xa0 kvm_pit_state2;
     KVM_ENABLE_CAP = iow 0xa3 kvm_enable_cap;
     KVM_CLEAR_DIRTY_LOG = iowr 0xc0 kvm_clear_dirty_log;
+    KVM_RESET_DIRTY_RINGS = io 0xc7;
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
     KVM_XEN_HVM_CONFIG = iow 0x7a kvm_xen_hvm_config;
     KVM_SET_BOOT_CPU_ID = io 0x78;

@@ -144,6 +144,8 @@ capabilities! {
     // the next event, for ever. The core looks around between deliveries (`Cpu::take_events`), so its VMM gets at it at any moment, and no
     // KVM_EXIT_NOTIFY could ever tell of one; a VMM that enables it wants exactly those.
     ManualDirtyLogProtect2       = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2   => memory::MANUAL_DIRTY_LOG;
+    DirtyLogRing                 = KVM_CAP_DIRTY_LOG_RING              => memory::MAX_DIRTY_RING_BYTES;
+    DirtyLogRingAcqRel           = KVM_CAP_DIRTY_LOG_RING_ACQ_REL      => memory::MAX_DIRTY_RING_BYTES;
 }
 
 /// `KVM_CAP_NR_VCPUS`: vCPUs that the host can well run. Clients that make that many get at least four.

@@ -248,9 +248,9 @@ impl Partition {
     /// Sequence, reserved, scale, offset. While the sequence is 0 the guest uses the MSR.
     fn write_page(&self, state: &mut State) {
         let at = GuestPhysAddr(state.reference_tsc & PAGE);
-        let view = View::new(&self.memory);
         let mut sequence = [0; 4];
         let written = state.of.upgrade().and_then(|machine| {
+            let view = machine.memory();
             view.read(at, &mut sequence).ok()?;
             view.write(at, &[0; 4]).ok()?;
             // 2^64 × 10,000,000 / Hz
@@ -337,7 +337,7 @@ impl Machine {
             HYPERCALL => {
                 if value & ENABLE != 0 {
                     let page = hypercall_page(self.options.xen.intercepts());
-                    View::new(&partition.memory).write(GuestPhysAddr(value & PAGE), &page).ok()?;
+                    self.memory().write(GuestPhysAddr(value & PAGE), &page).ok()?;
                 }
                 state.hypercall = value;
             }
@@ -353,7 +353,7 @@ impl Machine {
                 } else if by_guest || state.emulation_control == 0 {
                     partition.write_page(&mut state);
                 } else {
-                    partition.take_page(&mut state);
+                    partition.take_page(&mut state, &self.memory());
                 }
             }
             CRASH_P0..=CRASH_P4 => state.crash[(index - CRASH_P0) as usize] = value,
@@ -381,9 +381,9 @@ impl Machine {
 
 impl Partition {
     /// After a migration the page stays as the guest knows it while its counter is emulated.
-    fn take_page(&self, state: &mut State) {
+    fn take_page(&self, state: &mut State, memory: &View) {
         let mut page = [0; 24];
-        if View::new(&self.memory).read(GuestPhysAddr(state.reference_tsc & PAGE), &mut page).is_err() {
+        if memory.read(GuestPhysAddr(state.reference_tsc & PAGE), &mut page).is_err() {
             state.tsc_page = TscPage::Broken;
             return;
         }
@@ -426,7 +426,7 @@ const REPS: u64 = 0xfff << 32 | 0xfff << 48;
 const RESERVED: u64 = 0x1f << 27 | 0xf << 44 | 0xf << 60;
 
 /// The answer to a hypercall: control word, and input as an address or, where it is fast, by value.
-pub(crate) fn answer(machine: &Machine, memory: &Arc<Memory>, control: u64, input: u64) -> u64 {
+pub(crate) fn answer(machine: &Machine, control: u64, input: u64) -> u64 {
     let code = control as u16;
     if !machine.allows_hyperv_call(code) {
         return status::ACCESS_DENIED;
@@ -440,7 +440,7 @@ pub(crate) fn answer(machine: &Machine, memory: &Arc<Memory>, control: u64, inpu
             std::thread::yield_now();
             status::SUCCESS
         }
-        call::SIGNAL_EVENT if is_plain && control & FAST == 0 && !is_readable(memory, input) => {
+        call::SIGNAL_EVENT if is_plain && control & FAST == 0 && !is_readable(&machine.memory(), input) => {
             status::INVALID_ALIGNMENT
         }
         // Nobody has bound an eventfd to a connection, and without a synthetic interrupt controller user space is not asked.
@@ -450,6 +450,6 @@ pub(crate) fn answer(machine: &Machine, memory: &Arc<Memory>, control: u64, inpu
 }
 
 /// `kvm_hvcall_signal_event`: the parameter of eight bytes is there.
-fn is_readable(memory: &Arc<Memory>, at: u64) -> bool {
-    at.is_multiple_of(8) && View::new(memory).read(GuestPhysAddr(at), &mut [0; 8]).is_ok()
+fn is_readable(memory: &View, at: u64) -> bool {
+    at.is_multiple_of(8) && memory.read(GuestPhysAddr(at), &mut [0; 8]).is_ok()
 }

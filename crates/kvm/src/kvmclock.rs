@@ -208,7 +208,7 @@ impl Vcpu {
     #[cold]
     fn write_clock_now(&mut self) {
         let time = &self.machine.time;
-        let view = View::new(&self.vm.memory);
+        let view = self.machine.memory();
         let system_time = time.system_time.load(Relaxed);
         if system_time & ENABLE != 0 {
             let gpa = GuestPhysAddr(system_time & !ENABLE);

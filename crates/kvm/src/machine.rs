@@ -9,6 +9,7 @@ use cpu_core::{HostPlatform, Hypercall, Kick, MsrRefusal, Platform};
 use kvm_abi::consts::{
     KVM_X86_QUIRK_FIX_HYPERCALL_INSN, KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS,
 };
+use mmu::{DirtyRing, View};
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base, misc_enable};
 
@@ -150,6 +151,8 @@ pub(crate) struct Machine {
     pub(crate) hyperv: VcpuHyperv,
     /// Brings the vCPU's owner back from the guest.
     kick: OnceLock<Arc<Kick>>,
+    /// Where pages go that the vCPU writes, if user space wants to know that way.
+    ring: OnceLock<Arc<DirtyRing>>,
     /// MSRs without a meaning of their own here.
     pub(crate) msrs: Bank,
 }
@@ -186,6 +189,7 @@ impl Machine {
             pv: Paravirt::new(),
             hyperv: VcpuHyperv::default(),
             kick: OnceLock::new(),
+            ring: OnceLock::new(),
             msrs: Bank::new(),
         };
         if era.resets_misc_enable() {
@@ -209,6 +213,23 @@ impl Machine {
     /// Tells how the vCPU's owner is brought back, once.
     pub(crate) fn set_kick(&self, kick: Arc<Kick>) {
         assert!(self.kick.set(kick).is_ok(), "a vCPU has one core");
+    }
+
+    /// Gives the vCPU its dirty ring, once.
+    pub(crate) fn set_ring(&self, ring: Arc<DirtyRing>) {
+        assert!(self.ring.set(ring).is_ok(), "a vCPU is made with its ring");
+    }
+
+    /// The vCPU's dirty ring, if the VM has such.
+    pub(crate) fn ring(&self) -> Option<&Arc<DirtyRing>> {
+        self.ring.get()
+    }
+
+    /// Guest memory of address space 0 for what is written there on behalf of this vCPU: pages that become dirty are its own.
+    pub(crate) fn memory(&self) -> View {
+        let mut view = View::new(self.options.hyperv.memory());
+        view.set_ring(self.ring().cloned());
+        view
     }
 
     /// The guest has changed what the loop of `KVM_RUN` sees to before the next instruction.
@@ -401,7 +422,7 @@ impl Platform for VcpuPlatform {
     fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
         match index {
             _ if self.0.options.xen.is_msr(index) => {
-                return self.0.options.xen.write_page(self.0.options.hyperv.memory(), value);
+                return self.0.options.xen.write_page(&self.0.memory(), value);
             }
             msr::IA32_APIC_BASE if !is_apic_base(&self.0, value) => return None,
             msr::IA32_APIC_BASE => return self.0.guest_sets_apic_base(value),

@@ -13,6 +13,7 @@ use kvm_abi::legacy::{KVM_ALIAS_SLOTS, kvm_memory_alias, kvm_memory_region};
 use kvm_abi::{ClearDirtyLog, DirtyLog, kvm_userspace_memory_region};
 use mmu::mapping::Piece;
 use mmu::memory::SPACES;
+use mmu::ring::{self, ENTRY_BYTES};
 use mmu::{Alias, Backing, Change, Mapping, SlotError, SlotFlags, SlotSpec};
 use nix::errno::Errno;
 use x86_defs::{GuestPhysAddr, PAGE_BYTES, PAGE_MASK};
@@ -26,6 +27,12 @@ const MAX_REGION_BYTES: u64 = 64 << 30;
 
 /// Options of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: the answer to `KVM_CHECK_EXTENSION`.
 pub(crate) const MANUAL_DIRTY_LOG: u32 = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+
+/// Size of the largest dirty ring: the answer to `KVM_CHECK_EXTENSION`.
+pub(crate) const MAX_DIRTY_RING_BYTES: u32 = ring::MAX_ENTRIES * ENTRY_BYTES as u32;
+/// Size of the smallest: it holds the reserved entries, and is a page.
+const MIN_DIRTY_RING_BYTES: u32 = PAGE_BYTES as u32;
+const _: () = assert!(MIN_DIRTY_RING_BYTES > ring::RESERVED_ENTRIES * ENTRY_BYTES as u32);
 
 /// First client address that no slot may reach: the kernel's half.
 const CLIENT_END: u64 = 1 << 47;
@@ -85,7 +92,8 @@ impl Vm {
             let logs_from_now = flags.log_dirty && slots.by_id(slot).is_none_or(|old| old.dirty().is_none());
             let spec = SlotSpec { id: slot, gpa, len: memory_size, flags, userspace_addr, backing };
             self.memory.set_slot(spec).map_err(errno)?;
-            if logs_from_now && self.manual_dirty_log.load(Relaxed) & KVM_DIRTY_LOG_INITIALLY_SET != 0 {
+            let starts_set = self.manual_dirty_log.load(Relaxed) & KVM_DIRTY_LOG_INITIALLY_SET != 0;
+            if logs_from_now && starts_set && !self.has_dirty_rings() {
                 let pages = memory_size / PAGE_BYTES;
                 let word = |at: u64| u64::MAX >> 64u64.saturating_sub(pages - 64 * at);
                 self.mark_dirty(slot, &(0..pages.div_ceil(64)).map(word).collect::<Vec<_>>());
@@ -125,6 +133,9 @@ impl Vm {
     /// `KVM_GET_DIRTY_LOG`: bit n of byte n / 8 is page n of the slot; whole 64-bit words. Cleared by being read, and only
     /// by that: what cannot be stored is kept, as in 2007. (Today's Linux loses it.)
     pub(crate) fn get_dirty_log(&self, client: &dyn Client, log: &DirtyLog) -> Result<(), Errno> {
+        if self.has_dirty_rings() {
+            return Err(Errno::ENXIO);
+        }
         if !self.is_slot(log.slot) {
             return Err(Errno::EINVAL);
         }
@@ -149,6 +160,9 @@ impl Vm {
     /// `KVM_CLEAR_DIRTY_LOG`, the checks in the order of `kvm_clear_dirty_log_protect`.
     pub(crate) fn clear_dirty_log(&self, client: &dyn Client, log: &ClearDirtyLog) -> Result<(), Errno> {
         let &ClearDirtyLog { slot, num_pages, first_page, dirty_bitmap } = log;
+        if self.has_dirty_rings() {
+            return Err(Errno::ENXIO);
+        }
         if !self.is_slot(slot) || first_page % 64 != 0 {
             return Err(Errno::EINVAL);
         }
@@ -182,12 +196,50 @@ impl Vm {
         Ok(())
     }
 
+    /// Each vCPU has a dirty ring, and bitmaps are nobody's.
+    fn has_dirty_rings(&self) -> bool {
+        self.dirty_ring_bytes.load(Relaxed) != 0
+    }
+
+    /// `KVM_CAP_DIRTY_LOG_RING`: vCPUs get rings of that many bytes, the checks in the order of
+    /// `kvm_vm_ioctl_enable_dirty_log_ring`. EINVAL: no power of two, too small, rings or vCPUs are there. E2BIG.
+    pub(crate) fn set_dirty_ring(&self, bytes: u32) -> Result<(), Errno> {
+        if !bytes.is_power_of_two() || bytes < MIN_DIRTY_RING_BYTES {
+            return Err(Errno::EINVAL);
+        }
+        if bytes > MAX_DIRTY_RING_BYTES {
+            return Err(Errno::E2BIG);
+        }
+        let vcpus = self.vcpus.lock();
+        if self.has_dirty_rings() || !vcpus.is_empty() {
+            return Err(Errno::EINVAL);
+        }
+        self.dirty_ring_bytes.store(bytes, Relaxed);
+        Ok(())
+    }
+
+    /// `KVM_RESET_DIRTY_RINGS`: how many entries were reset, of all vCPUs. EINVAL: there are no rings.
+    pub(crate) fn reset_dirty_rings(&self) -> Result<i32, Errno> {
+        if !self.has_dirty_rings() {
+            return Err(Errno::EINVAL);
+        }
+        let rings: Vec<_> = self.vcpus.lock().values().filter_map(|vcpu| vcpu.ring.clone()).collect();
+        let _layout = self.layout.lock();
+        let count = self.memory.reset_rings(&rings);
+        if count > 0 {
+            self.quiesce();
+        }
+        Ok(count.cast_signed())
+    }
+
     /// Marks pages of a slot that logs, 64 to a word.
     fn mark_dirty(&self, slot: u32, words: &[u64]) {
         let Ok(slots) = self.memory.slots_around(slot) else { return };
         let Some(dirty) = slots.by_id(slot).and_then(mmu::Slot::dirty) else { return };
         for (at, word) in (0..).zip(words) {
-            (0..64).filter(|bit| word >> bit & 1 != 0).for_each(|bit| dirty.mark(64 * at + bit));
+            for bit in (0..64).filter(|bit| word >> bit & 1 != 0) {
+                dirty.mark(64 * at + bit);
+            }
         }
     }
 

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use cpu_core::{Exit, Gpr, Poll};
 use kvm_abi::consts::{
-    KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SYSTEM_EVENT, KVM_RUN_X86_SMM,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HYPERCALL, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SYSTEM_EVENT,
+    KVM_RUN_X86_SMM,
 };
 use nix::errno::Errno;
 use x86_defs::Rflags;
@@ -111,6 +112,9 @@ impl Vcpu {
     fn run_modern(&mut self, client: &dyn Client) -> Result<(), Errno> {
         loop {
             self.waker.clear();
+            if self.show_full_ring() {
+                return Ok(());
+            }
             if client.interrupted() {
                 if self.wants_interrupt_window() && self.ready_for_interrupt() {
                     self.show_interrupt_window();
@@ -258,6 +262,16 @@ impl Vcpu {
     /// User space wants to hear when the guest can take an interrupt. Read anew each time: it may ask at any moment.
     pub(crate) fn wants_interrupt_window(&self) -> bool {
         self.page.request_interrupt_window() && !self.has_pic()
+    }
+
+    /// The dirty ring has no more entries than are reserved: user space is to harvest it before the guest goes on, signal or not
+    /// (`vcpu_enter_guest`). True: so it is told.
+    pub(crate) fn show_full_ring(&self) -> bool {
+        let is_full = self.machine.ring().is_some_and(|ring| ring.is_soft_full());
+        if is_full {
+            self.page.set_exit_reason(KVM_EXIT_DIRTY_RING_FULL);
+        }
+        is_full
     }
 
     pub(crate) fn show_interrupt_window(&self) {

@@ -1,4 +1,5 @@
-//! The pages that a vCPU file's mmap shows: `kvm_run`, the data of port I/O, and the ring of coalesced MMIO.
+//! The pages that a vCPU file's mmap shows: `kvm_run`, the data of port I/O, the ring of coalesced MMIO, and far behind them the
+//! dirty ring, if the VM has such.
 //!
 //! The VMM may write any byte at any time, from any thread and from a signal handler: each field is one relaxed atomic
 //! access, nothing read is trusted twice, and what a completion must rely on is kept on our side.
@@ -11,9 +12,10 @@ use std::sync::atomic::{
     Ordering::{Relaxed, Release},
 };
 
-use kvm_abi::consts::{KVM_EXIT_XEN_HCALL, kvm_sync_regs};
+use kvm_abi::consts::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_XEN_HCALL, kvm_sync_regs};
 use kvm_abi::{Plain, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events};
-use mmu::Mapping;
+use mmu::ring::ENTRY_BYTES;
+use mmu::{DirtyRing, Mapping};
 
 /// Bytes per page.
 const PAGE: usize = 4096;
@@ -27,6 +29,8 @@ pub(crate) const RING_PAGE: usize = 2;
 const RING: usize = RING_PAGE * PAGE;
 const RING_ENTRIES: u32 = ((PAGE - 8) / RING_ENTRY) as u32;
 const RING_ENTRY: usize = 24;
+/// Where the dirty ring starts.
+const DIRTY_RING: u64 = KVM_DIRTY_LOG_PAGE_OFFSET as u64 * PAGE as u64;
 /// Where `struct kvm_sync_regs` starts.
 const SYNCED: usize = offset_of!(kvm_run, s);
 /// First byte of the union of exits.
@@ -79,9 +83,16 @@ synced! {
 }
 
 impl RunPage {
-    /// Fresh pages, all zero.
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { mapping: Mapping::create("kvm-vcpu", SIZE as u64)? })
+    /// Fresh pages, all zero. `ring_bytes`: size of the dirty ring, 0 without.
+    pub(crate) fn new(ring_bytes: u32) -> io::Result<Self> {
+        let bytes = if ring_bytes == 0 { SIZE as u64 } else { DIRTY_RING + u64::from(ring_bytes) };
+        Ok(Self { mapping: Mapping::create("kvm-vcpu", bytes)? })
+    }
+
+    /// The dirty ring, if there is one. `full` is called when the vCPU must leave the guest.
+    pub(crate) fn dirty_ring(&self, full: impl Fn() + Send + Sync + 'static) -> Option<DirtyRing> {
+        let bytes = self.mapping.len().checked_sub(DIRTY_RING)?;
+        Some(DirtyRing::new(self.mapping.clone(), DIRTY_RING, (bytes / ENTRY_BYTES) as u32, full))
     }
 
     /// For the client to map.
@@ -332,7 +343,7 @@ mod tests {
 
     #[test]
     fn io_has_the_layout_of_the_header() {
-        let page = RunPage::new().unwrap();
+        let page = RunPage::new(0).unwrap();
         page.set_io(&IoExit { direction: 1, size: 2, port: 0x3f8, count: 1 }, 0xdead_beef);
         let io: [u32; 4] = Plain::from_bytes(&bytes(&page, 32, 16)).unwrap();
         assert_eq!(io, [0x03f8_0201, 1, 4096, 0]);
@@ -343,7 +354,7 @@ mod tests {
 
     #[test]
     fn mmio_has_the_layout_of_the_header() {
-        let page = RunPage::new().unwrap();
+        let page = RunPage::new(0).unwrap();
         page.set_mmio(0xfee0_0020, 4, Some(0x1122_3344));
         assert_eq!(bytes(&page, 32, 8), 0xfee0_0020_u64.to_le_bytes());
         assert_eq!(page.mmio_data(), 0x1122_3344);
@@ -355,7 +366,7 @@ mod tests {
 
     #[test]
     fn internal_error_and_debug_follow_the_header() {
-        let page = RunPage::new().unwrap();
+        let page = RunPage::new(0).unwrap();
         page.set_internal(1, &[7, 8]);
         assert_eq!(bytes(&page, 32, 8), [1, 0, 0, 0, 2, 0, 0, 0]);
         assert_eq!(bytes(&page, 40, 1), [7]);

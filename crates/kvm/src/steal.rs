@@ -15,7 +15,7 @@ use std::sync::LazyLock;
 use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst, fence};
 use std::time::{Duration, Instant};
 
-use mmu::{Memory, View};
+use mmu::View;
 use x86_defs::GuestPhysAddr;
 
 use crate::client::Client;
@@ -85,8 +85,9 @@ pub(crate) struct StealTime {
 }
 
 impl StealTime {
-    pub(crate) fn new(memory: &std::sync::Arc<Memory>) -> Self {
-        Self { view: View::new(memory), msr: 0, marked: false, looked: None, client: None, own: None }
+    /// `view`: guest memory, as the vCPU writes it.
+    pub(crate) fn new(view: View) -> Self {
+        Self { view, msr: 0, marked: false, looked: None, client: None, own: None }
     }
 
     /// Waiting since the last look, ns.

@@ -92,7 +92,6 @@ pub(crate) struct TprAccess {
 impl VcpuFile {
     /// A vCPU after reset. EEXIST: the id is taken.
     pub(crate) fn new(vm: Arc<Vm>, id: u32, era: Era) -> Result<Arc<Self>, Errno> {
-        let page = RunPage::new().map_err(|_| Errno::ENOMEM)?;
         let is_boot_cpu = id == vm.options.boot_cpu();
         let (processors, options) = (vm.processors().clone(), vm.options.clone());
         let (clock, time) = (vm.clock.clone(), vm.time.clone());
@@ -111,11 +110,18 @@ impl VcpuFile {
         if vcpus.contains_key(&id) {
             return Err(Errno::EEXIST);
         }
+        let page = RunPage::new(vm.dirty_ring_bytes.load(Relaxed)).map_err(|_| Errno::ENOMEM)?;
+        let full = kick.clone();
+        let ring = page.dirty_ring(move || full.kick()).map(Arc::new);
+        if let Some(ring) = &ring {
+            machine.set_ring(ring.clone());
+            cpu.set_dirty_ring(ring.clone());
+        }
         machine.hyperv.set_index(vcpus.len() as u32);
-        vcpus.insert(id, VcpuEntry { kick, counters: counters.clone() });
+        vcpus.insert(id, VcpuEntry { kick, counters: counters.clone(), ring });
         if let Some(chip) = vm.chip() {
             let base = machine.apic_base.load(Relaxed);
-            let apic = VcpuApic::new(chip, id, base, waker.clone(), &vm.memory).ok_or(Errno::EEXIST)?;
+            let apic = VcpuApic::new(chip, id, base, waker.clone(), machine.memory()).ok_or(Errno::EEXIST)?;
             apic.lapic.init(vm.options.has_quirk(KVM_X86_QUIRK_LINT0_REENABLED));
             machine.set_apic(apic);
         }
@@ -130,6 +136,7 @@ impl VcpuFile {
             cpu,
             page,
             counters,
+            steal: StealTime::new(machine.memory()),
             machine,
             pending: None,
             interrupts: InterruptQueue::default(),
@@ -145,7 +152,6 @@ impl VcpuFile {
             enforces_pv: false,
             reports_tpr: false,
             tpr_access: None,
-            steal: StealTime::new(&vm.memory),
             on_signal: Arc::new({
                 let waker = waker.clone();
                 move || waker.wake()

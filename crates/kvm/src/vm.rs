@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use cpu_core::Kick;
 use kvm_abi::consts::{KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS};
-use mmu::{Mapping, Memory};
+use mmu::{DirtyRing, Mapping, Memory};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
@@ -36,6 +36,7 @@ pub(crate) const X2APIC_API: u32 = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API
 pub(crate) struct VcpuEntry {
     pub(crate) kick: Arc<Kick>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) ring: Option<Arc<DirtyRing>>,
 }
 
 /// One VM. It lives while its file or a file of one of its vCPUs is open.
@@ -67,6 +68,8 @@ pub(crate) struct Vm {
     pub(crate) ioeventfds: Ioeventfds,
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: its options.
     pub(crate) manual_dirty_log: AtomicU32,
+    /// `KVM_CAP_DIRTY_LOG_RING`: size of each vCPU's ring; 0: there are none. Changed with `vcpus` locked.
+    pub(crate) dirty_ring_bytes: AtomicU32,
     /// `KVM_CAP_EXIT_HYPERCALL`: bit n, user space answers hypercall n.
     hypercall_exits: AtomicU64,
     /// Writes that wait in a ring.
@@ -98,6 +101,7 @@ impl Vm {
             chip: OnceLock::new(),
             ioeventfds: Ioeventfds::default(),
             manual_dirty_log: AtomicU32::new(0),
+            dirty_ring_bytes: AtomicU32::new(0),
             hypercall_exits: AtomicU64::new(0),
             coalesced: Zones::default(),
             x2apic_api: AtomicU32::new(0),

@@ -3,12 +3,11 @@
 //! The guest writes the address of a page to an MSR that the VMM names. The page's entries make the processor's hypercall, and each
 //! ends `KVM_RUN` in `KVM_EXIT_XEN`. Pages that the VMM brings itself are not offered.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use kvm_abi::consts::KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL;
 use kvm_abi::kvm_xen_hvm_config;
-use mmu::{Memory, View};
+use mmu::View;
 use nix::errno::Errno;
 use x86_defs::{GuestPhysAddr, PAGE_BYTES, PAGE_MASK};
 
@@ -52,11 +51,11 @@ impl Xen {
     }
 
     /// Fills the page at `value`. `None`: #GP(0), where there is none to fill, or no memory.
-    pub(crate) fn write_page(&self, memory: &Arc<Memory>, value: u64) -> Option<()> {
+    pub(crate) fn write_page(&self, memory: &View, value: u64) -> Option<()> {
         if value & !PAGE_MASK != 0 || !self.intercepts() {
             return None;
         }
-        View::new(memory).write(GuestPhysAddr(value), &entries()).ok()
+        memory.write(GuestPhysAddr(value), &entries()).ok()
     }
 }
 

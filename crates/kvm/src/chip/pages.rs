@@ -9,10 +9,9 @@
 //! Both are guest memory that the guest changes without an exit. So whatever looks at the APIC's registers begins with
 //! [`VcpuApic::take_pages`]; another interrupt brings the vCPU's owner, who does.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-use mmu::{Memory, View};
+use mmu::View;
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use x86_defs::GuestPhysAddr;
@@ -34,8 +33,8 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    pub(super) fn new(memory: &Arc<Memory>) -> Self {
-        let (view, eoi_offered) = (Mutex::new(View::new(memory)), AtomicBool::new(false));
+    pub(super) fn new(memory: View) -> Self {
+        let (view, eoi_offered) = (Mutex::new(memory), AtomicBool::new(false));
         Self { view, eoi_offered, vapic: AtomicU64::new(0) }
     }
 

@@ -33,6 +33,9 @@ impl Vcpu {
         loop {
             // Whoever calls from here on is seen below, or ends the run or the sleep.
             apic.waker.clear();
+            if self.mp_state == KVM_MP_STATE_RUNNABLE && self.show_full_ring() {
+                return Ok(());
+            }
             if client.interrupted() {
                 if self.wants_interrupt_window() && self.ready_for_interrupt() {
                     self.show_interrupt_window();
@@ -77,6 +80,9 @@ impl Vcpu {
             if halted && self.is_woken(apic) {
                 apic.lapic.take_events(event::UNHALT);
                 self.mp_state = KVM_MP_STATE_RUNNABLE;
+                if self.show_full_ring() {
+                    return Ok(());
+                }
             }
             if self.mp_state != KVM_MP_STATE_RUNNABLE {
                 self.mark_preempted();

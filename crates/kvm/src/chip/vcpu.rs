@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use irqchip::lapic::Deadline;
 use irqchip::{Lapic, Now, Wake};
 use kvm_abi::consts::KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
-use mmu::Memory;
+use mmu::View;
 use parking_lot::Mutex;
 use x86_defs::msr::{self, apic_base};
 
@@ -29,8 +29,8 @@ pub(crate) struct VcpuApic {
 }
 
 impl VcpuApic {
-    /// `base`: IA32_APIC_BASE. `None`: the id is taken.
-    pub(crate) fn new(chip: &Arc<Chip>, id: u32, base: u64, waker: Arc<Waker>, memory: &Arc<Memory>) -> Option<Self> {
+    /// `base`: IA32_APIC_BASE. `memory`: the guest's, as the vCPU writes it. `None`: the id is taken.
+    pub(crate) fn new(chip: &Arc<Chip>, id: u32, base: u64, waker: Arc<Waker>, memory: View) -> Option<Self> {
         let lapic = Arc::new(Lapic::new(id, base, waker.clone()));
         if !chip.wires.add_lapic(lapic.clone()) {
             return None;

@@ -8,7 +8,6 @@
 use cpu_core::{Gpr, Seg};
 use irqchip::{DeliveryMode, Message};
 use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_XEN};
-use mmu::View;
 use nix::time::{ClockId, clock_gettime};
 use x86_defs::cpuid::{self as bit, Feature};
 use x86_defs::{Cr0, GuestPhysAddr, PAGE_SHIFT, vector};
@@ -114,7 +113,7 @@ fn answer_hyperv(vcpu: &mut Vcpu, long: bool) -> Outcome {
     }
     let pair = |high, low| vcpu.cpu.reg(high) << 32 | vcpu.cpu.reg(low) & 0xffff_ffff;
     let (control, input) = if long { (vcpu.cpu.reg(Rcx), vcpu.cpu.reg(Rdx)) } else { (pair(Rdx, Rax), pair(Rbx, Rcx)) };
-    let result = hyperv::answer(&vcpu.machine, &vcpu.vm.memory, control, input);
+    let result = hyperv::answer(&vcpu.machine, control, input);
     vcpu.cpu.set_reg(Rax, result & mask(long));
     if !long {
         vcpu.cpu.set_reg(Rdx, result >> 32);
@@ -240,7 +239,7 @@ fn clock_pairing(vcpu: &mut Vcpu, args: &Arguments) -> i64 {
     pairing[..8].copy_from_slice(&now.tv_sec().to_le_bytes());
     pairing[8..16].copy_from_slice(&now.tv_nsec().to_le_bytes());
     pairing[16..24].copy_from_slice(&vcpu.machine.tsc_at(at).to_le_bytes());
-    match View::new(&vcpu.vm.memory).write(GuestPhysAddr(gpa), &pairing) {
+    match vcpu.machine.memory().write(GuestPhysAddr(gpa), &pairing) {
         Ok(()) => 0,
         Err(_) => -EFAULT,
     }

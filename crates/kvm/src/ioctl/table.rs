@@ -128,6 +128,7 @@ ioctls! {
     KVM_GET_TSC_KHZ            0xa3 Vm     Value,                                  VmTscControl,   Full => vm::get_tsc_khz;
     KVM_ENABLE_CAP             0xa3 Vm     In<kvm_enable_cap>,                     EnableCapVm,    Full => vm::enable_cap;
     KVM_CLEAR_DIRTY_LOG        0xc0 Vm     InOut<ClearDirtyLog>,                   ManualDirtyLogProtect2, Full => vm::clear_dirty_log;
+    KVM_RESET_DIRTY_RINGS      0xc7 Vm     Value,                                  DirtyLogRing,   Full => vm::reset_dirty_rings;
     KVM_SIGNAL_MSI             0xa5 Vm     In<kvm_msi>,                            SignalMsi,      Full => chip::signal_msi;
     KVM_X86_SET_MSR_FILTER     0xc6 Vm     In<MsrFilter>,                          X86MsrFilter,   Full => vm::set_msr_filter;
     KVM_SET_PMU_EVENT_FILTER   0xb2 Vm     In<[u32; 8]>,                           PmuEventFilter, Full => vm::set_pmu_event_filter;

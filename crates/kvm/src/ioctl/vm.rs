@@ -29,13 +29,17 @@ const MAX_PMU_EVENTS: u32 = 300;
 
 /// Switches on what a VM has only if it is wanted, each capability with its own `args[0]`. api.rst `KVM_ENABLE_CAP`, and "Capabilities
 /// that can be enabled on VMs". EINVAL: another capability, flags, a value that it does not take. EEXIST, EINVAL: as
-/// [`Vm::create_chip`].
+/// [`Vm::create_chip`]. E2BIG, EINVAL: as [`Vm::set_dirty_ring`].
 pub(super) fn enable_cap(vm: &Caller<'_, Vm>, cap: &kvm_enable_cap) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
+    let value = cap.args[0];
+    if matches!(cap.cap, KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL) {
+        // The kernel looks at no flags here, and takes 32 bits.
+        return vm.set_dirty_ring(value as u32);
+    }
     if cap.flags != 0 {
         return Err(Errno::EINVAL);
     }
-    let value = cap.args[0];
     match cap.cap {
         // How many inputs user space's I/O APICs have.
         KVM_CAP_SPLIT_IRQCHIP if value <= caps::MAX_IRQ_ROUTES.into() => vm.create_chip(Some(value as u32)),
@@ -186,7 +190,7 @@ pub(super) fn set_user_memory_region(vm: &Caller<'_, Vm>, region: &kvm_userspace
 }
 
 /// Stores and clears the dirty bitmap of a slot. api.rst `KVM_GET_DIRTY_LOG`. EINVAL: no such slot number or address
-/// space. ENOENT: the slot does not log.
+/// space. ENOENT: the slot does not log. ENXIO: vCPUs have rings.
 pub(super) fn get_dirty_log(vm: &Caller<'_, Vm>, log: &DirtyLog) -> Result<(), Errno> {
     vm.file.get_dirty_log(vm.client, log)
 }
@@ -254,8 +258,15 @@ pub(super) fn unregister_coalesced_mmio(vm: &Caller<'_, Vm>, zone: &kvm_coalesce
 }
 
 /// Clears bits of the dirty log, those that the bitmap has. api.rst `KVM_CLEAR_DIRTY_LOG`. EINVAL: no such slot number, a first
-/// page that begins no word, a range that is not the slot's. ENOENT: no slot, or it does not log. EFAULT.
+/// page that begins no word, a range that is not the slot's. ENOENT: no slot, or it does not log. ENXIO: vCPUs have rings. EFAULT.
 pub(super) fn clear_dirty_log(vm: &Caller<'_, Vm>, log: &mut ClearDirtyLog) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
     vm.file.clear_dirty_log(vm.client, log)
+}
+
+/// Has pages that were harvested from the rings told of again when they are written again. How many. api.rst
+/// "KVM_CAP_DIRTY_LOG_RING". EINVAL: vCPUs have no rings.
+pub(super) fn reset_dirty_rings(vm: &Caller<'_, Vm>, _: &dyn Client, _: u64) -> Result<i32, Errno> {
+    vm.require(Era::Modern)?;
+    vm.file.reset_dirty_rings()
 }

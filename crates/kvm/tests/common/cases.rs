@@ -33,6 +33,7 @@ pub fn run(backend: &mut dyn Backend) -> Vec<String> {
     cases.lists();
     cases.pointers();
     cases.numbers();
+    cases.dirty_ring();
     cases.lines
 }
 
@@ -439,5 +440,46 @@ impl Cases<'_> {
         let fpu: kvm_fpu = self.get(vcpu, KVM_GET_FPU);
         self.bytes("fpu: as it was", vcpu, KVM_SET_FPU, fpu.as_bytes());
         self.bytes("fpu: every bit", vcpu, KVM_SET_FPU, &[0xff; 416]);
+    }
+
+    fn dirty_ring(&mut self) {
+        let system = self.backend.system();
+        let enable = |cap, size: u64| {
+            let mut argument: kvm_enable_cap = Plain::zeroed();
+            (argument.cap, argument.args[0]) = (cap, size);
+            argument.as_bytes().to_vec()
+        };
+        for (name, cap) in [("", KVM_CAP_DIRTY_LOG_RING), (" by acquire and release", KVM_CAP_DIRTY_LOG_RING_ACQ_REL)] {
+            self.value(&format!("ring{name}: bytes"), system, KVM_CHECK_EXTENSION, cap.into());
+        }
+        for size in [0, 1, 0x400, 0x800, 0xc00, 0x3000, 1 << 21, 3 << 20, 1 << 31, 1 << 32, 1 << 32 | 0x1000] {
+            let vm = self.file(system, KVM_CREATE_VM, 0);
+            self.bytes(&format!("ring: of {size:#x}"), vm, KVM_ENABLE_CAP, &enable(KVM_CAP_DIRTY_LOG_RING, size));
+        }
+        let vm = self.file(system, KVM_CREATE_VM, 0);
+        let user = self.backend.memory();
+        self.value("ring: reset without", vm, KVM_RESET_DIRTY_RINGS, 0);
+        self.bytes("ring: slot", vm, KVM_SET_USER_MEMORY_REGION, &region(0, KVM_MEM_LOG_DIRTY_PAGES, 0, 0x4000, user));
+        self.bytes("ring: of the largest", vm, KVM_ENABLE_CAP, &enable(KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 1 << 20));
+        self.bytes("ring: again", vm, KVM_ENABLE_CAP, &enable(KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 1 << 20));
+        self.bytes("ring: again, too large", vm, KVM_ENABLE_CAP, &enable(KVM_CAP_DIRTY_LOG_RING, 1 << 21));
+        self.value("ring: reset without vcpus", vm, KVM_RESET_DIRTY_RINGS, 0);
+        let vcpu = self.file(vm, KVM_CREATE_VCPU, 0);
+        self.value("ring: reset", vm, KVM_RESET_DIRTY_RINGS, 0);
+        self.value("ring: reset with an argument", vm, KVM_RESET_DIRTY_RINGS, 1);
+        self.value("ring: reset of a vcpu", vcpu, KVM_RESET_DIRTY_RINGS, 0);
+        for (name, slot) in [("slot", 0), ("slot beyond all", 0xffff)] {
+            let log = DirtyLog { slot, padding1: 0, dirty_bitmap: user };
+            self.bytes(&format!("ring: dirty log of a {name}"), vm, KVM_GET_DIRTY_LOG, log.as_bytes());
+            let log = ClearDirtyLog { slot, num_pages: 4, first_page: 0, dirty_bitmap: user };
+            self.bytes(&format!("ring: clearing of a {name}"), vm, KVM_CLEAR_DIRTY_LOG, log.as_bytes());
+        }
+        let vm = self.file(system, KVM_CREATE_VM, 0);
+        let _ = self.file(vm, KVM_CREATE_VCPU, 0);
+        self.bytes("ring: after a vcpu", vm, KVM_ENABLE_CAP, &enable(KVM_CAP_DIRTY_LOG_RING, 0x1000));
+        let mut flags = enable(KVM_CAP_DIRTY_LOG_RING, 0x1000);
+        flags[4] = 1;
+        let vm = self.file(system, KVM_CREATE_VM, 0);
+        self.bytes("ring: with flags", vm, KVM_ENABLE_CAP, &flags);
     }
 }
