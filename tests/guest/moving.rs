@@ -34,8 +34,17 @@ const CHAINS: [(&str, u32, u32); 2] = [("one", 0, 0), ("two", 16, 100_000)];
 /// Behind it stand lines of the chains and nothing else.
 const BEGIN: &str = "CHAINS BEGIN\r\n";
 
-/// Machine, its interrupt controllers, QEMU's name of its processors.
-type Kind = (Board, Irqchip, &'static str);
+/// Machine, its interrupt controllers, QEMU's name of its processors, and how it learns what the guest writes.
+type Kind = (Board, Irqchip, &'static str, Log);
+
+/// Which pages are to be moved once more.
+#[derive(Clone, Copy, Debug)]
+enum Log {
+    /// A bitmap of each slot.
+    Bitmaps,
+    /// A ring for each processor, of that many entries.
+    Rings(u32),
+}
 
 /// One at a time: each takes all CPUs.
 static ONE: Mutex<()> = Mutex::new(());
@@ -100,10 +109,14 @@ impl Place {
         format!("unix:{}", self.folder.join("migration").display())
     }
 
-    fn start(&self, (board, irqchip, cpu): Kind, name: &str, options: &[&str]) -> Running {
+    fn start(&self, (board, irqchip, cpu, log): Kind, name: &str, options: &[&str]) -> Running {
         let socket = self.folder.join(name);
         let console = qemu::start(|accel| {
             let machine = Machine::new(accel, MEMORY_MIB).board(board, irqchip).cpus(2);
+            let machine = match log {
+                Log::Bitmaps => machine,
+                Log::Rings(entries) => machine.dirty_rings(entries),
+            };
             let mut machine = machine.linux(&self.kernel.image(), &self.initrd, "quiet").qcow2_disk(&self.disk());
             machine.push(["-cpu", cpu, "-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
             machine.push(options);
@@ -242,19 +255,23 @@ fn moves(kind: Kind, rounds: usize) {
     machine.works(BETWEEN);
     assert_eq!(machine.status(), "\"running\"");
     said += &machine.end();
+    assert!(!said.contains("dirty ring"), "QEMU warns of what it has not got: {said}");
     place.check(&said);
 }
 
 /// QEMU's default processor counts its timer down.
-const SHORT: Kind = (Board::Q35, Irqchip::On, "qemu64");
+const SHORT: Kind = (Board::Q35, Irqchip::On, "qemu64", Log::Bitmaps);
 /// With more state in a processor: the deadline of its timer is in an MSR, and it has all that KVM offers to guests.
 const LONG: [Kind; 5] = [
     SHORT,
-    (Board::Q35, Irqchip::On, "max"),
-    (Board::Q35, Irqchip::Split, "max"),
-    (Board::Pc, Irqchip::On, "qemu64"),
-    (Board::Pc, Irqchip::Split, "qemu64"),
+    (Board::Q35, Irqchip::On, "max", Log::Bitmaps),
+    (Board::Q35, Irqchip::Split, "max", Log::Bitmaps),
+    (Board::Pc, Irqchip::On, "qemu64", Log::Bitmaps),
+    (Board::Pc, Irqchip::Split, "qemu64", Log::Bitmaps),
 ];
+/// As many entries as api.rst advises, and rings that are full again and again.
+const RINGS: [Kind; 2] =
+    [(Board::Pc, Irqchip::On, "qemu64", Log::Rings(4096)), (Board::Q35, Irqchip::Split, "max", Log::Rings(1024))];
 
 #[test]
 fn a_snapshot_is_gone_back_to() {
@@ -264,4 +281,9 @@ fn a_snapshot_is_gone_back_to() {
 #[test]
 fn a_machine_moves_while_it_works() {
     if long() { LONG.iter().for_each(|kind| moves(*kind, 12)) } else { moves(SHORT, 1) }
+}
+
+#[test]
+fn a_machine_with_dirty_rings_moves_while_it_works() {
+    if long() { RINGS.iter().for_each(|kind| moves(*kind, 12)) } else { moves(RINGS[0], 1) }
 }

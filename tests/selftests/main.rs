@@ -95,6 +95,22 @@ fn each_passes_or_is_listed() {
     assert!(passed >= ENOUGH[usize::from(long())], "{passed} pass");
 }
 
+/// By itself it passes over what is not offered. Without passthrough the ring is mapped while the vCPU runs, and reset by an ioctl of
+/// another file.
+#[test]
+fn dirty_log_test_has_its_rings() {
+    let tests = selftests::ensure(&Quiet).expect("the selftests are built");
+    let program = tests.program("dirty_log_test");
+    let line = [program.as_os_str(), "-M".as_ref(), "dirty-ring".as_ref()];
+    for options in [&[][..], &["--no-passthrough"]] {
+        let mut command = softkvm::client(options, &line).expect("softkvm runs here");
+        let mut console = Console::start(&mut command).expect("the test starts");
+        let status = console.finish(within()).expect("the test ends");
+        assert_eq!(Outcome::of(status.code()), Outcome::Pass, "{options:?}\n{}", console.tail());
+        assert!(!console.text().contains("not supported"), "{options:?}\n{}", console.tail());
+    }
+}
+
 #[test]
 fn every_difference_is_a_surprise() {
     let host = BY_HOST[0];

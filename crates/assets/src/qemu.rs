@@ -98,6 +98,15 @@ impl Machine {
         self.irqchip(irqchip)
     }
 
+    /// Pages that the guest writes are told in rings of `entries`, one for each processor. QEMU's own JIT has none.
+    pub fn dirty_rings(mut self, entries: u32) -> Self {
+        if self.accel == Accel::Kvm {
+            let kvm = self.args.iter_mut().find(|arg| *arg == "kvm").expect("the accelerator that `new` put there");
+            *kvm = format!("kvm,dirty-ring-size={entries}").into();
+        }
+        self
+    }
+
     /// That many processors.
     pub fn cpus(mut self, count: u32) -> Self {
         self.push(["-smp", &count.to_string()]);
