@@ -6,6 +6,7 @@ mod paging_flags;
 mod paging_formats;
 mod paging_rights;
 mod quiesce;
+mod ring;
 mod sigbus;
 mod slots;
 mod tlb;
