@@ -18,7 +18,7 @@ pub mod view;
 pub mod walk;
 
 pub use host::HostPtr;
-pub use mapping::{Mapping, Piece, Protection};
+pub use mapping::{Mapping, Piece, Protection, file_page_bytes};
 pub use memory::Memory;
 pub use rights::{Access, AccessKind};
 pub use ring::DirtyRing;

@@ -248,7 +248,7 @@ fn memfd(name: &str) -> io::Result<OwnedFd> {
 }
 
 /// The page size of the file: that of its hugetlbfs, otherwise 4096.
-fn file_page_bytes(file: BorrowedFd<'_>) -> io::Result<u64> {
+pub fn file_page_bytes(file: BorrowedFd<'_>) -> io::Result<u64> {
     let info = fstatfs(file)?;
     Ok(if info.filesystem_type() == HUGETLBFS_MAGIC { info.block_size() as u64 } else { PAGE_BYTES })
 }

@@ -6,3 +6,4 @@
 
 mod forms;
 mod guest;
+mod huge;

@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use kvm::client::SharedPiece;
-use mmu::{Mapping, Protection};
+use mmu::{Mapping, Protection, file_page_bytes};
 use nix::errno::Errno;
 use nix::sys::stat::{fstat, major, minor};
 use nix::unistd::Pid;
@@ -30,6 +30,24 @@ const COPY: usize = 256 * 1024;
 pub(super) struct Part<'a> {
     pub(super) range: Range<u64>,
     pub(super) area: &'a Area,
+}
+
+impl<'a> Part<'a> {
+    /// With all of the pages that it begins and ends in: huge ones are only mapped over as a whole.
+    fn of_whole_pages(&self, tid: Pid) -> Self {
+        let Range { start, end } = self.range;
+        let area = self.area;
+        let page = if area.inode == 0 { PAGE } else { page_bytes(tid, area).unwrap_or(PAGE) };
+        let range = start - (start - area.range.start) % page
+            ..area.range.end.min(area.range.start + (end - area.range.start).next_multiple_of(page));
+        Self { range, area }
+    }
+}
+
+/// The size of an area's pages.
+fn page_bytes(tid: Pid, area: &Area) -> io::Result<u64> {
+    let file = File::open(format!("/proc/{tid}/map_files/{:x}-{:x}", area.range.start, area.range.end))?;
+    file_page_bytes(file.as_fd())
 }
 
 /// What a range consists of. `EFAULT`: something of it is not mapped, or is not memory.
@@ -60,8 +78,10 @@ pub fn share<'h>(
     let parts = parts(&areas, range).inspect_err(|_| {
         tracing::warn!(pid = space.id.pid, ?range, "memory given to the guest is not mapped in the VMM");
     })?;
-    let private: Vec<&Part<'_>> = parts.iter().filter(|part| !part.area.shared).collect();
+    let private: Vec<Part<'_>> =
+        parts.iter().filter(|part| !part.area.shared).map(|part| part.of_whole_pages(tid)).collect();
     let own = if private.is_empty() { None } else { Some(replace(tid, space, &private, hold()?, stop_others)?) };
+    let mut replaced = private.iter();
 
     let mut offset = 0;
     let mut pieces: Vec<SharedPiece> = Vec::with_capacity(parts.len());
@@ -69,8 +89,10 @@ pub fn share<'h>(
         let len = part.range.end - part.range.start;
         let piece = match &own {
             Some(own) if !part.area.shared => {
-                let piece = SharedPiece { len, mapping: Arc::clone(own), offset };
-                offset += len;
+                let whole = &replaced.next().expect("one for each private part").range;
+                let skipped = part.range.start - whole.start;
+                let piece = SharedPiece { len, mapping: Arc::clone(own), offset: offset + skipped };
+                offset += whole.end - whole.start;
                 piece
             }
             _ => {
@@ -136,7 +158,7 @@ pub fn file_id(file: impl AsFd) -> io::Result<FileId> {
 fn replace(
     tid: Pid,
     space: &Space,
-    parts: &[&Part<'_>],
+    parts: &[Part<'_>],
     held: &Held,
     stop_others: impl FnOnce() -> Stopping,
 ) -> Result<Arc<Mapping>, Errno> {
@@ -169,7 +191,7 @@ fn replace(
 }
 
 /// Files behind private memory, where in ours they will show. One that cannot be opened is gone with its mapping.
-fn origins(tid: Pid, parts: &[&Part<'_>]) -> Vec<Origin> {
+fn origins(tid: Pid, parts: &[Part<'_>]) -> Vec<Origin> {
     let mut origins = Vec::new();
     let mut begin = 0;
     for part in parts {
@@ -191,7 +213,7 @@ fn origins(tid: Pid, parts: &[&Part<'_>]) -> Vec<Origin> {
 }
 
 /// Pages that hold something: where they are in the client, and where they go in the new file.
-fn contents(pagemap: &Pagemap, parts: &[&Part<'_>]) -> Result<Vec<(Range<u64>, u64)>, Errno> {
+fn contents(pagemap: &Pagemap, parts: &[Part<'_>]) -> Result<Vec<(Range<u64>, u64)>, Errno> {
     let mut runs = Vec::new();
     let mut begin = 0;
     for part in parts {

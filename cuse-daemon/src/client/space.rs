@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use kvm::client::AddressSpace;
-use mmu::Mapping;
+use mmu::{Mapping, file_page_bytes};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use parking_lot::{Mutex, MutexGuard};
@@ -69,8 +69,24 @@ pub type FileId = (u64, u64);
 
 /// Files of a client that are mapped here. Only a cache: firmware has slots deleted and made again dozens of times.
 #[derive(Debug, Default)]
-pub struct Mapped(Mutex<Vec<(FileId, Instant, Arc<Mapping>)>>);
+pub struct Mapped(Mutex<Vec<Cached>>);
 
+#[derive(Debug)]
+struct Cached {
+    file: FileId,
+    used: Instant,
+    mapping: Weak<Mapping>,
+    /// Keeps it for a while when no slot uses it. Not of huge pages, which are few: who gives them up is to have them back.
+    keeper: Option<Arc<Mapping>>,
+}
+
+impl Cached {
+    fn is_used(&self) -> bool {
+        self.mapping.strong_count() > usize::from(self.keeper.is_some())
+    }
+}
+
+const PAGE: u64 = 4096;
 /// How long a mapping that no slot uses is kept.
 const KEEP: Duration = Duration::from_secs(10);
 
@@ -82,16 +98,20 @@ impl Mapped {
         };
         let mut list = self.0.lock();
         let usable = |mapping: &Mapping| covers(mapping) && !mapping.is_torn();
-        let (_, used, mapping) = list.iter_mut().find(|(id, _, mapping)| *id == file && usable(mapping))?;
-        *used = Instant::now();
-        Some(Arc::clone(mapping))
+        list.iter_mut().filter(|cached| cached.file == file).find_map(|cached| {
+            let mapping = cached.mapping.upgrade().filter(|mapping| usable(mapping))?;
+            cached.used = Instant::now();
+            Some(mapping)
+        })
     }
 
     /// Adds one, and drops those that are no longer of use.
     pub fn keep(&self, file: FileId, mapping: &Arc<Mapping>) {
         let mut list = self.0.lock();
-        list.retain(|(_, used, mapping)| Arc::strong_count(mapping) > 1 || used.elapsed() < KEEP);
-        list.push((file, Instant::now(), Arc::clone(mapping)));
+        list.retain(|cached| cached.is_used() || cached.keeper.is_some() && cached.used.elapsed() < KEEP);
+        let is_huge = file_page_bytes(mapping.file()).is_ok_and(|bytes| bytes > PAGE);
+        let keeper = (!is_huge).then(|| Arc::clone(mapping));
+        list.push(Cached { file, used: Instant::now(), mapping: Arc::downgrade(mapping), keeper });
     }
 }
 
