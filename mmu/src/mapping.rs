@@ -151,6 +151,20 @@ impl Mapping {
         self.parts[0].file.as_fd()
     }
 
+    /// What lies behind the bytes, in ascending order: where it begins, the file, where in that, and how many bytes.
+    pub fn files(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>, u64, u64)> {
+        self.parts.iter().scan(0, |at, part| {
+            let start = *at;
+            *at += part.len;
+            Some((start, part.file.as_fd(), part.file_offset, part.len))
+        })
+    }
+
+    /// There are several pieces of files behind it.
+    pub fn is_joined(&self) -> bool {
+        self.parts.len() > 1
+    }
+
     /// Where in [`Mapping::file`] the first byte is.
     pub fn file_offset(&self) -> u64 {
         self.parts[0].file_offset

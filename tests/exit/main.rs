@@ -1,4 +1,5 @@
 //! How guests leave guest mode, seen by a VMM of our own.
 
+mod coalesced;
 mod ends;
 mod profile;

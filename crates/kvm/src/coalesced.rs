@@ -1,14 +1,16 @@
 //! Coalesced I/O: writes that wait in a ring until user space comes by. api.rst, "KVM_(UN)REGISTER_COALESCED_MMIO".
 //!
-//! The ring is the VM's, and each vCPU's mapping shows it at one page: that cannot be one page of several files. So nothing is
-//! coalesced once there is a second vCPU; user space cannot tell that from a ring that is full.
+//! The ring is the VM's, and each vCPU's mapping shows it at one page: that of the vCPU which came first.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use kvm_abi::kvm_coalesced_mmio_zone;
+use mmu::Mapping;
 use nix::errno::Errno;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
+use crate::era::Era;
 use crate::vcpu::Vcpu;
 
 /// `NR_IOBUS_DEVS`
@@ -44,6 +46,10 @@ pub(crate) struct Zones {
     all: RwLock<Vec<Zone>>,
     /// There is one: exits of a VM that has none take no lock.
     any: AtomicBool,
+    /// Pages of the vCPU that came first.
+    pages: OnceLock<Arc<Mapping>>,
+    /// Held by the vCPU that puts something into the ring.
+    ring: Mutex<()>,
 }
 
 impl Zones {
@@ -68,6 +74,18 @@ impl Zones {
         Ok(())
     }
 
+    /// Pages of the first vCPU, once there is one; none in 2007, which had no ring.
+    pub(crate) fn pages(&self) -> Option<&Arc<Mapping>> {
+        self.pages.get()
+    }
+
+    /// A vCPU has come.
+    pub(crate) fn keep(&self, era: Era, pages: &Arc<Mapping>) {
+        if era.has_ring() {
+            self.pages.get_or_init(|| pages.clone());
+        }
+    }
+
     fn hold(&self, pio: bool, addr: u64, len: u64) -> bool {
         self.any.load(Relaxed) && self.all.read().iter().any(|zone| zone.holds(pio, addr, len))
     }
@@ -75,7 +93,10 @@ impl Zones {
 
 /// The guest writes. True: it waits in the ring.
 pub(crate) fn write(vcpu: &Vcpu, pio: bool, addr: u64, len: u8, value: u64) -> bool {
-    vcpu.vm.coalesced.hold(pio, addr, len.into())
-        && vcpu.vm.vcpus.lock().len() == 1
-        && vcpu.page.put_in_ring(addr, len, value, pio)
+    let zones = &vcpu.vm.coalesced;
+    if !zones.hold(pio, addr, len.into()) {
+        return false;
+    }
+    let _others = zones.ring.lock();
+    vcpu.page.put_in_ring(addr, len, value, pio)
 }

@@ -49,6 +49,11 @@ impl Era {
 
     // State
 
+    /// A page of each vCPU's mapping is the ring of coalesced I/O.
+    pub(crate) fn has_ring(self) -> bool {
+        self == Self::Modern
+    }
+
     /// Whether a guest spins was not looked at in 2007.
     pub(crate) fn has_pause_exits(self) -> bool {
         self == Self::Modern

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::mem::offset_of;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{
     AtomicU8, AtomicU16, AtomicU32, AtomicU64,
@@ -15,7 +16,7 @@ use std::sync::atomic::{
 use kvm_abi::consts::{KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_XEN_HCALL, kvm_sync_regs};
 use kvm_abi::{Plain, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events};
 use mmu::ring::ENTRY_BYTES;
-use mmu::{DirtyRing, Mapping};
+use mmu::{DirtyRing, Mapping, Piece};
 
 /// Bytes per page.
 const PAGE: usize = 4096;
@@ -83,10 +84,21 @@ synced! {
 }
 
 impl RunPage {
-    /// Fresh pages, all zero. `ring_bytes`: size of the dirty ring, 0 without.
-    pub(crate) fn new(ring_bytes: u32) -> io::Result<Self> {
+    /// Fresh pages, all zero, but for the ring of coalesced I/O, which is that of `first`, the pages of an older vCPU.
+    /// `ring_bytes`: size of the dirty ring, 0 without.
+    pub(crate) fn new(ring_bytes: u32, first: Option<&Arc<Mapping>>) -> io::Result<Self> {
         let bytes = if ring_bytes == 0 { SIZE as u64 } else { DIRTY_RING + u64::from(ring_bytes) };
-        Ok(Self { mapping: Mapping::create("kvm-vcpu", bytes)? })
+        let own = Mapping::create("kvm-vcpu", bytes)?;
+        let Some(first) = first else { return Ok(Self { mapping: own }) };
+        let (ring, behind) = (RING as u64, (RING + PAGE) as u64);
+        let piece = |mapping: &Arc<Mapping>, range: Range<u64>| Piece {
+            mapping: mapping.clone(),
+            offset: range.start,
+            len: range.end - range.start,
+        };
+        let mut pieces = vec![piece(&own, 0..ring), piece(first, ring..behind)];
+        pieces.extend((behind < bytes).then(|| piece(&own, behind..own.len())));
+        Ok(Self { mapping: Mapping::join(&pieces)? })
     }
 
     /// The dirty ring, if there is one. `full` is called when the vCPU must leave the guest.
@@ -343,7 +355,7 @@ mod tests {
 
     #[test]
     fn io_has_the_layout_of_the_header() {
-        let page = RunPage::new(0).unwrap();
+        let page = RunPage::new(0, None).unwrap();
         page.set_io(&IoExit { direction: 1, size: 2, port: 0x3f8, count: 1 }, 0xdead_beef);
         let io: [u32; 4] = Plain::from_bytes(&bytes(&page, 32, 16)).unwrap();
         assert_eq!(io, [0x03f8_0201, 1, 4096, 0]);
@@ -354,7 +366,7 @@ mod tests {
 
     #[test]
     fn mmio_has_the_layout_of_the_header() {
-        let page = RunPage::new(0).unwrap();
+        let page = RunPage::new(0, None).unwrap();
         page.set_mmio(0xfee0_0020, 4, Some(0x1122_3344));
         assert_eq!(bytes(&page, 32, 8), 0xfee0_0020_u64.to_le_bytes());
         assert_eq!(page.mmio_data(), 0x1122_3344);
@@ -366,7 +378,7 @@ mod tests {
 
     #[test]
     fn internal_error_and_debug_follow_the_header() {
-        let page = RunPage::new(0).unwrap();
+        let page = RunPage::new(0, None).unwrap();
         page.set_internal(1, &[7, 8]);
         assert_eq!(bytes(&page, 32, 8), [1, 0, 0, 0, 2, 0, 0, 0]);
         assert_eq!(bytes(&page, 40, 1), [7]);

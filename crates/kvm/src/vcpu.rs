@@ -110,7 +110,9 @@ impl VcpuFile {
         if vcpus.contains_key(&id) {
             return Err(Errno::EEXIST);
         }
-        let page = RunPage::new(vm.dirty_ring_bytes.load(Relaxed)).map_err(|_| Errno::ENOMEM)?;
+        let first = vm.coalesced.pages();
+        let page = RunPage::new(vm.dirty_ring_bytes.load(Relaxed), first).map_err(|_| Errno::ENOMEM)?;
+        vm.coalesced.keep(era, page.mapping());
         let full = kick.clone();
         let ring = page.dirty_ring(move || full.kick()).map(Arc::new);
         if let Some(ring) = &ring {

@@ -100,7 +100,7 @@ fn writes_inside_a_zone_wait_in_the_ring() {
 }
 
 #[test]
-fn a_full_ring_and_a_second_vcpu_make_writes_exit() {
+fn a_full_ring_makes_writes_exit() {
     let machine = Machine::new(|a| {
         let mut top = a.create_label();
         a.set_label(&mut top)?;
@@ -116,10 +116,80 @@ fn a_full_ring_and_a_second_vcpu_make_writes_exit() {
     machine.page.store_u32(RING, 2).unwrap();
     assert_eq!(machine.run(), KVM_EXIT_MMIO);
     assert_eq!(machine.ring(), (2, 1));
-    machine.page.store_u32(RING, 1).unwrap();
-    machine.client.ioctl(machine.vm, KVM_CREATE_VCPU, 1).unwrap();
-    assert_eq!(machine.run(), KVM_EXIT_MMIO);
-    assert_eq!(machine.ring(), (1, 1));
+}
+
+/// `kvm_vcpu_fault` shows the VM's one ring in the mapping of each vCPU, and `coalesced_mmio_write` puts one write at a time into it.
+#[test]
+fn all_vcpus_write_into_one_ring() {
+    const WRITES: u32 = 20_000;
+    const VCPUS: u64 = 3;
+    let machine = Machine::new(|a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        // Each to an address of its own, which EBX has.
+        a.mov(dword_ptr(ebx), ecx)?;
+        a.inc(ecx)?;
+        a.cmp(ecx, WRITES as i32)?;
+        a.jne(top)?;
+        a.hlt()
+    });
+    machine.zone(KVM_REGISTER_COALESCED_MMIO, DEVICE, 4 * VCPUS as u32, 0).unwrap();
+    let (client, vm) = (&machine.client, machine.vm);
+    let sregs: kvm_sregs = client.get(machine.vcpu, KVM_GET_SREGS);
+    let mut vcpus = vec![(machine.vcpu, machine.page.clone())];
+    for id in 1..VCPUS {
+        let vcpu = client.ioctl(vm, KVM_CREATE_VCPU, id).unwrap();
+        client.set(vcpu, KVM_SET_SREGS, &sregs).unwrap();
+        let regs = kvm_regs { rip: CODE, rflags: 2, rbx: DEVICE + 4 * id, ..Plain::zeroed() };
+        client.set(vcpu, KVM_SET_REGS, &regs).unwrap();
+        vcpus.push((vcpu, client.map(vcpu)));
+    }
+    // One thread takes entries out, through the mappings of all in turn.
+    let mut taken = vec![Vec::new(); VCPUS as usize];
+    let mut take = |turn: usize| {
+        let page = &vcpus[turn % vcpus.len()].1;
+        let (first, last) = (page.load_u32(RING).unwrap(), page.load_u32(RING + 4).unwrap());
+        if first == last {
+            return false;
+        }
+        let at = RING + 8 + 24 * u64::from(first);
+        let (address, data) = (page.load_u64(at).unwrap(), page.load_u32(at + 16).unwrap());
+        taken[((address - DEVICE) / 4) as usize].push(data);
+        page.store_u32(RING, (first + 1) % ENTRIES).unwrap();
+        true
+    };
+    let exited = std::thread::scope(|scope| {
+        let run = |(vcpu, page): &(i32, Arc<Mapping>)| {
+            let (vcpu, page, client) = (*vcpu, page.clone(), client.thread());
+            scope.spawn(move || {
+                let mut exited = Vec::new();
+                loop {
+                    client.ioctl(vcpu, KVM_RUN, 0).unwrap();
+                    match page.load_u32(8) {
+                        Some(KVM_EXIT_HLT) => return exited,
+                        // The ring was full.
+                        Some(KVM_EXIT_MMIO) => exited.push(page.load_u32(40).unwrap()),
+                        other => panic!("{other:?}"),
+                    }
+                }
+            })
+        };
+        let running: Vec<_> = vcpus.iter().map(run).collect();
+        let mut turn = 0;
+        while !running.iter().all(|thread| thread.is_finished()) {
+            take(turn);
+            turn += 1;
+        }
+        (turn..).take_while(|&turn| take(turn)).for_each(drop);
+        running.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    for (id, (mut taken, exited)) in taken.into_iter().zip(exited).enumerate() {
+        assert!(!taken.is_empty(), "vCPU {id}");
+        assert!(taken.is_sorted(), "vCPU {id}: in its order");
+        taken.extend(exited);
+        taken.sort_unstable();
+        assert!(taken.into_iter().eq(0..WRITES), "vCPU {id}: each write once");
+    }
 }
 
 #[test]

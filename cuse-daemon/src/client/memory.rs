@@ -7,7 +7,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use kvm::client::SharedPiece;
@@ -291,18 +291,40 @@ pub fn map_over(held: &Held, space: &Space, areas: &[Area], mapping: &Mapping, f
             let pagemap = Pagemap::of(held.tid()).map_err(|err| errno_of(&err))?;
             let range = area.range.start..area.range.start + len;
             let touched = pagemap.resident(&range).map_err(|err| errno_of(&err))?;
-            let runs: Vec<_> =
-                touched.into_iter().map(|run| (run.clone(), area.offset + (run.start - range.start))).collect();
-            copy(held.tid(), &runs, mapping)?;
+            // What is of another object's file was there before.
+            let own = |file: BorrowedFd<'_>| file.as_raw_fd() == mapping.file().as_raw_fd();
+            for (at, _, _, len) in mapping.files().filter(|(_, file, ..)| own(*file)) {
+                let at = at..at + len;
+                let clip = |run: &Range<u64>| {
+                    let offset = |address: u64| area.offset + (address - range.start);
+                    let (start, end) = (offset(run.start).max(at.start), offset(run.end).min(at.end));
+                    let address = |offset: u64| range.start + (offset - area.offset);
+                    (start < end).then(|| (address(start)..address(end), start))
+                };
+                copy(held.tid(), &touched.iter().filter_map(clip).collect::<Vec<_>>(), mapping)?;
+            }
         }
     }
-    let fd = install::give(held, space.tgid, mapping.file(), true)?;
-    let mapped = areas.iter().try_for_each(|area| {
-        let part = Part { range: area.range.clone(), area };
-        map_in_place(held, &part, fd, area.offset, Advice::default())
-    });
-    install::close(held, fd)?;
-    mapped
+    mapping.files().try_for_each(|(at, file, file_offset, len)| {
+        let fd = install::give(held, space.tgid, file, true)?;
+        // Behind the end there is nothing, whichever file shows it.
+        let end = if at + len == mapping.len() { u64::MAX } else { at + len };
+        let mapped = areas.iter().try_for_each(|area| map_file_over(held, area, at..end, fd, file_offset));
+        install::close(held, fd)?;
+        mapped
+    })
+}
+
+/// The part of `area` that shows bytes `bytes` of its object: these are in `fd` from `file_offset` on.
+fn map_file_over(held: &Held, area: &Area, bytes: Range<u64>, fd: i32, file_offset: u64) -> Result<(), Errno> {
+    let end = area.offset + (area.range.end - area.range.start);
+    let (start, end) = (area.offset.max(bytes.start), end.min(bytes.end));
+    if start >= end {
+        return Ok(());
+    }
+    let address = |offset: u64| area.range.start + (offset - area.offset);
+    let part = Part { range: address(start)..address(end), area };
+    map_in_place(held, &part, fd, file_offset + (start - bytes.start), Advice::default())
 }
 
 #[cfg(test)]

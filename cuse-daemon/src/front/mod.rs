@@ -178,7 +178,8 @@ impl Front {
         let node = self.files.next.fetch_add(1, Ordering::Relaxed);
         let name = CString::new(format!("{}.{node}", shared.file.kind())).map_err(|_| Errno::EINVAL)?;
         let device = mounted.session.device();
-        let mapping = shared.file.mapping().filter(|_| self.has_passthrough());
+        // The kernel passes on to one file.
+        let mapping = shared.file.mapping().filter(|mapping| self.has_passthrough() && !mapping.is_joined());
         let backing = mapping.and_then(|mapping| match device.backing_open(mapping.file()) {
             Ok(backing) => Some(backing),
             Err(errno) => {
