@@ -161,10 +161,10 @@ impl Cpu {
         let watched = self.is_watched(la) || by == By::System && self.cpl == 3 || self.alignment_checked();
         if !watched {
             if write && writable && found.writable && !code {
-                self.tlb.fill_write(la, host, found.page_bytes);
+                self.tlb.fill_write(la, host, &found);
             }
             if !write {
-                self.tlb.fill_read(la, host, found.page_bytes);
+                self.tlb.fill_read(la, host, &found);
             }
         }
         Ok(Target::Ram { host: host + (gpa & (PAGE - 1)), code })

@@ -12,7 +12,7 @@ use mmu::tlb::Tlb;
 use mmu::{Memory, View};
 use x86_defs::{Cr0, Cr4, Dr7, Efer, Rflags, cpuid};
 
-use crate::decode::trace::{LinkedPages, Traces};
+use crate::decode::trace::{Links, Traces};
 use crate::event::smm::SMBASE_RESET;
 use crate::fault::Fault;
 use crate::flags::{Flags, STATUS};
@@ -202,12 +202,8 @@ pub struct Cpu {
     pub(crate) view: View,
     pub(crate) platform: Box<dyn Platform>,
     pub(crate) kick: Arc<Kick>,
-    /// Base and limit of CS that `code_context` stands for.
-    pub(crate) code_window: (u64, u32),
-    /// Part of `code_context`: what was found under another one is forgotten.
-    pub(crate) flush_generation: u64,
-    /// Where what was found under `code_context` lies.
-    pub(crate) linked: LinkedPages,
+    /// What `code_context` stands for, of supervisor and of user code.
+    pub(crate) links: [Links; 2],
     /// What is slow anyway, counted.
     pub(crate) counts: Counts,
     /// What the loop entered last.
@@ -415,9 +411,7 @@ impl Cpu {
             view,
             platform,
             kick,
-            code_window: (0, 0),
-            flush_generation: 1,
-            linked: LinkedPages::default(),
+            links: Default::default(),
             counts: Counts::default(),
             ran: None,
             profile: Arc::default(),
@@ -642,14 +636,7 @@ impl Cpu {
             self.cr4.contains(Cr4::SMAP) && self.rflags & Rflags::AC.bits() != 0
         };
         self.tlb.set_context(user, ac);
-        // Offsets in CS name the same code only under the same base and limit.
-        let cs = self.seg[Seg::Cs as usize];
-        let window = if self.is_64bit() { (0, u32::MAX) } else { (cs.base, cs.limit) };
-        if window != self.code_window {
-            self.code_window = window;
-            self.flush_generation += 1;
-        }
-        self.code_context = self.flush_generation << 8 | u64::from(self.mode().bits());
+        self.enter_links();
     }
 
     /// What traces are keyed by besides their address.
@@ -664,10 +651,17 @@ impl Cpu {
         self.forget_jumps();
     }
 
+    /// MOV CR3: the same for what is not global.
+    pub(crate) fn flush_local(&mut self) {
+        self.counts.tlb_flushes += 1;
+        self.tlb.flush_local();
+        self.forget_local_jumps();
+    }
+
     /// INVLPG: drops the page of `la`, and what was found through it.
     pub(crate) fn flush_page(&mut self, la: u64) {
         self.counts.page_flushes += 1;
-        if self.tlb.flush_page(la) || self.linked.may_hold(la) {
+        if self.tlb.flush_page(la) || self.is_linked(la) {
             self.forget_jumps();
         }
     }

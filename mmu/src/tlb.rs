@@ -4,8 +4,12 @@
 //! space generation and privilege at once, and a flush is an increment. Entries name RAM only, and only what the next
 //! access may do with no further thought: a write entry exists when rights allow it, D is set, the dirty log knows,
 //! and no decoded code lies in the page.
+//!
+//! MOV CR3 leaves global translations, a kernel's all, in place. Each array knows which of its entries are others, so that
+//! what goes is found without a look at the rest.
 
 use crate::structures::Structures;
+use crate::walk::Translation;
 
 /// Entries of each of the two data arrays; measured flat between 256 and 4096.
 pub const DATA_ENTRIES: usize = 1024;
@@ -27,25 +31,91 @@ pub struct Entry {
     pub addend: u64,
 }
 
+/// Translations for one kind of access; `N` entries, `WORDS` × 64.
+#[repr(C)]
+#[derive(Debug)]
+struct Array<const N: usize, const WORDS: usize> {
+    entries: [Entry; N],
+    /// A bit an entry: it may hold a translation that is not global.
+    local: [u64; WORDS],
+}
+
+impl<const N: usize, const WORDS: usize> Array<N, WORDS> {
+    const EMPTY: Self = Self { entries: [Entry { tag: 0, addend: 0 }; N], local: [0; WORDS] };
+
+    #[inline(always)]
+    fn slot(la: u64) -> usize {
+        const { assert!(N == 64 * WORDS && N.is_power_of_two()) }
+        (la >> 12) as usize & (N - 1)
+    }
+
+    #[inline(always)]
+    fn at(&self, la: u64) -> &Entry {
+        &self.entries[Self::slot(la)]
+    }
+
+    fn fill(&mut self, la: u64, entry: Entry, global: bool) {
+        let slot = Self::slot(la);
+        self.entries[slot] = entry;
+        let (word, bit) = (slot / 64, 1 << (slot % 64));
+        self.local[word] = if global { self.local[word] & !bit } else { self.local[word] | bit };
+    }
+
+    fn drop_page(&mut self, la: u64) {
+        self.entries[Self::slot(la)].tag = 0;
+    }
+
+    /// Drops what is not global.
+    fn drop_local(&mut self) {
+        for (local, entries) in self.local.iter_mut().zip(self.entries.chunks_exact_mut(64)) {
+            while *local != 0 {
+                entries[local.trailing_zeros() as usize].tag = 0;
+                *local &= *local - 1;
+            }
+        }
+    }
+}
+
+/// Every page larger than 4 KiB that was entered lies under the address and mask: INVLPG there flushes all.
+#[derive(Clone, Copy, Debug, Default)]
+struct Large(Option<(u64, u64)>);
+
+impl Large {
+    fn note(&mut self, la: u64, page_bytes: u64) {
+        if page_bytes <= 0x1000 {
+            return;
+        }
+        let page = !(page_bytes - 1);
+        self.0 = Some(match self.0 {
+            None => (la & page, page),
+            Some((base, mask)) => {
+                let mut mask = mask & page;
+                while (base ^ la) & mask != 0 {
+                    mask <<= 1;
+                }
+                (base & mask, mask)
+            }
+        });
+    }
+
+    fn may_hold(&self, la: u64) -> bool {
+        self.0.is_some_and(|(base, mask)| la & mask == base)
+    }
+}
+
 /// Translations of one vCPU.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Tlb {
     /// Generation, AC and privilege of the running code: the low 12 bits of every tag it can hit.
     context: u64,
-    /// Every page larger than 4 KiB that was entered lies under this address and mask: INVLPG there flushes all.
-    large: Option<(u64, u64)>,
-    read: [Entry; DATA_ENTRIES],
-    write: [Entry; DATA_ENTRIES],
-    fetch: [Entry; FETCH_ENTRIES],
+    read: Array<DATA_ENTRIES, { DATA_ENTRIES / 64 }>,
+    write: Array<DATA_ENTRIES, { DATA_ENTRIES / 64 }>,
+    fetch: Array<FETCH_ENTRIES, { FETCH_ENTRIES / 64 }>,
+    /// Of global pages, and of the others.
+    large: [Large; 2],
     /// What walks remember; flushed with the rest.
     pub structures: Structures,
-}
-
-/// Index of `la` in a data array.
-#[inline(always)]
-fn slot(la: u64) -> usize {
-    (la >> 12) as usize & (DATA_ENTRIES - 1)
 }
 
 impl Default for Tlb {
@@ -59,10 +129,10 @@ impl Tlb {
     pub fn new() -> Self {
         Self {
             context: GENERATION_STEP,
-            large: None,
-            read: [Entry::default(); DATA_ENTRIES],
-            write: [Entry::default(); DATA_ENTRIES],
-            fetch: [Entry::default(); FETCH_ENTRIES],
+            read: Array::EMPTY,
+            write: Array::EMPTY,
+            fetch: Array::EMPTY,
+            large: Default::default(),
             structures: Structures::new(),
         }
     }
@@ -87,8 +157,8 @@ impl Tlb {
     }
 
     #[inline(always)]
-    fn probe(entries: &[Entry; DATA_ENTRIES], context: u64, la: u64, size: u64) -> Option<u64> {
-        let entry = &entries[slot(la)];
+    fn probe(entries: &Array<DATA_ENTRIES, { DATA_ENTRIES / 64 }>, context: u64, la: u64, size: u64) -> Option<u64> {
+        let entry = entries.at(la);
         // The last byte's page is compared, so an access that crosses into the next page misses.
         let key = (la.wrapping_add(size - 1) & PAGE_MASK) | context;
         if entry.tag == key { Some(la.wrapping_add(entry.addend)) } else { None }
@@ -97,52 +167,42 @@ impl Tlb {
     /// Guest-physical address that fetches at `la` come from.
     #[inline(always)]
     pub fn fetch(&self, la: u64) -> Option<u64> {
-        let entry = &self.fetch[(la >> 12) as usize & (FETCH_ENTRIES - 1)];
+        let entry = self.fetch.at(la);
         if entry.tag == (la & PAGE_MASK) | self.context { Some(entry.addend | (la & !PAGE_MASK)) } else { None }
     }
 
-    /// Enters a page for reads: `host` is the address of its first byte.
-    pub fn fill_read(&mut self, la: u64, host: u64, page_bytes: u64) {
-        self.note_size(la, page_bytes);
-        self.read[slot(la)] = self.entry(la, host.wrapping_sub(la & PAGE_MASK));
+    /// Whether what [`fetch`](Self::fetch) found at `la` outlives MOV CR3.
+    pub fn fetch_is_global(&self, la: u64) -> bool {
+        let slot = Array::<FETCH_ENTRIES, { FETCH_ENTRIES / 64 }>::slot(la);
+        self.fetch.local[slot / 64] >> (slot % 64) & 1 == 0
+    }
+
+    /// Enters a page for reads: `host` is the address of its first byte, `found` where the walk for `la` led.
+    pub fn fill_read(&mut self, la: u64, host: u64, found: &Translation) {
+        let entry = self.entry(la, host.wrapping_sub(la & PAGE_MASK), found);
+        self.read.fill(la, entry, found.global);
     }
 
     /// Enters a page for writes.
-    pub fn fill_write(&mut self, la: u64, host: u64, page_bytes: u64) {
-        self.note_size(la, page_bytes);
-        self.write[slot(la)] = self.entry(la, host.wrapping_sub(la & PAGE_MASK));
+    pub fn fill_write(&mut self, la: u64, host: u64, found: &Translation) {
+        let entry = self.entry(la, host.wrapping_sub(la & PAGE_MASK), found);
+        self.write.fill(la, entry, found.global);
     }
 
-    /// Enters a page for fetches: `gpa` is its guest-physical address.
-    pub fn fill_fetch(&mut self, la: u64, gpa: u64, page_bytes: u64) {
-        self.note_size(la, page_bytes);
-        self.fetch[(la >> 12) as usize & (FETCH_ENTRIES - 1)] = self.entry(la, gpa & PAGE_MASK);
+    /// Enters a page for fetches, at its guest-physical address.
+    pub fn fill_fetch(&mut self, la: u64, found: &Translation) {
+        let entry = self.entry(la, found.gpa.0 & PAGE_MASK, found);
+        self.fetch.fill(la, entry, found.global);
     }
 
-    fn entry(&self, la: u64, addend: u64) -> Entry {
+    fn entry(&mut self, la: u64, addend: u64, found: &Translation) -> Entry {
+        self.large[usize::from(!found.global)].note(la, found.page_bytes);
         Entry { tag: (la & PAGE_MASK) | self.context, addend }
     }
 
-    fn note_size(&mut self, la: u64, page_bytes: u64) {
-        if page_bytes <= 0x1000 {
-            return;
-        }
-        let page = !(page_bytes - 1);
-        self.large = Some(match self.large {
-            None => (la & page, page),
-            Some((base, mask)) => {
-                let mut mask = mask & page;
-                while (base ^ la) & mask != 0 {
-                    mask <<= 1;
-                }
-                (base & mask, mask)
-            }
-        });
-    }
-
-    /// Drops everything: MOV CR3, changes of CR0, CR4, EFER, of memory slots.
+    /// Drops everything: changes of CR0, CR4, EFER, of memory slots.
     pub fn flush(&mut self) {
-        self.large = None;
+        self.large = Default::default();
         self.structures.flush();
         self.context += GENERATION_STEP;
         if self.context > !PAGE_MASK {
@@ -150,23 +210,32 @@ impl Tlb {
         }
     }
 
+    /// MOV CR3: drops what is not global.
+    pub fn flush_local(&mut self) {
+        self.large[1] = Large::default();
+        self.structures.flush();
+        self.read.drop_local();
+        self.write.drop_local();
+        self.fetch.drop_local();
+    }
+
     /// INVLPG: drops the page of `la` in every context. True: everything went, for the page may have been a large one.
     pub fn flush_page(&mut self, la: u64) -> bool {
-        if self.large.is_some_and(|(base, mask)| la & mask == base) {
+        if self.large.iter().any(|large| large.may_hold(la)) {
             self.flush();
             return true;
         }
         self.structures.flush();
-        self.read[slot(la)].tag = 0;
-        self.write[slot(la)].tag = 0;
-        self.fetch[(la >> 12) as usize & (FETCH_ENTRIES - 1)].tag = 0;
+        self.read.drop_page(la);
+        self.write.drop_page(la);
+        self.fetch.drop_page(la);
         false
     }
 
     /// Drops write entries that reach the 4 KiB at host address `page`, whatever their linear address: code was
     /// decoded from it, or its dirty bit was harvested.
     pub fn protect(&mut self, page: u64) {
-        for entry in &mut self.write {
+        for entry in &mut self.write.entries {
             if (entry.tag & PAGE_MASK).wrapping_add(entry.addend) == page {
                 entry.tag = 0;
             }
@@ -176,14 +245,20 @@ impl Tlb {
 
 #[cfg(test)]
 mod tests {
+    use x86_defs::GuestPhysAddr;
+
     use super::*;
 
     const LA: u64 = 0xffff_8000_1234_5000;
 
+    fn page(page_bytes: u64, global: bool) -> Translation {
+        Translation { gpa: GuestPhysAddr(0x9000), page_bytes, writable: true, user: false, executable: true, global }
+    }
+
     fn filled() -> Tlb {
         let mut tlb = Tlb::new();
-        tlb.fill_read(LA + 8, 0x7000, 0x1000);
-        tlb.fill_write(LA, 0x7000, 0x1000);
+        tlb.fill_read(LA + 8, 0x7000, &page(0x1000, false));
+        tlb.fill_write(LA, 0x7000, &page(0x1000, false));
         tlb
     }
 
@@ -220,10 +295,32 @@ mod tests {
     #[test]
     fn invlpg_in_a_large_page_drops_its_other_pieces() {
         let mut tlb = filled();
-        tlb.fill_read(0x20_0000, 0x10_0000, 0x20_0000);
-        tlb.fill_read(0x20_1000, 0x10_1000, 0x20_0000);
+        tlb.fill_read(0x20_0000, 0x10_0000, &page(0x20_0000, true));
+        tlb.fill_read(0x20_1000, 0x10_1000, &page(0x20_0000, true));
         tlb.flush_page(0x20_0000);
         assert_eq!(tlb.read(0x20_1000, 1), None);
+    }
+
+    /// SDM Vol. 3 "Operations that Invalidate TLBs and Paging-Structure Caches", MOV to CR3.
+    #[test]
+    fn mov_cr3_drops_all_but_global_pages() {
+        let mut tlb = filled();
+        let other = LA + 0x1000;
+        tlb.fill_read(other, 0x8000, &page(0x1000, true));
+        tlb.fill_fetch(other, &page(0x1000, true));
+        tlb.fill_fetch(LA, &page(0x1000, false));
+        assert!(tlb.fetch_is_global(other) && !tlb.fetch_is_global(LA));
+        tlb.flush_local();
+        assert_eq!((tlb.read(LA, 1), tlb.write(LA, 1), tlb.fetch(LA)), (None, None, None));
+        assert_eq!((tlb.read(other, 1), tlb.fetch(other)), (Some(0x8000), Some(0x9000)));
+        // One that takes the place of another kind.
+        tlb.fill_read(other, 0x8000, &page(0x1000, false));
+        tlb.fill_read(LA, 0x7000, &page(0x1000, true));
+        tlb.flush_local();
+        assert_eq!((tlb.read(LA, 1), tlb.read(other, 1)), (Some(0x7000), None));
+        assert!(!tlb.flush_page(LA));
+        tlb.flush();
+        assert_eq!((tlb.read(LA, 1), tlb.fetch(other)), (None, None));
     }
 
     #[test]

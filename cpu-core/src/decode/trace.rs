@@ -58,34 +58,51 @@ impl Hasher for AddressHasher {
     }
 }
 
-/// The linear pages that jump cache, return stack and links across pages lead to, and perhaps some more: INVLPG elsewhere
-/// leaves these alone.
-pub(crate) struct LinkedPages([u64; LINKED_BITS / 64]);
+/// What jump cache, return stack and links across pages hold for code of one privilege. MOV CR3 takes a process's; a
+/// kernel's stay, which lie in global pages.
+pub(crate) struct Links {
+    /// Part of `Cpu::code_context`: what was found under another one is forgotten.
+    generation: u64,
+    /// Base and limit of CS that the offsets are for.
+    window: (u64, u32),
+    /// Where they lead, and perhaps some more pages: INVLPG elsewhere leaves them alone.
+    pages: [u64; LINKED_BITS / 64],
+    /// First and last address that they lead to.
+    span: (u64, u64),
+    /// Some lead to pages that are not global.
+    local: bool,
+}
 
 /// Pages that are told apart, by the low bits of their numbers.
 const LINKED_BITS: usize = 1 << 14;
 
-impl Default for LinkedPages {
+impl Default for Links {
     fn default() -> Self {
-        Self([0; LINKED_BITS / 64])
+        Self { generation: 1, window: (0, 0), pages: [0; LINKED_BITS / 64], span: (u64::MAX, 0), local: false }
     }
 }
 
-impl LinkedPages {
+impl Links {
     fn place(la: u64) -> (usize, u64) {
         let page = (la / PAGE) as usize % LINKED_BITS;
         (page / 64, 1 << (page % 64))
     }
 
-    fn enter(&mut self, la: u64) {
+    fn enter(&mut self, la: u64, global: bool) {
         let (word, bit) = Self::place(la);
-        self.0[word] |= bit;
+        self.pages[word] |= bit;
+        self.span = (self.span.0.min(la & !(PAGE - 1)), self.span.1.max(la | (PAGE - 1)));
+        self.local |= !global;
     }
 
     /// False: nothing leads to the page of `la`.
-    pub(crate) fn may_hold(&self, la: u64) -> bool {
+    fn may_hold(&self, la: u64) -> bool {
         let (word, bit) = Self::place(la);
-        self.0[word] & bit != 0
+        self.span.0 <= la && la <= self.span.1 && self.pages[word] & bit != 0
+    }
+
+    fn forget(&mut self) {
+        *self = Self { generation: self.generation + 1, window: self.window, ..Self::default() };
     }
 }
 
@@ -502,14 +519,38 @@ impl Cpu {
 
     /// Drops the jump cache, return stack and links across pages.
     pub(crate) fn forget_jumps(&mut self) {
-        self.flush_generation += 1;
-        self.code_context = self.flush_generation << 8 | self.code_context & 0xff;
-        self.linked = LinkedPages::default();
+        self.links.iter_mut().for_each(Links::forget);
+        self.enter_links();
+    }
+
+    /// The same for what leads to pages that are not global, after MOV CR3.
+    pub(crate) fn forget_local_jumps(&mut self) {
+        self.links.iter_mut().filter(|links| links.local).for_each(Links::forget);
+        self.enter_links();
+    }
+
+    /// INVLPG: does anything lead to the page of `la`?
+    pub(crate) fn is_linked(&self, la: u64) -> bool {
+        self.links.iter().any(|links| links.may_hold(la))
+    }
+
+    /// What the jump cache has for the mode, privilege and CS of now is good from here on.
+    pub(crate) fn enter_links(&mut self) {
+        let cs = self.seg[Seg::Cs as usize];
+        // Offsets in CS name the same code only under the same base and limit.
+        let window = if self.is_64bit() { (0, u32::MAX) } else { (cs.base, cs.limit) };
+        let links = &mut self.links[usize::from(self.cpl == 3)];
+        if window != links.window {
+            links.window = window;
+            links.generation += 1;
+        }
+        self.code_context = links.generation << 8 | u64::from(self.mode().bits());
     }
 
     /// The trace at offset `ip` of CS may be linked to from now on.
     pub(crate) fn may_link(&mut self, ip: u64) {
-        self.linked.enter(self.wrap_linear(self.seg_base[Seg::Cs as usize].wrapping_add(ip)));
+        let la = self.wrap_linear(self.seg_base[Seg::Cs as usize].wrapping_add(ip));
+        self.links[usize::from(self.cpl == 3)].enter(la, self.tlb.fetch_is_global(la));
     }
 
     /// Finds or decodes the trace at offset `ip` of CS. Null where the loop must take one instruction by itself.
@@ -553,7 +594,7 @@ impl Cpu {
         let access = Access { kind: AccessKind::Fetch, user: self.cpl == 3, implicit: false };
         let paging = self.paging();
         let found = mmu::walk_cached(&self.view, &paging, LinearAddr(la), access, &mut self.tlb.structures)?;
-        self.tlb.fill_fetch(la, found.gpa.0, found.page_bytes);
+        self.tlb.fill_fetch(la, &found);
         Ok(found.gpa.0)
     }
 

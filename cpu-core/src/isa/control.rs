@@ -142,7 +142,7 @@ impl Cpu {
             self.load_pdptes(value)?;
         }
         self.cr3 = value;
-        self.flush_tlb();
+        self.flush_local();
         Ok(())
     }
 
@@ -428,11 +428,11 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Done {
     if invalid {
         return Err(cpu.fault(Fault::gp(0)));
     }
-    // The TLB holds one PCID's entries, so more goes than must.
-    if kind == 0 && pcid == cpu.cr3 & 0xfff && cpu.cr4.contains(Cr4::PCIDE) {
-        cpu.flush_page(la);
-    } else {
-        cpu.flush_tlb();
+    // The TLB holds one PCID's entries and global ones, so more goes than must. Only type 2 is for those as well.
+    match kind {
+        0 if pcid == cpu.cr3 & 0xfff && cpu.cr4.contains(Cr4::PCIDE) => cpu.flush_page(la),
+        2 => cpu.flush_tlb(),
+        _ => cpu.flush_local(),
     }
     cpu.serialize();
     Ok(Then::Leave)

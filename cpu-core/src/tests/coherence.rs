@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use iced_x86::code_asm::*;
 use mmu::View;
-use x86_defs::GuestPhysAddr;
+use x86_defs::{Cr4, GuestPhysAddr, pte};
 
 use crate::Cpu;
 use crate::platform::HostPlatform;
@@ -215,30 +215,45 @@ fn frames_that_the_cpu_pushes_over_code_are_seen() {
 
 #[test]
 fn a_page_mapped_elsewhere_is_other_code() {
-    // Two pages of code, 5000_0000H-wise the same linear page in turn: by a store to the PDE and INVLPG, and by MOV CR3.
+    // Two pages of code, the same linear page in turn: by a store to the PDE, and what the SDM has for its translation, global
+    // or not (Vol. 3 "Operations that Invalidate TLBs and Paging-Structure Caches").
     const AT: u64 = 0x80_0000;
-    for flush in ["INVLPG", "MOV CR3", "INVPCID"] {
+    let table: &[(&str, u64, Assemble)] = &[
+        ("INVLPG", 0, |a| a.invlpg(ptr(rbx))),
+        ("INVLPG", pte::G, |a| a.invlpg(ptr(rbx))),
+        ("MOV CR3", 0, |a| a.mov(rax, cr3).and(a.mov(cr3, rax))),
+        ("INVPCID, all but global", 0, |a| a.mov(eax, 3).and(a.invpcid(rax, xmmword_ptr(0x7000)))),
+        ("INVPCID, all", pte::G, |a| a.mov(eax, 2).and(a.invpcid(rax, xmmword_ptr(0x7000)))),
+        ("CR4.PGE", pte::G, |a| {
+            a.mov(rax, cr4)?;
+            a.btc(eax, 7)?;
+            a.mov(cr4, rax)?;
+            a.btc(eax, 7)?;
+            a.mov(cr4, rax)
+        }),
+    ];
+    for (flush, global, invalidate) in table {
         let mut machine = machine(|a| {
             let mut top = a.create_label();
             a.mov(ecx, 50)?;
             a.mov(rbx, AT)?;
             a.set_label(&mut top)?;
+            // By the jump cache, a link across pages, the return stack.
             a.call(rbx)?;
+            a.call(AT)?;
             a.xor(qword_ptr(PAGE_DIRECTORY + 8 * (AT >> 21)), 0x60_0000)?;
-            match flush {
-                "INVLPG" => a.invlpg(ptr(rbx))?,
-                "INVPCID" => a.mov(eax, 2).and(a.invpcid(rax, xmmword_ptr(0x7000)))?,
-                _ => a.mov(rax, cr3).and(a.mov(cr3, rax))?,
-            }
+            invalidate(a)?;
             a.dec(ecx)?;
             a.jne(top)
         });
         for (page, adds) in [(0xa0_0000u64, 1u8), (0xc0_0000, 100)] {
             machine.write(page, &[0x49, 0x83, 0xc0, adds, 0xc3]);
         }
-        machine.write(PAGE_DIRECTORY + 8 * (AT >> 21), &0xa0_0087u64.to_le_bytes());
+        machine.cpu.cr4 |= Cr4::PGE;
+        machine.write(PAGE_DIRECTORY, &(0x87 | pte::G).to_le_bytes());
+        machine.write(PAGE_DIRECTORY + 8 * (AT >> 21), &(0xa0_0087 | global).to_le_bytes());
         assert_eq!(machine.cpu.run(), Exit::Hlt);
-        assert_eq!(machine.cpu.reg(Gpr::R8), 25 * 101, "{flush}");
+        assert_eq!(machine.cpu.reg(Gpr::R8), 2 * 25 * 101, "{flush}");
     }
 }
 

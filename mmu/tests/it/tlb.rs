@@ -102,9 +102,19 @@ fn hits_are_what_a_walk_says() {
                 });
             }
             3 => {
+                let global = |la: u64| {
+                    let entries = [space.table_entry(la), space.directory_entry(la)];
+                    entries.iter().any(|&at| view.load_u64(at).expect("RAM") & pte::G != 0)
+                };
+                // The spaces agree on nothing, so software keeps none of its global pages.
+                let pages = (0..4).flat_map(|region| (0..4).map(move |page| region << 21 | page << 12));
+                let kept: Vec<u64> = pages.filter(|&la| global(la)).collect();
                 space = &spaces[(next() & 1) as usize];
                 paging.cr3 = space.root;
-                tlb.flush();
+                tlb.flush_local();
+                kept.into_iter().for_each(|la| {
+                    tlb.flush_page(la);
+                });
             }
             4..8 => {
                 user = !user;
@@ -147,10 +157,10 @@ fn hits_are_what_a_walk_says() {
         };
         misses += 1;
         match kind {
-            AccessKind::Read => tlb.fill_read(la, host(found.gpa), found.page_bytes),
-            AccessKind::Write if found.writable => tlb.fill_write(la, host(found.gpa), found.page_bytes),
+            AccessKind::Read => tlb.fill_read(la, host(found.gpa), &found),
+            AccessKind::Write if found.writable => tlb.fill_write(la, host(found.gpa), &found),
             AccessKind::Write => panic!("D was set just now"),
-            AccessKind::Fetch => tlb.fill_fetch(la, found.gpa.0, found.page_bytes),
+            AccessKind::Fetch => tlb.fill_fetch(la, &found),
         }
     }
     assert!(hits > 40_000 && misses > 10_000 && faults > 10_000, "{hits} {misses} {faults}");
