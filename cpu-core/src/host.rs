@@ -5,8 +5,10 @@
 //! atomicity that the SDM promises the guest (Vol. 3 "Guaranteed Atomic Operations"), and no reference exists.
 #![expect(unsafe_code, reason = "guest RAM is reached by host address; rdtsc and rdrand are intrinsics")]
 
-use crate::word::Word;
 use std::arch::asm;
+
+use crate::host_simd;
+use crate::word::Word;
 
 /// Widths that `load` and `store` move in one instruction.
 ///
@@ -164,13 +166,14 @@ pub(crate) unsafe fn store_16(host: u64, value: [u8; 16]) {
 }
 
 /// Compares `expected` with the guest bytes at `host`, in pieces that tear at worst as a fetch would. The last piece overlaps
-/// the one before.
+/// the one before. They hardly ever differ, so all are looked at.
 ///
 /// # Safety
 /// `host` is the host address of `expected.len()` bytes of guest RAM.
+#[inline(always)]
 pub(crate) unsafe fn equals(host: u64, expected: &[u8]) -> bool {
     let length = expected.len();
-    let same = |bytes: usize, at: usize| {
+    let differ = |bytes: usize, at: usize| {
         let expected = expected[at..at + bytes].iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
         let host = host + at as u64;
         let found = match bytes {
@@ -181,12 +184,19 @@ pub(crate) unsafe fn equals(host: u64, expected: &[u8]) -> bool {
             // SAFETY: as above.
             _ => unsafe { u8::load(host) }.into(),
         };
-        found == expected
+        found ^ expected
+    };
+    let differ_16 = |at: usize| {
+        let expected = expected[at..at + 16].try_into().map_or(0, u128::from_le_bytes);
+        // SAFETY: the caller's, as above.
+        let found = unsafe { host_simd::load(host + at as u64) };
+        host_simd::to_u128(found) ^ expected
     };
     match length {
-        8.. => (0..length - 8).step_by(8).all(|at| same(8, at)) && same(8, length - 8),
-        4.. => same(4, 0) && same(4, length - 4),
-        _ => (0..length).all(|at| same(1, at)),
+        16.. => (0..length - 16).step_by(16).fold(differ_16(length - 16), |all, at| all | differ_16(at)) == 0,
+        8.. => differ(8, 0) | differ(8, length - 8) == 0,
+        4.. => differ(4, 0) | differ(4, length - 4) == 0,
+        _ => (0..length).all(|at| differ(1, at) == 0),
     }
 }
 

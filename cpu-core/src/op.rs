@@ -515,29 +515,34 @@ unsafe fn enter_again(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i6
     let running = unsafe { &mut *cpu };
     // SAFETY: called with a head of this CPU's arena only.
     let head = unsafe { At::new(op) };
-    let stands = budget > 0 && !running.kick.asked() && running.stands(head);
-    // SAFETY: as above, copied out.
-    if stands || running.may_enter(unsafe { *op.cast::<Head>() }, fa, fb, budget) {
+    if budget > 0 && !running.kick.asked() && running.stands(head) {
         let m = Machine { cpu, op, fa, fb, budget };
         // The stamp is the current one now, unless attention was asked for in between: then it ends here the next time.
         dispatch!(cpu, op, m)
     }
+    // SAFETY: as above; a jump, so this path keeps no frame for it.
+    unsafe { enter_anew(cpu, op, fa, fb, budget) }
 }
 
-impl Cpu {
-    /// True: the trace is what memory holds, go on. False: the CPU is ready for the loop.
-    #[cold]
-    #[inline(never)]
-    fn may_enter(&mut self, head: Head, fa: u64, fb: u64, budget: i64) -> bool {
-        if budget > 0 && self.trace_is_current(head.trace) {
-            return true;
-        }
-        self.fa = fa;
-        self.fb = fb;
-        self.budget = budget;
-        self.rip = head.ip;
-        false
+/// As [`enter_again`], for a trace that does not stand as it is.
+///
+/// # Safety
+/// That of [`enter_again`].
+#[cold]
+#[inline(never)]
+unsafe fn enter_anew(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
+    // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
+    let running = unsafe { &mut *cpu };
+    // SAFETY: a head is there, copied out.
+    let Head { trace, ip, .. } = unsafe { *op.cast::<Head>() };
+    if budget > 0 && running.trace_is_current(trace) {
+        let m = Machine { cpu, op, fa, fb, budget };
+        dispatch!(cpu, op, m)
     }
+    running.fa = fa;
+    running.fb = fb;
+    running.budget = budget;
+    running.rip = ip;
 }
 
 /// Behind a trace that ended for want of space: goes on at the op's own address, as a jump to it would.

@@ -4,12 +4,12 @@
 //! counts is how few there are. Every first below has a handler with every second; the trace builder gives it to the first
 //! where the two are neighbours. Both stay ops of their own: whatever stops, misses or leaves does so at its own.
 //!
-//! The rows are those that run most in a boot of Debian's kernel, gcc, Python and sorting.
+//! The rows are those that run most in a boot of Debian's kernel, gcc, Python and sorting; rotations and 32-bit sums are of hash functions.
 
 use super::alu::{self, Add, And, Cmp, Or, Sub, Test, Xor};
 use super::branch::{Call, Fused, Jump, Ret64};
 use super::mov::{ExtendMem, ExtendReg, Lea, Load, RegImm, RegReg, Sign, Store, StoreImm, Zero};
-use super::shift::{self, Shl, Shr};
+use super::shift::{self, Ror, Shl, Shr};
 use super::stack::{PopReg64, PushReg64};
 use crate::op::{BaseDisp, BaseIndex, Enter, General, Handler, Semantics, handler, pair as both};
 
@@ -23,6 +23,7 @@ type TestMem<W> = alu::MemImm<Test, W, BaseDisp, true>;
 /// Arithmetic whose flags nobody looks at.
 type QuietImm<A, W> = alu::RegImm<A, W, false>;
 type QuietReg<A, W> = alu::RegReg<A, W, false>;
+type QuietMem<A, W> = alu::RegMem<A, W, BaseDisp, false>;
 /// Arithmetic whose flags somebody may look at, if only because what is behind it may fault.
 type LoudImm<A, W> = alu::RegImm<A, W, true>;
 type LoudReg<A, W> = alu::RegReg<A, W, true>;
@@ -55,6 +56,7 @@ table! {
         QuietReg<Xor, u32>, QuietReg<Or, u64>, QuietReg<And, u64>,
         LoudImm<Add, u64>, LoudImm<Sub, u64>, LoudReg<Xor, u32>,
         Shift<Shl, u64>, Shift<Shr, u64>,
+        QuietReg<Add, u32>, QuietReg<And, u32>, QuietMem<Add, u32>, Shift<Ror, u32>,
     ;
     seconds:
         RegReg<u64>, RegReg<u32>, RegImm<u32>,
@@ -66,6 +68,7 @@ table! {
         QuietImm<Add, u64>, QuietImm<And, u32>, QuietReg<Add, u64>, QuietReg<Sub, u64>, QuietReg<Xor, u32>,
         LoudImm<Add, u64>, LoudImm<Sub, u64>, LoudReg<Xor, u32>, LoudReg<Sub, u64>,
         Shift<Shl, u64>, Shift<Shr, u64>,
+        QuietReg<Add, u32>, QuietReg<And, u32>, QuietMem<Add, u32>, Shift<Ror, u32>,
         Jump, Call<BaseDisp>, Ret64<BaseDisp>,
         Fused<TestReg<u64>, 4>, Fused<TestReg<u64>, 5>, Fused<TestReg<u32>, 4>, Fused<TestReg<u32>, 5>,
         Fused<TestReg<u8>, 4>, Fused<TestReg<u8>, 5>, Fused<TestImm<u8>, 4>, Fused<TestImm<u8>, 5>,

@@ -113,7 +113,7 @@ impl Shift for Rol {
 }
 
 /// SDM Vol. 2 "RCL/RCR/ROL/ROR".
-struct Ror;
+pub(super) struct Ror;
 impl Shift for Ror {
     const ROTATES: bool = true;
     #[inline(always)]
