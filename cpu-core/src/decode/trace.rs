@@ -23,14 +23,18 @@ use crate::op::{Continue, CrossLink, Enter, Handler, Head, Machine, Op, Semantic
 use crate::state::Seg;
 
 const PAGE: u64 = 0x1000;
-/// Ops that the arena holds: 32 MiB of address space, touched as it fills.
-const ARENA_OPS: usize = 1 << 20;
+/// Ops that the arena holds: 128 MiB of address space, touched as it fills. A quarter of that is not enough for a compiler:
+/// it made all traces anew several times a second.
+const ARENA_OPS: usize = 1 << 22;
+/// Bytes at its beginning that come in pages of 4 KiB, all that a small guest needs. Behind it are large pages, where the host
+/// has some: heads lie all over the arena, and a TLB of the host reaches 8 MiB of it otherwise.
+const SMALL_BYTES: usize = 2 << 20;
 /// Slots kept free for one trace (bytes, footing, head, ops with data and wide displacements, links: 243 at most).
 const RESERVE: usize = 256;
 /// Slots that one single instruction may take (displacement, op, data, end, three links of two: 10 at most).
 const SINGLE_OPS: usize = 16;
-/// Where the single instructions' slots begin, behind all traces.
-const SINGLES_AT: usize = ARENA_OPS - SINGLES * SINGLE_OPS;
+/// Where the traces begin, behind the single instructions' slots.
+const TRACES_AT: usize = SINGLES * SINGLE_OPS;
 /// Most instructions of a trace.
 const MAX_INSTRUCTIONS: usize = 32;
 /// Most bytes of an instruction (SDM Vol. 2 "Instruction Format").
@@ -254,14 +258,21 @@ unsafe impl Send for Traces {}
 const ARENA_BYTES: usize = ARENA_OPS * size_of::<Op>();
 
 /// Zeroed memory for the arena, from the kernel itself: it gives pages as they are touched. An allocator asked for more
-/// than its usual alignment writes the zeros by hand, and 32 MiB of that take longer than all else about a new vCPU.
+/// than its usual alignment writes the zeros by hand, and so many of them take longer than all else about a new vCPU.
 fn map_arena() -> NonNull<Op> {
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a new mapping at an address of the kernel's choice.
     let at = unsafe { libc::mmap(std::ptr::null_mut(), ARENA_BYTES, prot, flags, -1, 0) };
-    match NonNull::new(at.cast()) {
-        Some(arena) if at != libc::MAP_FAILED => arena,
+    match NonNull::new(at.cast::<Op>()) {
+        Some(arena) if at != libc::MAP_FAILED => {
+            // SAFETY: inside the mapping.
+            let large = unsafe { arena.byte_add(SMALL_BYTES) };
+            // A kernel without large pages refuses, and all is as before.
+            // SAFETY: the rest of the mapping; advice changes no contents.
+            let _ = unsafe { libc::madvise(large.as_ptr().cast(), ARENA_BYTES - SMALL_BYTES, libc::MADV_HUGEPAGE) };
+            arena
+        }
         _ => std::alloc::handle_alloc_error(Layout::new::<[Op; ARENA_OPS]>()),
     }
 }
@@ -277,7 +288,7 @@ impl Traces {
     pub(crate) fn new() -> Self {
         Self {
             arena: map_arena(),
-            used: 0,
+            used: TRACES_AT,
             list: Vec::new(),
             by_address: Map::default(),
             pages: Map::default(),
@@ -288,12 +299,12 @@ impl Traces {
 
     /// No room for another trace.
     fn is_full(&self) -> bool {
-        self.used + RESERVE > SINGLES_AT
+        self.used + RESERVE > ARENA_OPS
     }
 
     /// Empties the arena. No trace may be running, and the caller drops what points into it.
     fn clear(&mut self) {
-        self.used = 0;
+        self.used = TRACES_AT;
         self.list.clear();
         self.by_address.clear();
         self.pages.clear();
@@ -663,7 +674,7 @@ impl Cpu {
         let mode = self.mode();
         let at = single_index(ip);
         // SAFETY: inside the arena; `build` keeps traces below the slots of single instructions.
-        let first = unsafe { self.traces.arena.as_ptr().add(SINGLES_AT + at * SINGLE_OPS) };
+        let first = unsafe { self.traces.arena.as_ptr().add(at * SINGLE_OPS) };
         let old = self.traces.singles[at];
         let known = old.is_some_and(|known| {
             let len = usize::from(known.len);
@@ -680,9 +691,9 @@ impl Cpu {
             let is_call = matches!(lowered.branch, Some(Branch::Call(_) | Branch::CallIndirect));
             self.traces.singles[at] = Some(Single { ip, mode, bytes: kept, len: len as u8, is_call });
             let next = ip.wrapping_add(len as u64) & self.ip_mask();
-            let used = std::mem::replace(&mut self.traces.used, SINGLES_AT + at * SINGLE_OPS);
+            let used = std::mem::replace(&mut self.traces.used, at * SINGLE_OPS);
             self.traces.emit(&[lowered], ip, next, false, stop_at, None);
-            debug_assert!(self.traces.used <= SINGLES_AT + (at + 1) * SINGLE_OPS);
+            debug_assert!(self.traces.used <= (at + 1) * SINGLE_OPS);
             self.traces.used = used;
         }
         self.gpr[17] = ip;
