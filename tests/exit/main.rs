@@ -3,3 +3,4 @@
 mod coalesced;
 mod ends;
 mod profile;
+mod resample;

@@ -266,7 +266,16 @@ impl Pic {
         }
     }
 
-    fn update(&mut self) {
+    /// Unless a service has ended: devices are told of that first, for a line that they let go then makes no request
+    /// (`pic_clear_isr`). [`Self::update`] follows.
+    fn settle(&mut self) {
+        if self.ended == 0 {
+            self.update();
+        }
+    }
+
+    /// INTR is what the inputs say.
+    pub fn update(&mut self) {
         let [first, second] = &mut self.chips;
         let slave = second.request(false).is_some();
         if slave {
@@ -299,7 +308,7 @@ impl Pic {
                 self.chips[0].base + input
             }
         };
-        self.update();
+        self.settle();
         vector
     }
 
@@ -330,7 +339,7 @@ impl Pic {
             _ => controller.ocw2(value),
         };
         self.ended(chip, ended);
-        self.update();
+        self.settle();
     }
 
     /// IN from the same ports.
@@ -359,7 +368,7 @@ impl Pic {
             }
             self.acknowledged(chip, input);
         }
-        self.update();
+        self.settle();
         request.map_or(SPURIOUS, |input| 0x80 | input)
     }
 
@@ -371,7 +380,7 @@ impl Pic {
     /// Loads one controller, 0 or 1.
     pub fn set_controller(&mut self, chip: usize, controller: Controller) {
         self.chips[chip] = controller;
-        self.update();
+        self.settle();
     }
 }
 
@@ -466,11 +475,36 @@ mod tests {
         assert_eq!(pic.read(0x4d1), 0xde);
         pic.set_line(10, 0, true);
         assert_eq!(pic.acknowledge(), 0x72);
+        pic.take_ended();
         pic.write(0xa0, 0x62);
+        told(&mut pic, 1 << 10);
         pic.write(0x20, 0x62);
+        told(&mut pic, 1 << CASCADE);
         assert!(pic.output(), "still high");
         pic.set_line(10, 0, false);
         assert!(pic.output(), "the cascade's edge was latched");
+    }
+
+    /// Devices have been told of what ended.
+    fn told(pic: &mut Pic, ended: u16) {
+        assert_eq!(pic.take_ended(), ended);
+        pic.update();
+    }
+
+    /// `pic_clear_isr`: who lets its line go when it is told of the end leaves no request at the cascade.
+    #[test]
+    fn a_line_that_goes_low_at_the_end_of_its_service_requests_nothing() {
+        let mut pic = pc();
+        pic.write(0x4d1, 4);
+        pic.set_line(10, 0, true);
+        assert_eq!(pic.acknowledge(), 0x72);
+        pic.take_ended();
+        pic.write(0xa0, 0x62);
+        pic.set_line(10, 0, false);
+        told(&mut pic, 1 << 10);
+        pic.write(0x20, 0x62);
+        told(&mut pic, 1 << CASCADE);
+        assert!(!pic.output());
     }
 
     #[test]

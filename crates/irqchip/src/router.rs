@@ -254,6 +254,13 @@ impl Irqchip {
         let rises = pic.output() && !before;
         let ended = pic.take_ended();
         drop(pic);
+        if ended != 0 {
+            for pin in (0..pic::PINS).filter(|pin| ended & 1 << pin != 0) {
+                self.listener.ended(Route::Pic(pin));
+            }
+            // Lines are what devices want now.
+            self.with_pic(Pic::update);
+        }
         if rises {
             self.any(|lapic| {
                 if lapic.accepts_pic() {
@@ -261,9 +268,6 @@ impl Irqchip {
                 }
                 false
             });
-        }
-        for pin in (0..pic::PINS).filter(|pin| ended & 1 << pin != 0) {
-            self.listener.ended(Route::Pic(pin));
         }
         Some(result)
     }
