@@ -529,7 +529,6 @@ unsafe fn enter_again(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i6
 /// # Safety
 /// That of [`enter_again`].
 #[cold]
-#[inline(never)]
 unsafe fn enter_anew(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
     let running = unsafe { &mut *cpu };

@@ -40,6 +40,9 @@ struct Array<const N: usize, const WORDS: usize> {
     local: [u64; WORDS],
 }
 
+type Data = Array<DATA_ENTRIES, { DATA_ENTRIES / 64 }>;
+type Fetch = Array<FETCH_ENTRIES, { FETCH_ENTRIES / 64 }>;
+
 impl<const N: usize, const WORDS: usize> Array<N, WORDS> {
     const EMPTY: Self = Self { entries: [Entry { tag: 0, addend: 0 }; N], local: [0; WORDS] };
 
@@ -59,6 +62,11 @@ impl<const N: usize, const WORDS: usize> Array<N, WORDS> {
         self.entries[slot] = entry;
         let (word, bit) = (slot / 64, 1 << (slot % 64));
         self.local[word] = if global { self.local[word] & !bit } else { self.local[word] | bit };
+    }
+
+    fn is_global(&self, la: u64) -> bool {
+        let slot = Self::slot(la);
+        self.local[slot / 64] >> (slot % 64) & 1 == 0
     }
 
     fn drop_page(&mut self, la: u64) {
@@ -109,9 +117,9 @@ impl Large {
 pub struct Tlb {
     /// Generation, AC and privilege of the running code: the low 12 bits of every tag it can hit.
     context: u64,
-    read: Array<DATA_ENTRIES, { DATA_ENTRIES / 64 }>,
-    write: Array<DATA_ENTRIES, { DATA_ENTRIES / 64 }>,
-    fetch: Array<FETCH_ENTRIES, { FETCH_ENTRIES / 64 }>,
+    read: Data,
+    write: Data,
+    fetch: Fetch,
     /// Of global pages, and of the others.
     large: [Large; 2],
     /// What walks remember; flushed with the rest.
@@ -157,7 +165,7 @@ impl Tlb {
     }
 
     #[inline(always)]
-    fn probe(entries: &Array<DATA_ENTRIES, { DATA_ENTRIES / 64 }>, context: u64, la: u64, size: u64) -> Option<u64> {
+    fn probe(entries: &Data, context: u64, la: u64, size: u64) -> Option<u64> {
         let entry = entries.at(la);
         // The last byte's page is compared, so an access that crosses into the next page misses.
         let key = (la.wrapping_add(size - 1) & PAGE_MASK) | context;
@@ -173,8 +181,7 @@ impl Tlb {
 
     /// Whether what [`fetch`](Self::fetch) found at `la` outlives MOV CR3.
     pub fn fetch_is_global(&self, la: u64) -> bool {
-        let slot = Array::<FETCH_ENTRIES, { FETCH_ENTRIES / 64 }>::slot(la);
-        self.fetch.local[slot / 64] >> (slot % 64) & 1 == 0
+        self.fetch.is_global(la)
     }
 
     /// Enters a page for reads: `host` is the address of its first byte, `found` where the walk for `la` led.

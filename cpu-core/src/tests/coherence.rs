@@ -257,6 +257,35 @@ fn a_page_mapped_elsewhere_is_other_code() {
     }
 }
 
+/// Data and code in global pages, and what is linked to it, are found without a walk or a lookup behind MOV CR3.
+#[test]
+fn global_pages_outlive_mov_cr3() {
+    const TIMES: u32 = 50;
+    // In a page of its own, so that a link and a return lead across pages.
+    const AT: u64 = 0x3000;
+    let slow = |global: u64| {
+        let mut machine = machine(|a| {
+            let mut top = a.create_label();
+            a.mov(ecx, TIMES)?;
+            a.set_label(&mut top)?;
+            a.mov(rax, cr3)?;
+            a.mov(cr3, rax)?;
+            a.call(AT)?;
+            a.inc(qword_ptr(0x7000))?;
+            a.dec(ecx)?;
+            a.jne(top)
+        });
+        machine.write(AT, &[0xc3]);
+        machine.cpu.cr4 |= Cr4::PGE;
+        machine.write(PAGE_DIRECTORY, &(0x87 | global).to_le_bytes());
+        assert_eq!(machine.cpu.run(), Exit::Hlt);
+        let counts = &machine.cpu.counts;
+        [counts.data_walks, counts.fetch_walks, counts.jump_cache_misses]
+    };
+    assert!(slow(0).iter().all(|count| *count >= u64::from(TIMES)), "{:?}", slow(0));
+    assert!(slow(pte::G).iter().all(|count| *count < 10), "{:?}", slow(pte::G));
+}
+
 /// Where the code lies that others change: `mov r8d, imm32; ret`, and where the sides talk.
 const SHARED: u64 = 0xa_0000;
 const TURN: u64 = 0xb_0000;

@@ -59,21 +59,19 @@ impl Processors {
     /// The vCPU that `waker` calls has left the guest, where it only spun: it waits while others run. Returns when it is its turn
     /// again, or somebody called it.
     pub(crate) fn give_way(&self, waker: &Arc<Waker>) {
-        let mut queue = self.queue.lock();
-        let next = if self.has_room() { queue.pop_front() } else { None };
-        if next.is_none() && self.has_room() {
-            return;
-        }
-        queue.push_back(waker.clone());
-        self.waiting.store(queue.len(), Relaxed);
-        drop(queue);
+        let has_room = self.has_room();
+        let next = self.change(|queue| {
+            let next = if has_room { Some(queue.pop_front()?) } else { None };
+            queue.push_back(waker.clone());
+            Some(next)
+        });
+        // There is room, and nobody waits for it.
+        let Some(next) = next else { return };
         if let Some(next) = next {
             next.wake();
         }
         waker.sleep(Some(PATIENCE));
-        let mut queue = self.queue.lock();
-        queue.retain(|other| !Arc::ptr_eq(other, waker));
-        self.waiting.store(queue.len(), Relaxed);
+        self.change(|queue| queue.retain(|other| !Arc::ptr_eq(other, waker)));
     }
 
     /// A vCPU is not going to run for a while: whoever waits longest may.
@@ -81,13 +79,16 @@ impl Processors {
         if self.waiting.load(Relaxed) == 0 || !self.has_room() {
             return;
         }
-        let mut queue = self.queue.lock();
-        let next = queue.pop_front();
-        self.waiting.store(queue.len(), Relaxed);
-        drop(queue);
-        if let Some(next) = next {
+        if let Some(next) = self.change(VecDeque::pop_front) {
             next.wake();
         }
+    }
+
+    fn change<R>(&self, change: impl FnOnce(&mut VecDeque<Arc<Waker>>) -> R) -> R {
+        let mut queue = self.queue.lock();
+        let result = change(&mut queue);
+        self.waiting.store(queue.len(), Relaxed);
+        result
     }
 
     fn has_room(&self) -> bool {

@@ -8,14 +8,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BASE, FIRST_EVENT, FakeClient};
+use common::{FIRST_EVENT, FakeClient};
 use iced_x86::code_asm::*;
 use kvm::Kvm;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{
-    Plain, kvm_enable_cap, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
-};
+use kvm_abi::{Plain, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_regs, kvm_sregs};
 use mmu::Mapping;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -62,23 +60,13 @@ impl Machine {
     fn new(kind: Kind, vcpus: u32, code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Self {
         let kvm = Kvm::new();
         let client = FakeClient::with(&kvm);
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
+        let vm = client.vm_with_ram(RAM);
         match kind {
             Kind::Whole => client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).map(drop).unwrap(),
             Kind::Split => {
-                let mut cap: kvm_enable_cap = Plain::zeroed();
-                (cap.cap, cap.args[0]) = (KVM_CAP_SPLIT_IRQCHIP, 24);
-                client.set(vm, KVM_ENABLE_CAP, &cap).map(drop).unwrap();
+                client.enable(vm, KVM_CAP_SPLIT_IRQCHIP, 24).map(drop).unwrap();
             }
         }
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: RAM,
-            userspace_addr: BASE,
-        };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
         let code = assemble(CODE, |a| {
             apic(a, 0xf0, 0x1ff)?;
             code(a)

@@ -5,11 +5,11 @@ mod common;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use common::{BASE, FakeClient};
+use common::FakeClient;
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{Plain, kvm_clock_data, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
+use kvm_abi::{Plain, kvm_clock_data, kvm_regs, kvm_sregs};
 use nix::errno::Errno;
 
 const CODE: u64 = 0x1000;
@@ -30,9 +30,7 @@ struct Machine {
 impl Machine {
     fn new() -> Self {
         let client = FakeClient::new();
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-        let region = kvm_userspace_memory_region { memory_size: 0x1_0000, userspace_addr: BASE, ..Plain::zeroed() };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        let vm = client.vm_with_ram(0x1_0000);
         let mut a = CodeAssembler::new(16).unwrap();
         let mut top = a.create_label();
         for (register, value) in [(0x4b56_4d00u32, WALL as u32), (0x4b56_4d01, 0)] {

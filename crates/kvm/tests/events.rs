@@ -4,12 +4,10 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{BASE, FakeClient};
+use common::FakeClient;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{
-    Plain, kvm_debugregs, kvm_enable_cap, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events,
-};
+use kvm_abi::{Plain, kvm_debugregs, kvm_regs, kvm_sregs, kvm_vcpu_events};
 use mmu::Mapping;
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -31,9 +29,7 @@ impl Machine {
     /// A vCPU in real mode that loops.
     fn new() -> Self {
         let client = FakeClient::new();
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-        let region = kvm_userspace_memory_region { memory_size: 0x1_0000, userspace_addr: BASE, ..Plain::zeroed() };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        let vm = client.vm_with_ram(0x1_0000);
         client.memory.write(CODE, &[0xeb, 0xfe]).unwrap();
         // OUT, and around again.
         client.memory.write(HANDLER, &[0xe6, HANDLED as u8, 0xeb, 0xfc]).unwrap();
@@ -50,8 +46,7 @@ impl Machine {
     }
 
     fn enable(&self, cap: u32) {
-        let cap = kvm_enable_cap { cap, args: [1, 0, 0, 0], ..Plain::zeroed() };
-        self.client.set(self.vm, KVM_ENABLE_CAP, &cap).unwrap();
+        self.client.enable(self.vm, cap, 1).unwrap();
     }
 
     fn events(&self) -> kvm_vcpu_events {

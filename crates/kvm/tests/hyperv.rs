@@ -9,10 +9,7 @@ use common::{BASE, FakeClient};
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{
-    Plain, kvm_clock_data, kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_userspace_memory_region, kvm_xen_hvm_config,
-};
+use kvm_abi::{Plain, kvm_clock_data, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_xen_hvm_config};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -81,9 +78,7 @@ impl Machine {
     /// A vCPU in real mode, whose CPUID has the interface.
     fn new(code: impl FnOnce(&mut CodeAssembler) -> Code) -> Self {
         let client = FakeClient::new();
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-        let region = kvm_userspace_memory_region { memory_size: 0x1_0000, userspace_addr: BASE, ..Plain::zeroed() };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        let vm = client.vm_with_ram(0x1_0000);
         let assemble = |at: u64, code: &mut dyn FnMut(&mut CodeAssembler) -> Code| {
             let mut a = CodeAssembler::new(16).unwrap();
             code(&mut a).unwrap();
@@ -225,8 +220,7 @@ fn features_can_be_enforced() {
         wrmsr(a, CRASH_P0, 0, 1)?;
         a.out(0x81, al)
     });
-    let cap = kvm_enable_cap { cap: KVM_CAP_HYPERV_ENFORCE_CPUID, args: [1, 0, 0, 0], ..Plain::zeroed() };
-    machine.client.set(machine.vcpu, KVM_ENABLE_CAP, &cap).unwrap();
+    machine.client.enable(machine.vcpu, KVM_CAP_HYPERV_ENFORCE_CPUID, 1).unwrap();
     machine.set_cpuid(&[leaf(0, [0; 4]), interface(), leaf(0x4000_0003, [1 << 1, 0, 0, 1 << 10])]);
     assert_eq!([machine.out().0, machine.out().0, machine.out().0], [0xfd, 0x80, 0x81]);
     assert_eq!(machine.msr(CRASH_P0), 1);

@@ -11,10 +11,7 @@ use common::{BASE, FakeClient};
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{
-    ClearDirtyLog, DirtyLog, Plain, kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_regs, kvm_sregs,
-    kvm_userspace_memory_region,
-};
+use kvm_abi::{ClearDirtyLog, DirtyLog, Plain, kvm_coalesced_mmio_zone, kvm_regs, kvm_sregs};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -34,9 +31,7 @@ struct Machine {
 impl Machine {
     fn new(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Self {
         let client = FakeClient::new();
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-        let region = kvm_userspace_memory_region { memory_size: 0x1_0000, userspace_addr: BASE, ..Plain::zeroed() };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        let vm = client.vm_with_ram(0x1_0000);
         let mut a = CodeAssembler::new(16).unwrap();
         code(&mut a).unwrap();
         client.memory.write(CODE, &a.assemble(CODE).unwrap()).unwrap();
@@ -298,11 +293,7 @@ fn a_dirty_log_can_be_cleared_by_hand() {
         a.hlt()?;
         a.jmp(top)
     });
-    let enable = |options: u64| {
-        let mut cap: kvm_enable_cap = Plain::zeroed();
-        (cap.cap, cap.args[0]) = (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, options);
-        machine.client.set(machine.vm, KVM_ENABLE_CAP, &cap)
-    };
+    let enable = |options| machine.client.enable(machine.vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, options);
     for (options, result) in [(2, Err(Errno::EINVAL)), (4, Err(Errno::EINVAL)), (0, Ok(0)), (3, Ok(0))] {
         assert_eq!(enable(options), result, "{options}");
     }
@@ -318,13 +309,7 @@ fn a_dirty_log_can_be_cleared_by_hand() {
         machine.client.set(machine.vm, KVM_CLEAR_DIRTY_LOG, &argument)
     };
     assert_eq!(clear(0, 16, 0), Err(Errno::ENOENT), "it does not log yet");
-    let region = kvm_userspace_memory_region {
-        flags: KVM_MEM_LOG_DIRTY_PAGES,
-        memory_size: 0x1_0000,
-        userspace_addr: BASE,
-        ..Plain::zeroed()
-    };
-    machine.client.set(machine.vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+    machine.client.slot(machine.vm, (0, KVM_MEM_LOG_DIRTY_PAGES), 0, 0x1_0000, 0).unwrap();
     assert_eq!((get(), get()), (0xffff, 0xffff), "all are, until they are cleared");
     for (first, count) in [(1, 15), (0, 17), (64, 1), (0, 8)] {
         assert_eq!(clear(first, count, 0), Err(Errno::EINVAL), "{first} {count}");

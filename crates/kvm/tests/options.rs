@@ -10,8 +10,8 @@ use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
 use kvm_abi::{
-    DeviceAttr, MsrFilter, Plain, kvm_cpuid_entry2, kvm_enable_cap, kvm_guest_debug, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_sregs, kvm_sregs2, kvm_userspace_memory_region, kvm_x86_mce,
+    DeviceAttr, MsrFilter, Plain, kvm_cpuid_entry2, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_sregs2, kvm_x86_mce,
 };
 use mmu::Mapping;
 use nix::errno::Errno;
@@ -47,14 +47,8 @@ fn assemble(client: &FakeClient, at: u64, code: impl FnOnce(&mut CodeAssembler) 
 /// A VM with 64 KiB of RAM.
 fn new_vm() -> (Arc<FakeClient>, i32) {
     let client = FakeClient::new();
-    let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-    let region = kvm_userspace_memory_region { memory_size: 0x1_0000, userspace_addr: BASE, ..Plain::zeroed() };
-    client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+    let vm = client.vm_with_ram(0x1_0000);
     (client, vm)
-}
-
-fn enable(client: &FakeClient, vm: i32, cap: u32, value: u64) -> Result<i32, Errno> {
-    client.set(vm, KVM_ENABLE_CAP, &kvm_enable_cap { cap, args: [value, 0, 0, 0], ..Plain::zeroed() })
 }
 
 impl Machine {
@@ -103,7 +97,7 @@ impl Machine {
     }
 
     fn enable(&self, cap: u32, value: u64) -> Result<i32, Errno> {
-        enable(&self.client, self.vm, cap, value)
+        self.client.enable(self.vm, cap, value)
     }
 
     fn run(&self) -> u32 {
@@ -182,9 +176,9 @@ fn wrmsr(a: &mut CodeAssembler, index: u32, high: u32, low: u32) -> Code {
 fn unknown_quirks_are_refused_by_the_second_capability_alone() {
     let (client, vm) = new_vm();
     assert_eq!(client.ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_DISABLE_QUIRKS2.into()), Ok(0x7f));
-    assert_eq!(enable(&client, vm, KVM_CAP_DISABLE_QUIRKS2, 0x80), Err(Errno::EINVAL));
-    assert_eq!(enable(&client, vm, KVM_CAP_DISABLE_QUIRKS2, 0x7f), Ok(0));
-    assert_eq!(enable(&client, vm, KVM_CAP_DISABLE_QUIRKS, 0x80), Ok(0));
+    assert_eq!(client.enable(vm, KVM_CAP_DISABLE_QUIRKS2, 0x80), Err(Errno::EINVAL));
+    assert_eq!(client.enable(vm, KVM_CAP_DISABLE_QUIRKS2, 0x7f), Ok(0));
+    assert_eq!(client.enable(vm, KVM_CAP_DISABLE_QUIRKS, 0x80), Ok(0));
 }
 
 /// `emulator_fix_hypercall`.
@@ -299,7 +293,7 @@ fn lint0_of_the_bootstrap_processor_is_masked_once_the_quirk_is_off() {
     for (quirks, lint0) in [(0, 0x700), (KVM_X86_QUIRK_LINT0_REENABLED, 0x1_0000)] {
         let (client, vm) = new_vm();
         client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).unwrap();
-        enable(&client, vm, KVM_CAP_DISABLE_QUIRKS2, quirks.into()).unwrap();
+        client.enable(vm, KVM_CAP_DISABLE_QUIRKS2, quirks.into()).unwrap();
         let vcpu = client.ioctl(vm, KVM_CREATE_VCPU, 0).unwrap();
         let lapic: [u32; 256] = client.get(vcpu, KVM_GET_LAPIC);
         assert_eq!(lapic[0x350 / 4], lint0);
@@ -420,7 +414,7 @@ fn another_vcpu_is_the_bootstrap_processor() {
 #[test]
 fn ids_have_a_limit_that_is_set_once() {
     let (client, vm) = new_vm();
-    let limit = |value| enable(&client, vm, KVM_CAP_MAX_VCPU_ID, value);
+    let limit = |value| client.enable(vm, KVM_CAP_MAX_VCPU_ID, value);
     assert_eq!(limit(4097), Err(Errno::EINVAL));
     assert_eq!(limit(0), Ok(0));
     assert_eq!([limit(2), limit(2)], [Ok(0), Ok(0)]);
@@ -429,7 +423,7 @@ fn ids_have_a_limit_that_is_set_once() {
     assert!(client.ioctl(vm, KVM_CREATE_VCPU, 1).is_ok());
     let (client, vm) = new_vm();
     client.ioctl(vm, KVM_CREATE_VCPU, 0).unwrap();
-    assert_eq!(enable(&client, vm, KVM_CAP_MAX_VCPU_ID, 2), Err(Errno::EINVAL), "the first vCPU fixes it");
+    assert_eq!(client.enable(vm, KVM_CAP_MAX_VCPU_ID, 2), Err(Errno::EINVAL), "the first vCPU fixes it");
 }
 
 /// `kvm_arch_commit_memory_region`: one page for 50 of memory, 64 at the least.
@@ -441,9 +435,7 @@ fn pages_of_page_tables_are_counted() {
     let slot = |slot, pages: u64| {
         let guest_phys_addr = u64::from(slot) << 32;
         let memory_size = pages * 4096;
-        let region =
-            kvm_userspace_memory_region { slot, guest_phys_addr, memory_size, userspace_addr: BASE, ..Plain::zeroed() };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        client.slot(vm, (slot, 0), guest_phys_addr, memory_size, 0).unwrap();
     };
     assert_eq!(pages(), 0);
     slot(0, 1);
@@ -836,10 +828,10 @@ fn choices_without_an_effect() {
     ] {
         assert_eq!(client.ioctl(vm, KVM_CHECK_EXTENSION, cap.into()), Ok(offered));
         for &value in taken {
-            assert_eq!(enable(&client, vm, cap, value), Ok(0), "{cap} {value:#x}");
+            assert_eq!(client.enable(vm, cap, value), Ok(0), "{cap} {value:#x}");
         }
         for &value in refused {
-            assert_eq!(enable(&client, vm, cap, value), Err(Errno::EINVAL), "{cap} {value:#x}");
+            assert_eq!(client.enable(vm, cap, value), Err(Errno::EINVAL), "{cap} {value:#x}");
         }
     }
     // struct kvm_pmu_event_filter: action, number of events, fixed counters, flags.

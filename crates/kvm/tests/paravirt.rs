@@ -7,15 +7,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use common::{BASE, FakeClient};
+use common::FakeClient;
 use iced_x86::code_asm::*;
 use kvm::Kvm;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{
-    Plain, kvm_cpuid_entry2, kvm_enable_cap, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_userspace_memory_region,
-};
+use kvm_abi::{Plain, kvm_cpuid_entry2, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_regs, kvm_sregs};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -96,12 +93,10 @@ impl Machine {
     fn new(chip: bool, codes: &[&dyn Fn(&mut CodeAssembler) -> Code]) -> Self {
         let kvm = Kvm::new();
         let client = FakeClient::with(&kvm);
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
+        let vm = client.vm_with_ram(RAM);
         if chip {
             client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).unwrap();
         }
-        let region = kvm_userspace_memory_region { memory_size: RAM, userspace_addr: BASE, ..Plain::zeroed() };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
         let mut vcpus = Vec::new();
         for (id, code) in (0..).zip(codes) {
             let at = CODE + 0x1000 * id;
@@ -158,12 +153,6 @@ impl Machine {
         let mut bytes = vec![1, 0, 0, 0, 0, 0, 0, 0];
         bytes.extend(kvm_msr_entry { index, data, ..Plain::zeroed() }.as_bytes());
         self.client.ioctl_bytes(self.vcpus[0].0, KVM_SET_MSRS, bytes).unwrap().0 == 1
-    }
-
-    fn enable(&self, fd: i32, cap: u32, value: u64) -> Result<i32, Errno> {
-        let mut argument: kvm_enable_cap = Plain::zeroed();
-        (argument.cap, argument.args[0]) = (cap, value);
-        self.client.set(fd, KVM_ENABLE_CAP, &argument)
     }
 
     fn signal_msi(&self, vector: u8) {
@@ -450,8 +439,8 @@ fn what_the_guests_cpuid_lacks_is_absent_where_that_is_enforced() {
         let machine = Machine::new(true, &[&code]);
         machine.handler(|a| a.out(0x81, al));
         let vcpu = machine.vcpus[0].0;
-        assert_eq!(machine.enable(vcpu, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1), Ok(0));
-        assert_eq!(machine.enable(vcpu, KVM_CAP_EXIT_HYPERCALL, 0), Err(Errno::EINVAL), "the VM's");
+        assert_eq!(machine.client.enable(vcpu, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1), Ok(0));
+        assert_eq!(machine.client.enable(vcpu, KVM_CAP_EXIT_HYPERCALL, 0), Err(Errno::EINVAL), "the VM's");
         let table = [leaf(base, base | 1, signature), leaf(base | 1, features, [0; 3])];
         let mut bytes = vec![2, 0, 0, 0, 0, 0, 0, 0];
         table.iter().for_each(|entry| bytes.extend(entry.as_bytes()));
@@ -463,7 +452,7 @@ fn what_the_guests_cpuid_lacks_is_absent_where_that_is_enforced() {
         assert_eq!(machine.vcpus[0].1.load_u32(32).unwrap() >> 16, 0x81, "#GP");
         let ipi = if features != 0 { 0 } else { ENOSYS };
         assert_eq!([0, 4, 8].map(|at| machine.seen(at)), [ENOSYS, ipi, ENOSYS]);
-        assert_eq!(machine.enable(vcpu, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 0), Ok(0));
+        assert_eq!(machine.client.enable(vcpu, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 0), Ok(0));
         assert_eq!(machine.msr(POLL_CONTROL), Some(1));
     }
 }
@@ -534,8 +523,8 @@ fn user_space_may_answer_for_ranges_of_memory() {
         }],
     );
     assert_eq!(machine.client.ioctl(machine.vm, KVM_CHECK_EXTENSION, KVM_CAP_EXIT_HYPERCALL.into()), Ok(1 << 12));
-    assert_eq!(machine.enable(machine.vm, KVM_CAP_EXIT_HYPERCALL, 1 << 10), Err(Errno::EINVAL));
-    assert_eq!(machine.enable(machine.vm, KVM_CAP_EXIT_HYPERCALL, 1 << 12), Ok(0));
+    assert_eq!(machine.client.enable(machine.vm, KVM_CAP_EXIT_HYPERCALL, 1 << 10), Err(Errno::EINVAL));
+    assert_eq!(machine.client.enable(machine.vm, KVM_CAP_EXIT_HYPERCALL, 1 << 12), Ok(0));
     assert_eq!(machine.run(0), KVM_EXIT_HYPERCALL);
     assert_eq!([0, 4].map(|at| machine.seen(at)), [-22, -22]);
     let page = &machine.vcpus[0].1;

@@ -10,10 +10,7 @@ use common::{BASE, FakeClient};
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{
-    Plain, kvm_enable_cap, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation,
-    kvm_userspace_memory_region, kvm_xen_hvm_config,
-};
+use kvm_abi::{Plain, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_xen_hvm_config};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -52,9 +49,7 @@ impl Machine {
     fn new(irqchip: bool, codes: &[Code<'_>]) -> Self {
         let client = FakeClient::new();
         let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-        let mut cap: kvm_enable_cap = Plain::zeroed();
-        (cap.cap, cap.args[0]) = (KVM_CAP_DIRTY_LOG_RING, u64::from(ENTRIES) * ENTRY);
-        client.set(vm, KVM_ENABLE_CAP, &cap).unwrap();
+        client.enable(vm, KVM_CAP_DIRTY_LOG_RING, u64::from(ENTRIES) * ENTRY).unwrap();
         if irqchip {
             client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).unwrap();
         }
@@ -84,14 +79,7 @@ impl Machine {
     }
 
     fn slot(&self, slot: u32, flags: u32, gpa: u64, bytes: u64, at: u64) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags,
-            guest_phys_addr: gpa,
-            memory_size: bytes,
-            userspace_addr: BASE + at,
-        };
-        self.client.set(self.vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        self.client.slot(self.vm, (slot, flags), gpa, bytes, at).unwrap();
     }
 
     /// The exit's reason.

@@ -8,7 +8,7 @@ use common::{BASE, FakeClient};
 use kvm::Kvm;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{DirtyLog, kvm_debugregs, kvm_guest_debug, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
+use kvm_abi::{DirtyLog, kvm_debugregs, kvm_guest_debug, kvm_regs, kvm_sregs};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -28,14 +28,7 @@ impl Machine {
         let kvm = Kvm::new();
         let client = FakeClient::with(&kvm);
         let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: KVM_MEM_LOG_DIRTY_PAGES,
-            guest_phys_addr: 0x1000,
-            memory_size: RAM,
-            userspace_addr: BASE,
-        };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        client.slot(vm, (0, KVM_MEM_LOG_DIRTY_PAGES), 0x1000, RAM, 0).unwrap();
         client.memory.write(0, code).unwrap();
         let vcpu = client.ioctl(vm, KVM_CREATE_VCPU, 0).unwrap();
         let run = client.map(vcpu);
@@ -296,16 +289,9 @@ fn slots_change_under_a_running_vcpu() {
         while !m.kvm.status().vms[0].vcpus[0].running {
             std::thread::yield_now();
         }
-        let region = |slot, size| kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: 0x10_0000,
-            memory_size: size,
-            userspace_addr: BASE + 0x20_0000,
-        };
         for _ in 0..50 {
-            m.client.set(m.vm, KVM_SET_USER_MEMORY_REGION, &region(7, 0x2000)).unwrap();
-            m.client.set(m.vm, KVM_SET_USER_MEMORY_REGION, &region(7, 0)).unwrap();
+            m.client.slot(m.vm, (7, 0), 0x10_0000, 0x2000, 0x20_0000).unwrap();
+            m.client.slot(m.vm, (7, 0), 0x10_0000, 0, 0x20_0000).unwrap();
         }
         m.client.raise();
         assert_eq!(runner.join().unwrap(), Err(Errno::EINTR));

@@ -74,14 +74,7 @@ impl Machine {
             client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).unwrap();
         }
         for (slot, gpa, size, at) in [(0, 0, RAM, 0), (1 << 16, 0, RAM, 0), (SMRAM_SLOT, SMBASE, SMRAM, SMRAM_AT)] {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: gpa,
-                memory_size: size,
-                userspace_addr: BASE + at,
-            };
-            client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+            client.slot(vm, (slot, 0), gpa, size, at).unwrap();
         }
         client.memory.write(CODE, &assemble(16, CODE, code)).unwrap();
         client.memory.write(SMRAM_AT + HANDLER, &assemble(16, HANDLER, handler)).unwrap();
@@ -383,14 +376,7 @@ fn smram_is_seen_in_smm_alone() {
 #[test]
 fn code_of_both_address_spaces_stays_apart() {
     let machine = Machine::new(false, spins, tells);
-    let shadow = kvm_userspace_memory_region {
-        slot: 5,
-        flags: 0,
-        guest_phys_addr: SMBASE,
-        memory_size: SMRAM,
-        userspace_addr: BASE + SMRAM_AT + SMRAM,
-    };
-    machine.client.set(machine.vm, KVM_SET_USER_MEMORY_REGION, &shadow).unwrap();
+    machine.client.slot(machine.vm, (5, 0), SMBASE, SMRAM, SMRAM_AT + SMRAM).unwrap();
     machine.client.memory.write(SMRAM_AT + SMRAM + HANDLER, &assemble(16, HANDLER, spins)).unwrap();
     let mut sregs: kvm_sregs = machine.get(KVM_GET_SREGS);
     (sregs.cs.base, sregs.cs.selector) = (SMBASE, (SMBASE >> 4) as u16);
@@ -695,11 +681,7 @@ fn address_spaces_have_slots_of_their_own() {
         a.mov(dword_ptr(ebx), eax)?;
         tells(a)
     });
-    let set = |slot, flags, gpa| {
-        let region =
-            kvm_userspace_memory_region { slot, flags, guest_phys_addr: gpa, memory_size: RAM, userspace_addr: BASE };
-        machine.client.set(machine.vm, KVM_SET_USER_MEMORY_REGION, &region)
-    };
+    let set = |slot, flags, gpa| machine.client.slot(machine.vm, (slot, flags), gpa, RAM, 0);
     assert_eq!(machine.client.ioctl(machine.vm, KVM_CHECK_EXTENSION, KVM_CAP_MULTI_ADDRESS_SPACE.into()), Ok(2));
     assert_eq!(set(2 << 16, 0, 0x4000_0000), Err(Errno::EINVAL));
     assert_eq!(set(1 << 16 | 509, 0, 0x4000_0000), Err(Errno::EINVAL));

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BASE, FakeClient};
+use common::FakeClient;
 use iced_x86::code_asm::*;
 use kvm::Kvm;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{Plain, kvm_enable_cap, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
+use kvm_abi::{kvm_regs, kvm_sregs};
 use mmu::Mapping;
 
 const RAM: u64 = 0x1_0000;
@@ -34,18 +34,8 @@ impl Machine {
     fn new(vcpus: u64, disabled_exits: u32) -> Self {
         let kvm = Kvm::new();
         let client = FakeClient::with(&kvm);
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-        let mut cap: kvm_enable_cap = Plain::zeroed();
-        (cap.cap, cap.args[0]) = (KVM_CAP_X86_DISABLE_EXITS, disabled_exits.into());
-        client.set(vm, KVM_ENABLE_CAP, &cap).unwrap();
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: RAM,
-            userspace_addr: BASE,
-        };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        let vm = client.vm_with_ram(RAM);
+        client.enable(vm, KVM_CAP_X86_DISABLE_EXITS, disabled_exits.into()).unwrap();
         let mut a = CodeAssembler::new(16).unwrap();
         let mut again = a.create_label();
         a.set_label(&mut again).unwrap();

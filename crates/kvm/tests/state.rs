@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{BASE, FakeClient, SCRATCH};
+use common::{FakeClient, SCRATCH};
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
 use kvm_abi::*;
@@ -19,10 +19,7 @@ impl Machine {
     /// A vCPU with a page of RAM at 0 that loops.
     fn new() -> Self {
         let client = FakeClient::new();
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-        let region =
-            kvm_userspace_memory_region { slot: 0, memory_size: 0x1000, userspace_addr: BASE, ..Plain::zeroed() };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+        let vm = client.vm_with_ram(0x1000);
         client.memory.write(0, &[0xeb, 0xfe]).unwrap();
         let vcpu = client.ioctl(vm, KVM_CREATE_VCPU, 0).unwrap();
         Self { client, vcpu }
@@ -250,8 +247,7 @@ fn status_tells_of_vms_that_live_and_that_ended() {
     let kvm = kvm::Kvm::new();
     let client = FakeClient::with(&kvm);
     let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
-    let region = kvm_userspace_memory_region { slot: 3, memory_size: 0x2000, userspace_addr: BASE, ..Plain::zeroed() };
-    client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
+    client.slot(vm, (3, 0), 0, 0x2000, 0).unwrap();
     client.ioctl(vm, KVM_CREATE_VCPU, 5).unwrap();
     let status = kvm.status();
     assert_eq!((status.vms.len(), status.ended.len()), (1, 0));

@@ -5,11 +5,11 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{BASE, FakeClient};
+use common::FakeClient;
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{Plain, kvm_msi, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
+use kvm_abi::{Plain, kvm_msi, kvm_regs, kvm_sregs};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -31,12 +31,10 @@ impl Machine {
     /// A vCPU in real mode. `chip`: its local APIC is here, and enabled.
     fn new(chip: bool, code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Self {
         let client = FakeClient::new();
-        let vm = client.ioctl(0, KVM_CREATE_VM, 0).unwrap();
+        let vm = client.vm_with_ram(RAM);
         if chip {
             client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).unwrap();
         }
-        let region = kvm_userspace_memory_region { memory_size: RAM, userspace_addr: BASE, ..Plain::zeroed() };
-        client.set(vm, KVM_SET_USER_MEMORY_REGION, &region).unwrap();
         let mut a = CodeAssembler::new(16).unwrap();
         if chip {
             a.mov(ebx, 0xfee0_00f0u32).unwrap();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use common::FakeClient;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{Plain, kvm_cpuid_entry2, kvm_enable_cap, kvm_msi};
+use kvm_abi::{Plain, kvm_cpuid_entry2, kvm_msi};
 use nix::errno::Errno;
 
 const APIC_BASE: u32 = 0x1b;
@@ -53,9 +53,7 @@ impl Machine {
     }
 
     fn enable(&self, flags: u64) -> Result<i32, Errno> {
-        let mut cap: kvm_enable_cap = Plain::zeroed();
-        (cap.cap, cap.args[0]) = (KVM_CAP_X2APIC_API, flags);
-        self.client.set(self.vm, KVM_ENABLE_CAP, &cap)
+        self.client.enable(self.vm, KVM_CAP_X2APIC_API, flags)
     }
 
     fn page(&self, vcpu: usize) -> Result<[u32; 256], Errno> {

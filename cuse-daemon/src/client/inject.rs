@@ -17,6 +17,7 @@ use nix::sys::ptrace::{self, Options};
 use nix::unistd::Pid;
 
 use super::guard::Note;
+use super::maps::PAGE;
 use super::stop::{attached, tracer};
 use super::{maps, vm};
 use crate::place::Beside;
@@ -30,7 +31,6 @@ const SYSCALL_INSTRUCTION: u16 = u16::from_le_bytes([0x0f, 0x05]);
 const USER64_CS: u64 = 0x33;
 /// `PTRACE_EVENT_STOP`, as it shows in bits 16 and up of a wait status.
 const EVENT_STOP: i32 = libc::PTRACE_EVENT_STOP;
-const PAGE: u64 = 4096;
 /// A stop comes within microseconds, unless the machine is loaded or the thread is dead: looks before sleeping.
 const SPINS: u32 = 200;
 const POLL: Duration = Duration::from_micros(50);

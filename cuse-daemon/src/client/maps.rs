@@ -7,7 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use nix::unistd::Pid;
 
-const PAGE: u64 = 4096;
+/// Bytes of a page of the client's, unless it is a huge one.
+pub(super) const PAGE: u64 = 4096;
 
 /// One mapping of a client.
 #[derive(Clone, Debug, PartialEq, Eq)]

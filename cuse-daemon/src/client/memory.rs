@@ -17,12 +17,11 @@ use nix::sys::stat::{fstat, major, minor};
 use nix::unistd::Pid;
 
 use super::inject::Held;
-use super::maps::{self, Advice, Area, Pagemap};
+use super::maps::{self, Advice, Area, PAGE, Pagemap};
 use super::space::{FileId, Origin, Space, errno_of};
 use super::stop::Stopping;
 use super::{install, vm};
 
-const PAGE: u64 = 4096;
 const COPY: usize = 256 * 1024;
 
 /// A part of a range to share.

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use parking_lot::{Mutex, MutexGuard};
 
+use super::maps::PAGE;
 use super::watch::Watch;
 use crate::sys;
 
@@ -86,7 +87,6 @@ impl Cached {
     }
 }
 
-const PAGE: u64 = 4096;
 /// How long a mapping that no slot uses is kept.
 const KEEP: Duration = Duration::from_secs(10);
 

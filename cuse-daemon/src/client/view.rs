@@ -11,15 +11,13 @@ use kvm::client::{AddressSpace, WindowPiece};
 use mmu::Mapping;
 use parking_lot::Mutex;
 
-use super::maps::Area;
+use super::maps::{Area, PAGE};
 use super::space::Space;
 
 /// Where guest-physical addresses end: no processor has more of them.
 const LOTS: u64 = 1 << 52;
 /// Size of the file.
 pub const BYTES: u64 = 1 << 62;
-
-const PAGE: u64 = 4096;
 
 /// What clients have of one VM's file.
 #[derive(Debug, Default)]

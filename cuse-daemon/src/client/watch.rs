@@ -30,13 +30,11 @@ use nix::unistd::Pid;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::inject::{self, Held, Seized};
-use super::maps::{self, Area};
+use super::maps::{self, Area, PAGE};
 use super::space::{Origin, Space};
 use super::{install, memory, stop};
 use crate::front::Front;
 use crate::sys;
-
-const PAGE: u64 = 4096;
 
 /// The watch over one address space; ends when dropped.
 #[derive(Debug)]

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use kvm::client::{AddressSpace, Client, File, InterruptAction, SharedPiece, SignalMask, WindowPiece};
 use kvm::{Kvm, system_file};
-use kvm_abi::Plain;
-use kvm_abi::request::{READ, WRITE, direction, size};
+use kvm_abi::request::{KVM_CREATE_VM, KVM_ENABLE_CAP, KVM_SET_USER_MEMORY_REGION, READ, WRITE, direction, size};
+use kvm_abi::{Plain, kvm_enable_cap, kvm_userspace_memory_region};
 use mmu::Mapping;
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -208,6 +208,30 @@ impl FakeClient {
 
     pub fn set<T: Plain>(&self, fd: i32, request: u32, value: &T) -> Result<i32, Errno> {
         self.ioctl_with(fd, request, &mut { *value })
+    }
+
+    /// A VM whose RAM, so many bytes from 0 on, is the client's memory from [`BASE`] on.
+    pub fn vm_with_ram(&self, bytes: u64) -> i32 {
+        let vm = self.ioctl(0, KVM_CREATE_VM, 0).unwrap();
+        self.slot(vm, (0, 0), 0, bytes, 0).unwrap();
+        vm
+    }
+
+    /// Slot and flags: `bytes` from guest-physical `gpa` on are the client's memory, `at` bytes behind [`BASE`].
+    pub fn slot(&self, vm: i32, (slot, flags): (u32, u32), gpa: u64, bytes: u64, at: u64) -> Result<i32, Errno> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: gpa,
+            memory_size: bytes,
+            userspace_addr: BASE + at,
+        };
+        self.set(vm, KVM_SET_USER_MEMORY_REGION, &region)
+    }
+
+    /// Enables a capability that takes one value.
+    pub fn enable(&self, fd: i32, cap: u32, value: u64) -> Result<i32, Errno> {
+        self.set(fd, KVM_ENABLE_CAP, &kvm_enable_cap { cap, args: [value, 0, 0, 0], ..Plain::zeroed() })
     }
 
     pub fn read_u32(&self, addr: u64) -> u32 {
