@@ -74,11 +74,12 @@ pub fn serve(args: &ServiceArgs, objects: Objects, audience: Audience, ready: im
         require_free(&args.device)?;
     }
     let signals = block_signals().context("cannot block signals")?;
-    guard::start().context("cannot start the guard")?;
-    raise_descriptor_limit();
     if args.no_placement {
         place::turn_off();
     }
+    place::wake_early();
+    guard::start().context("cannot start the guard")?;
+    raise_descriptor_limit();
 
     let runtime = runtime_directory()?;
     let front = Front::new(objects.system);

@@ -2,11 +2,13 @@
 #![expect(unsafe_code, reason = "system calls that neither std nor nix wraps")]
 
 use std::ffi::CStr;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -173,6 +175,24 @@ pub fn wait_for(tid: Pid, block: bool) -> Result<Option<i32>, Errno> {
             Err(errno) => return Err(errno),
         }
     }
+}
+
+/// Asks for slices of `slice` for the calling thread and those that it starts: the runtime of a task under a fair policy is its
+/// slice (sched(7), `kernel/sched/syscalls.c`; Linux 6.12, before that it is ignored). All else stays as it is.
+pub fn ask_for_slices(slice: Duration) -> Result<(), Errno> {
+    let mut attr = MaybeUninit::<libc::sched_attr>::zeroed();
+    // SAFETY: the kernel writes no more than the size it is given to `attr`, which outlives the call.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_sched_getattr, 0, attr.as_mut_ptr(), size_of::<libc::sched_attr>(), 0)
+    })?;
+    // SAFETY: all fields are integers, and all bytes are initialised.
+    let mut attr = unsafe { attr.assume_init() };
+    if ![libc::SCHED_OTHER, libc::SCHED_BATCH].contains(&attr.sched_policy.cast_signed()) {
+        return Ok(());
+    }
+    attr.sched_runtime = slice.as_nanos() as u64;
+    // SAFETY: the kernel reads `attr`, which has the size that it says and outlives the call.
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) }).map(drop)
 }
 
 /// The blocked signals of a stopped tracee. ptrace(2) `PTRACE_GETSIGMASK`.
