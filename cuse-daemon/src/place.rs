@@ -48,11 +48,18 @@ pub struct Place {
     cpu: AtomicI32,
     /// The client's thread that is kept there.
     client: AtomicU32,
+    /// Where that thread may run by itself.
+    before: Mutex<CpuSet>,
 }
 
 impl Default for Place {
     fn default() -> Self {
-        Self { streak: AtomicU32::new(0), cpu: AtomicI32::new(NOWHERE), client: AtomicU32::new(0) }
+        Self {
+            streak: AtomicU32::new(0),
+            cpu: AtomicI32::new(NOWHERE),
+            client: AtomicU32::new(0),
+            before: Mutex::new(CpuSet::new()),
+        }
     }
 }
 
@@ -78,15 +85,13 @@ impl Place {
         })
     }
 
-    /// Exits come thick: keep the client's thread where it is now, if nobody else has a say in that.
+    /// Exits come thick: keep the client's thread where it is now. One that is bound to a CPU by its VMM has it better already.
     fn settle(&self, client: u32) {
-        let everywhere = everywhere();
         let thread = Pid::from_raw(client.cast_signed());
-        if sched_getaffinity(thread) != Ok(*everywhere) {
-            return;
-        }
-        let Some(cpu) = last_cpu(client) else { return };
-        if sched_setaffinity(thread, &only(cpu)).is_ok() {
+        let Some((cpu, before)) = last_cpu(client).zip(sched_getaffinity(thread).ok()) else { return };
+        let here = only(cpu);
+        if before == here || sched_setaffinity(thread, &here).is_ok() {
+            *self.before.lock() = before;
             self.client.store(client, Ordering::Relaxed);
             self.cpu.store(cpu, Ordering::Relaxed);
             tracing::trace!(client, cpu, "placed");
@@ -99,8 +104,9 @@ impl Place {
         let cpu = self.cpu.swap(NOWHERE, Ordering::Relaxed);
         if cpu != NOWHERE {
             let client = Pid::from_raw(self.client.load(Ordering::Relaxed).cast_signed());
-            if sched_getaffinity(client) == Ok(only(cpu)) {
-                let _ = sched_setaffinity(client, everywhere());
+            let before = *self.before.lock();
+            if before != only(cpu) && sched_getaffinity(client) == Ok(only(cpu)) {
+                let _ = sched_setaffinity(client, &before);
             }
         }
     }
@@ -334,17 +340,21 @@ mod tests {
         thread::spawn(wakes_early).join().unwrap();
     }
 
-    /// The whole way, on threads of this process: short runs bring client and worker together, a long one frees both.
-    #[test]
-    fn thick_exits_share_a_cpu_and_long_runs_do_not() {
+    /// The whole way, on threads of this process: short runs bring client and worker together, a long one frees both. The client
+    /// can say where it may run.
+    fn thick_exits_then_a_long_run(bound: Option<i32>) {
         let place = Place::default();
         let (sender, receiver) = std::sync::mpsc::channel();
         let (end, wait) = std::sync::mpsc::channel::<()>();
         let client = thread::spawn(move || {
+            if let Some(cpu) = bound {
+                sched_setaffinity(gettid(), &only(cpu)).unwrap();
+            }
             sender.send(gettid()).unwrap();
             let _ = wait.recv();
         });
         let tid = receiver.recv().unwrap();
+        let its = sched_getaffinity(tid).unwrap();
         let client_id = tid.as_raw().cast_unsigned();
         // A loaded machine may make a short run long; a few more then do it.
         for _ in 0..100 * STREAK {
@@ -354,24 +364,38 @@ mod tests {
             }
         }
         let cpu = place.cpu.load(Ordering::Relaxed);
-        if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
-            assert_ne!(cpu, NOWHERE);
-            assert_eq!(sched_getaffinity(tid).unwrap(), only(cpu));
-            let run = place.enter(client_id);
-            let deadline = Instant::now() + Duration::from_secs(5);
-            while sched_getaffinity(gettid()).unwrap() != *everywhere() {
-                assert!(Instant::now() < deadline, "a long run is let go while it lasts");
-                thread::sleep(Duration::from_millis(1));
-            }
-            drop(run);
-            assert_eq!(sched_getaffinity(tid).unwrap(), *everywhere(), "and its client afterwards");
+        assert_eq!(cpu, bound.unwrap_or(last_cpu(client_id).unwrap()));
+        assert_eq!(sched_getaffinity(tid).unwrap(), only(cpu));
+        let run = place.enter(client_id);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while sched_getaffinity(gettid()).unwrap() != *everywhere() {
+            assert!(Instant::now() < deadline, "a long run is let go while it lasts");
+            thread::sleep(Duration::from_millis(1));
         }
+        drop(run);
+        assert_eq!(sched_getaffinity(tid).unwrap(), its, "and its client afterwards");
         drop(end);
         client.join().unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
         while WATCHDOG.is_awake.load(Ordering::SeqCst) {
             assert!(Instant::now() < deadline, "the watchdog ends with nothing to watch");
             thread::sleep(LONG);
+        }
+    }
+
+    #[test]
+    fn thick_exits_share_a_cpu_and_long_runs_do_not() {
+        if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
+            thick_exits_then_a_long_run(None);
+        }
+    }
+
+    #[test]
+    fn who_is_bound_to_a_cpu_has_the_worker_come_there() {
+        if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
+            for cpu in (0..CpuSet::count()).filter(|&cpu| everywhere().is_set(cpu) == Ok(true)).take(2) {
+                thick_exits_then_a_long_run(Some(i32::try_from(cpu).unwrap()));
+            }
         }
     }
 }
