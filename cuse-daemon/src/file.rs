@@ -1,15 +1,28 @@
 //! An open file of a client's, and how it ends.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use kvm::client::{File, FileKind};
 use nix::errno::Errno;
+use parking_lot::Mutex;
 
 use crate::client::signal::LastPending;
 use crate::client::space::{Space, Spaces};
 use crate::client::view::Views;
 use crate::place::Place;
+
+/// A thread that was in its owner's address space at a moment.
+#[derive(Clone, Copy)]
+struct Seen {
+    tid: u32,
+    at: Instant,
+}
+
+/// For so long nobody looks again. No thread gets another address space in less: it would have to come out of its ioctl, exec, and
+/// come back from the new program; nor does its id come round to another.
+const FRESH: Duration = Duration::from_micros(20);
 
 /// One KVM object, however many files of ours lead to it.
 pub struct Shared {
@@ -17,8 +30,8 @@ pub struct Shared {
     pub file: Arc<dyn File>,
     /// The client that made it; none for `/dev/kvm`, which everybody opens for himself.
     owner: Option<Arc<Space>>,
-    /// A thread known to be of the owner's.
-    seen: AtomicU32,
+    /// Who is known to be a thread of the owner's.
+    seen: Mutex<Option<Seen>>,
     /// Somebody has its memory mapped already.
     mapped: AtomicBool,
     /// Where a vCPU's thread and its workers run.
@@ -35,7 +48,7 @@ impl Shared {
         Arc::new(Self {
             file,
             owner: owner.cloned(),
-            seen: AtomicU32::new(0),
+            seen: Mutex::new(None),
             mapped: AtomicBool::new(false),
             place: Place::default(),
             pending: LastPending::default(),
@@ -45,15 +58,29 @@ impl Shared {
 
     /// The address space of `tid`; quick for the thread that asked last.
     pub fn space_of(&self, tid: u32, spaces: &Spaces) -> Result<Arc<Space>, Errno> {
-        let known = self.owner.as_ref().filter(|owner| self.seen.load(Ordering::Relaxed) == tid && owner.is_alive());
-        if let Some(owner) = known {
+        if let Some(owner) = self.owner.as_ref().filter(|owner| self.asks_again(owner, tid)) {
             return Ok(Arc::clone(owner));
         }
         let space = spaces.of_thread(tid)?;
         if self.owner.as_ref().is_some_and(|owner| Arc::ptr_eq(owner, &space)) {
-            self.seen.store(tid, Ordering::Relaxed);
+            *self.seen.lock() = Some(Seen { tid, at: Instant::now() });
         }
         Ok(space)
+    }
+
+    /// Is `tid` the thread of the owner's that asked last, and the owner's still?
+    fn asks_again(&self, owner: &Space, tid: u32) -> bool {
+        let now = Instant::now();
+        let mut seen = self.seen.lock();
+        let Some(last) = seen.as_mut().filter(|last| last.tid == tid) else { return false };
+        if now.saturating_duration_since(last.at) < FRESH {
+            return true;
+        }
+        let is_alive = owner.is_alive();
+        if is_alive {
+            last.at = now;
+        }
+        is_alive
     }
 }
 
