@@ -5,11 +5,12 @@
 //! build turns into a jump. Where it does not (debug builds), a quantum of few instructions bounds the stack.
 #![expect(unsafe_code, reason = "handlers follow op pointers inside the trace arena and the CPU that owns it")]
 
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::sync::atomic::Ordering;
 
 use crate::access::By;
 use crate::cpu::{Cpu, Done, JumpEntry, Stop, Then};
-use crate::decode::trace::At;
+use crate::decode::trace::{At, OPS_PER_LINE};
 use crate::flags::Flags;
 use crate::host::HostWord;
 use crate::state::Seg;
@@ -504,6 +505,9 @@ impl Semantics for Enter {
     }
 }
 
+/// Cache lines behind that of the head that most traces reach into.
+const LINES_AHEAD: usize = 3;
+
 /// Enters a trace whose stamp is an old one, or back to the loop with RIP at it.
 ///
 /// # Safety
@@ -513,6 +517,12 @@ impl Semantics for Enter {
 unsafe fn enter_again(cpu: *mut Cpu, op: *const Op, fa: u64, fb: u64, budget: i64) {
     // SAFETY: `cpu` is the running CPU; the head's handler holds no reference.
     let running = unsafe { &mut *cpu };
+    // Where traces are old, they have left the host's first cache: what the next instructions are comes while bytes are compared.
+    for line in 1..=LINES_AHEAD {
+        let ahead = op.wrapping_add(line * OPS_PER_LINE);
+        // SAFETY: a hint, whatever the address.
+        unsafe { _mm_prefetch(ahead.cast(), _MM_HINT_T0) };
+    }
     // SAFETY: called with a head of this CPU's arena only.
     let head = unsafe { At::new(op) };
     if budget > 0 && !running.kick.asked() && running.stands(head) {

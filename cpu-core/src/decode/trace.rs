@@ -29,10 +29,13 @@ const ARENA_OPS: usize = 1 << 22;
 /// Bytes at its beginning that come in pages of 4 KiB, all that a small guest needs. Behind it are large pages, where the host
 /// has some: heads lie all over the arena, and a TLB of the host reaches 8 MiB of it otherwise.
 const SMALL_BYTES: usize = 2 << 20;
-/// Slots kept free for one trace (bytes, footing, head, ops with data and wide displacements, links: 243 at most).
+/// Slots kept free for one trace (rest of a line, bytes, footing, head, ops with data and wide displacements, links: 244
+/// at most).
 const RESERVE: usize = 256;
 /// Slots that one single instruction may take (displacement, op, data, end, three links of two: 10 at most).
 const SINGLE_OPS: usize = 16;
+/// Ops in a cache line of the host.
+pub(crate) const OPS_PER_LINE: usize = 64 / size_of::<Op>();
 /// Where the traces begin, behind the single instructions' slots.
 const TRACES_AT: usize = SINGLES * SINGLE_OPS;
 /// Most instructions of a trace.
@@ -424,6 +427,13 @@ impl Traces {
         unsafe { (*stub).handler = cross };
     }
 
+    /// What follows `ahead` more ops begins a line of the host's cache: a head has the first instruction beside it.
+    fn begin_line(&mut self, ahead: usize) {
+        while !(self.used + ahead).is_multiple_of(OPS_PER_LINE) {
+            self.push(blank(handler::<Enter>));
+        }
+    }
+
     /// Appends an op and returns where it is.
     fn push(&mut self, op: Op) -> *mut Op {
         assert!(self.used < ARENA_OPS, "`build` reserves room for a whole trace");
@@ -632,6 +642,7 @@ impl Cpu {
             return NONE;
         }
         let index = self.traces.list.len() as u32;
+        self.traces.begin_line(slots(len) + 1);
         let copy = self.traces.push(blank(handler::<Enter>));
         for _ in 1..slots(len) {
             self.traces.push(blank(handler::<Enter>));
