@@ -139,8 +139,10 @@ fn a_summary_is_written_at_the_end() {
         return;
     }
     let path = directory("summary").join("summary.json");
-    assert!(run(&["--summary", path.to_str().unwrap()], &["true"]).status.success());
-    let summary: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let output = run(&["--verbose", "--summary", path.to_str().unwrap()], &["true"]);
+    assert!(output.status.success(), "{output:?}");
+    let summary = std::fs::read_to_string(&path).unwrap_or_else(|err| panic!("{err}: {output:?}"));
+    let summary: Value = serde_json::from_str(&summary).unwrap();
     assert_eq!(summary["instructions"], 0);
     std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
 }
