@@ -29,7 +29,7 @@ const TENURE: u32 = 4096;
 /// How long the watchdog stays with nothing to watch.
 const LINGER: Duration = Duration::from_secs(1);
 /// What a thread of ours asks to run in one go. Who wakes runs before all whose slice ends later, so on a full machine an
-/// ioctl waits for no more than this, not for half of those that compute. The kernel's least; our share of the CPU stays.
+/// ioctl does not wait until half of those that compute have had theirs. The kernel's least; our share of the CPU stays.
 const SLICE: Duration = Duration::from_micros(100);
 const NOWHERE: i32 = -1;
 
@@ -296,12 +296,17 @@ fn only(cpu: i32) -> CpuSet {
     set
 }
 
-/// The CPU that thread `tid` ran on last: field 39 of `/proc/PID/stat`.
+/// The CPU that thread `tid` ran on last.
 fn last_cpu(tid: u32) -> Option<i32> {
+    stat_field(tid, 39)?.parse().ok()
+}
+
+/// Field `number`, from 3 on, of `/proc/PID/stat` (proc_pid_stat(5)).
+fn stat_field(tid: u32, number: usize) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
     // The name, field 2, may hold anything but ends with the last parenthesis.
     let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_ascii_whitespace().nth(36)?.parse().ok()
+    rest.split_ascii_whitespace().nth(number - 3).map(str::to_owned)
 }
 
 #[cfg(test)]
@@ -324,9 +329,7 @@ mod tests {
             let sched = fs::read_to_string(format!("/proc/{tid}/sched")).unwrap_or_default();
             let slice =
                 sched.lines().find_map(|line| line.strip_prefix("se.slice")?.rsplit(':').next()?.trim().parse().ok());
-            let stat = fs::read_to_string(format!("/proc/{tid}/stat")).unwrap();
-            let (_, rest) = stat.rsplit_once(')').unwrap();
-            let nice_and_policy: Vec<String> = [16, 38].map(|n| rest.split(' ').nth(n + 1).unwrap().to_owned()).into();
+            let nice_and_policy = [19, 41].map(|number| stat_field(tid.as_raw().cast_unsigned(), number).unwrap());
             (slice, nice_and_policy)
         };
         let wakes_early = move || {

@@ -651,6 +651,7 @@ impl Cpu {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.cast(), len) };
         let footing = self.traces.push(blank(handler::<Enter>));
         let first = self.traces.push(blank(handler::<Enter>));
+        debug_assert!(first.addr().is_multiple_of(OPS_PER_LINE * size_of::<Op>()), "a head begins a line");
         let aligned = self.seg_base[Seg::Cs as usize] & (PAGE - 1) == 0;
         self.traces.emit(&lowered, ip, ip.wrapping_add(len as u64), aligned, resolve, NonNull::new(first));
         let head = Head {
