@@ -138,27 +138,28 @@ pub fn userfault_register(fd: BorrowedFd<'_>, range: &Range<u64>) -> Result<(), 
 }
 
 /// What a userfaultfd told of.
-#[derive(Debug, Default)]
-pub struct UserfaultNews {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UserfaultNews {
     /// Discarded; it may not have come to that yet.
-    pub removed: Vec<Range<u64>>,
+    Removed(Range<u64>),
     /// Unmapped.
-    pub unmapped: Vec<Range<u64>>,
+    Unmapped(Range<u64>),
 }
 
-/// Lets threads go on that wait for their news to be read.
-pub fn userfault_read(fd: BorrowedFd<'_>) -> UserfaultNews {
-    let mut news = UserfaultNews::default();
+/// The oldest of its news, for which a thread waits: this lets it go on.
+pub fn userfault_read(fd: BorrowedFd<'_>) -> Option<UserfaultNews> {
     let mut message = [0; userfault::MESSAGE];
+    let word = |message: &[u8], at: usize| message[at..].first_chunk().copied().map_or(0, u64::from_ne_bytes);
     while nix::unistd::read(fd, &mut message) == Ok(userfault::MESSAGE) {
-        let word = |at: usize| message[at..].first_chunk().copied().map_or(0, u64::from_ne_bytes);
+        let range = word(&message, 8)..word(&message, 16);
         match message[0] {
-            userfault::EVENT_REMOVE => news.removed.push(word(8)..word(16)),
-            userfault::EVENT_UNMAP => news.unmapped.push(word(8)..word(16)),
+            userfault::EVENT_REMOVE => return Some(UserfaultNews::Removed(range)),
+            userfault::EVENT_UNMAP => return Some(UserfaultNews::Unmapped(range)),
+            // None that was asked for.
             _ => {}
         }
     }
-    news
+    None
 }
 
 /// Waits for a change of traced thread `tid` and returns the raw status; `None`: with `block` off, nothing happened yet.

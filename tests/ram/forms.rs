@@ -216,6 +216,32 @@ fn private_memory_mapped_over_a_slot_is_what_the_guest_sees() {
     });
 }
 
+/// One thread changes slots, which has memory mapped in it for us, while another maps over a slot: neither waits for the other.
+#[test]
+fn a_thread_maps_over_a_slot_while_another_changes_slots() {
+    inside("forms::a_thread_maps_over_a_slot_while_another_changes_slots", WITHIN, || {
+        const ROUNDS: usize = 200;
+        each(|name, probe, form| {
+            let at = form.host.wrapping_add(2 * PAGE).expose_provenance();
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    let at = std::ptr::with_exposed_provenance_mut(at);
+                    (0..ROUNDS).for_each(|_| _ = mmap(at, 3 * PAGE, RW, ANONYMOUS | libc::MAP_FIXED, None));
+                });
+                for _ in 0..ROUNDS {
+                    let beside = mmap(null_mut(), 4 * PAGE, RW, ANONYMOUS, None);
+                    probe.show_beside(beside, 4 * PAGE);
+                    probe.show_beside(beside, 0);
+                    // SAFETY: it was mapped just now, and nobody uses it.
+                    assert_eq!(unsafe { libc::munmap(beside.cast(), 4 * PAGE) }, 0);
+                }
+            });
+            agree(probe, form.host, name);
+            shared(probe, form.host, name);
+        });
+    });
+}
+
 /// As virtio-fs does with DAX: a shared file over a part of a slot, and back.
 #[test]
 fn a_file_mapped_over_a_slot_is_what_the_guest_sees() {

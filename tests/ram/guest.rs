@@ -7,6 +7,8 @@ use tiny_vmm::{Guest, Mode, VcpuExit, assemble};
 
 /// Guest-physical address of the memory under test.
 const AT: u32 = 0x1000_0000;
+/// And of other memory.
+const BESIDE: u32 = 0x2000_0000;
 const OWN_RAM: usize = 1 << 20;
 
 // Ports: what to do, where, and what with.
@@ -47,10 +49,19 @@ impl Probe {
 
     /// Shows `len` bytes from `host` on to the guest, as slot 1.
     pub fn show(&self, host: *mut u8, len: usize) {
+        self.set_slot(1, AT, host, len);
+    }
+
+    /// Shows them as slot 2, where the guest does not look; 0 bytes: no more.
+    pub fn show_beside(&self, host: *mut u8, len: usize) {
+        self.set_slot(2, BESIDE, host, len);
+    }
+
+    fn set_slot(&self, slot: u32, address: u32, host: *mut u8, len: usize) {
         let region = kvm_userspace_memory_region {
-            slot: 1,
+            slot,
             flags: 0,
-            guest_phys_addr: AT.into(),
+            guest_phys_addr: address.into(),
             memory_size: len as u64,
             userspace_addr: host as u64,
         };

@@ -81,6 +81,11 @@ impl Traced {
     /// Not by a wait that blocks: a process's first thread counts as dead only when all others are gone, and those may
     /// wait for us to be done here.
     fn next_stop(&self) -> Result<i32, Errno> {
+        self.next_stop_while(&mut || {})
+    }
+
+    /// The same. `meanwhile` is done again and again where it takes longer.
+    fn next_stop_while(&self, meanwhile: &mut dyn FnMut()) -> Result<i32, Errno> {
         for round in 0_u32.. {
             if let Some(status) = sys::wait_for(self.tid, false)? {
                 if libc::WIFSTOPPED(status) {
@@ -93,6 +98,7 @@ impl Traced {
                 std::thread::yield_now();
             } else {
                 std::thread::sleep(POLL);
+                meanwhile();
                 if is_dead(self.tid) {
                     break;
                 }
@@ -153,9 +159,14 @@ impl Seized {
         Ok(seized)
     }
 
+    /// The thread.
+    pub fn tid(&self) -> Pid {
+        self.0.tid
+    }
+
     /// Waits until it stands. The ioctl must have been answered.
     pub fn stopped(self) -> Result<Held, Errno> {
-        let held = self.stand()?;
+        let held = self.stand(&mut || {})?;
         held.set_result(-(Errno::EIO as i64));
         let gate = held.check().inspect_err(|errno| held.set_result(-(*errno as i64)))?;
         held.ready(gate)
@@ -164,7 +175,12 @@ impl Seized {
     /// The same for a thread in a page fault, be it of its own or of a system call that it makes. The fault must have been
     /// answered.
     pub fn stopped_in_fault(self) -> Result<Held, Errno> {
-        let mut held = self.stand()?;
+        self.stopped_while(&mut || {})
+    }
+
+    /// The same. `meanwhile` is done again and again where it takes longer: what it waits for may be of several parts.
+    pub fn stopped_while(self, meanwhile: &mut dyn FnMut()) -> Result<Held, Errno> {
+        let mut held = self.stand(meanwhile)?;
         held.next.set(restarted(held.registers));
         let gate =
             held.check().or_else(|errno| if held.registers.cs == USER64_CS { held.vdso() } else { Err(errno) })?;
@@ -174,10 +190,10 @@ impl Seized {
         held.ready(gate)
     }
 
-    fn stand(self) -> Result<Held, Errno> {
+    fn stand(self, meanwhile: &mut dyn FnMut()) -> Result<Held, Errno> {
         let traced = self.0;
         loop {
-            let status = traced.next_stop()?;
+            let status = traced.next_stop_while(meanwhile)?;
             if status >> 16 == EVENT_STOP {
                 break;
             }

@@ -2,7 +2,8 @@
 //!
 //! A thread of ours of its own does it, and lets them go by ending: the kernel then detaches everything that it traced,
 //! also those that have not stopped yet because they are inside a system call. Threads inside a request to us cannot run
-//! client code before we answer, so they are not waited for: some wait for locks that our caller holds.
+//! client code before we answer, so they are not waited for: some wait for locks that our caller holds. Nor are threads that
+//! wait until the watcher has read of what they do: it reads when nobody has exclusive use of the space.
 
 use std::collections::HashMap;
 use std::fs;
@@ -89,7 +90,10 @@ fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::
         }
         for (&tid, stands) in threads.iter_mut().filter(|(_, stands)| !**stands) {
             let waits = is_waiting(tid.as_raw().cast_unsigned());
-            *stands = waits || !matches!(sys::wait_for(tid, false), Ok(None)) || is_dead(tid);
+            *stands = waits
+                || waits_for_watcher(tgid, tid) == Some(true)
+                || !matches!(sys::wait_for(tid, false), Ok(None))
+                || is_dead(tid);
         }
         if !new && threads.values().all(|stands| *stands) {
             return;
@@ -102,6 +106,12 @@ fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::
             thread::sleep(POLL);
         }
     }
+}
+
+/// Does thread `tid` wait until the news of what it does to its memory are read? `None`: it runs, or this kernel does not say.
+pub(super) fn waits_for_watcher(tgid: Pid, tid: Pid) -> Option<bool> {
+    let place = fs::read_to_string(format!("/proc/{tgid}/task/{tid}/wchan")).unwrap_or_default();
+    (!matches!(place.as_str(), "" | "0")).then(|| place.contains("userfault"))
 }
 
 /// Has `seize` attach to thread `tid`. `EPERM`: another tracer has it.

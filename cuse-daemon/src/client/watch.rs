@@ -14,6 +14,7 @@
 //! cannot be watched (a kernel before 5.19, a file before 6.7, memory for which the client has a userfaultfd of its own) is as it
 //! was when its slot was made.
 
+use std::cell::OnceCell;
 use std::fs;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,14 +28,14 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use super::inject::{self, Held, Seized};
 use super::maps::{self, Area, PAGE};
 use super::space::{Origin, Space};
 use super::{install, memory, stop};
 use crate::front::Front;
-use crate::sys;
+use crate::sys::{self, UserfaultNews};
 
 /// The watch over one address space; ends when dropped.
 #[derive(Debug)]
@@ -125,9 +126,7 @@ struct Call {
 impl Call {
     /// Of a thread that waits for news of it to be read.
     fn of_waiting(tgid: Pid, tid: Pid) -> Option<Self> {
-        // 0: the kernel does not say.
-        let place = fs::read_to_string(format!("/proc/{tgid}/task/{tid}/wchan")).unwrap_or_default();
-        if !place.contains("userfault") && !matches!(place.as_str(), "" | "0") {
+        if !stop::waits_for_watcher(tgid, tid).unwrap_or(true) {
             return None;
         }
         Self::parse(&fs::read_to_string(format!("/proc/{tgid}/task/{tid}/syscall")).ok()?)
@@ -149,6 +148,12 @@ impl Call {
         let [start, len, advice, ..] = self.arguments;
         let discards = matches!(advice as i32, libc::MADV_DONTNEED | libc::MADV_DONTNEED_LOCKED);
         (self.number == libc::SYS_madvise && discards).then(|| pages(start, len))
+    }
+
+    /// Pages where there is nothing after it.
+    fn unmaps(&self) -> Option<Range<u64>> {
+        let [start, len, ..] = self.arguments;
+        (self.number == libc::SYS_munmap).then(|| pages(start, len))
     }
 
     /// Addresses where there may be something else after it.
@@ -202,61 +207,95 @@ impl News {
 
     /// There are news.
     fn attend(&self, front: &Arc<Front>, space: &Arc<Space>) {
+        let (held, unmapped) = self.hold_who_waits(space);
+        let anyone = OnceCell::new();
+        let hold = || match held.first() {
+            Some(held) => Ok(held),
+            None => anyone.get_or_init(|| hold_anyone(front, space)).as_ref().ok_or(Errno::ESRCH),
+        };
+        unmapped.iter().for_each(|range| self.follow(front, space, &hold, range));
+        // No thread may go on while another worker moves its memory.
+        let _exclusive = space.exclusive();
+        drop((held, anyone));
+    }
+
+    /// Reads the news, and stops threads that have mapped something on their way out. What they unmapped.
+    ///
+    /// All under exclusive use, so that nobody else stops threads or copies memory at the same time: what a thread discards is
+    /// gone before that or after it, and who maps is stopped by us, and goes on when slots have followed.
+    fn hold_who_waits(&self, space: &Space) -> (Vec<Held>, Vec<Range<u64>>) {
+        let _exclusive = space.exclusive();
+        let waiting = waiting(space.tgid);
         let (mut stopping, mut discarded) = (Vec::new(), Vec::new());
-        for (tid, call) in waiting(space.tgid) {
+        for (tid, call) in &waiting {
             if let Some(range) = call.discards() {
-                discard(space, tid, &range);
+                discard(space, *tid, &range);
                 discarded.push(range);
             }
-            // What we have a thread do ourselves is no news.
-            let replaces = call.replaces().is_some_and(|ranges| ranges.iter().any(|range| self.is_watched(range)));
-            if replaces && stop::tracer(tid).is_none() {
-                match Seized::new(tid) {
+            if call.replaces().is_some_and(|ranges| ranges.iter().any(|range| self.is_watched(range))) {
+                match Seized::new(*tid) {
                     Ok(seized) => stopping.push(seized),
                     Err(errno) => tracing::warn!(%tid, %errno, "RAM that the VMM maps anew is not seen"),
                 }
             }
         }
-        let news = sys::userfault_read(self.fd.as_fd());
+        let (mut removed, mut unmapped) = (Vec::new(), Vec::new());
+        let mut read_one = || match sys::userfault_read(self.fd.as_fd()) {
+            Some(UserfaultNews::Removed(range)) => removed.push(range),
+            Some(UserfaultNews::Unmapped(range)) => unmapped.push(range),
+            None => {}
+        };
+        // The oldest are read first. Who begins to wait meanwhile is seen next time.
+        (0..waiting.len().max(1)).for_each(|_| read_one());
+        let stand = |seized: Seized| {
+            let tid = seized.tid();
+            // mremap tells of two ranges one after the other; and of those that were read one may not have been seen to wait.
+            seized.stopped_while(&mut || {
+                if stop::waits_for_watcher(space.tgid, tid) == Some(true) {
+                    read_one();
+                }
+            })
+        };
+        let held = stopping.into_iter().map(stand).filter_map(Result::ok).collect();
         // Of somebody who was not seen to wait. It may have written to these pages since, but that is unlikely.
         let is_done =
             |range: &Range<u64>| discarded.iter().any(|done| done.start <= range.start && range.end <= done.end);
-        news.removed.iter().filter(|range| !is_done(range)).for_each(|range| discard(space, space.tgid, range));
-        let held: Vec<Held> = stopping.into_iter().filter_map(|seized| seized.stopped_in_fault().ok()).collect();
-        let Some(first) = held.first() else { return };
-        news.unmapped.iter().for_each(|range| self.follow(front, space, first, range));
-        // No thread may go on while another worker moves its memory.
-        let _exclusive = self.exclusive(space);
-        drop(held);
-    }
-
-    /// Exclusive use of `space`. Who has it may have a thread of the client map memory that is watched, and that thread waits
-    /// until its news are read: they are, meanwhile.
-    fn exclusive<'s>(&self, space: &'s Space) -> MutexGuard<'s, ()> {
-        loop {
-            if let Some(guard) = space.exclusive_within(Duration::from_micros(200)) {
-                return guard;
-            }
-            let news = sys::userfault_read(self.fd.as_fd());
-            news.removed.iter().for_each(|range| discard(space, space.tgid, range));
-            if !news.unmapped.is_empty() {
-                tracing::debug!(?news, "told of while another change is followed");
-            }
-        }
+        removed.iter().filter(|range| !is_done(range)).for_each(|range| discard(space, space.tgid, range));
+        // Plain munmap leaves nothing that could be followed.
+        let leaves_nothing = |range: &Range<u64>| waiting.iter().any(|(_, call)| call.unmaps().as_ref() == Some(range));
+        unmapped.retain(|range| self.is_watched(range) && !leaves_nothing(range));
+        (held, unmapped)
     }
 
     /// Guests see what the client has at `range` now.
-    fn follow(&self, front: &Arc<Front>, space: &Arc<Space>, held: &Held, range: &Range<u64>) {
+    fn follow<'h>(
+        &self,
+        front: &Arc<Front>,
+        space: &Arc<Space>,
+        hold: &dyn Fn() -> Result<&'h Held, Errno>,
+        range: &Range<u64>,
+    ) {
         front.remapped(space, range, &mut |addr, len| {
             let wanted = addr..addr.checked_add(len).ok_or(Errno::EINVAL)?;
-            let _exclusive = self.exclusive(space);
+            let _exclusive = space.exclusive();
             let waiting = Arc::clone(front);
+            let held = hold()?;
             let stop_others = || stop::others(space.tgid, held.tid(), move |tid| waiting.is_waiting(tid));
             let shared = memory::share(held.tid(), space, &wanted, || Ok(held), stop_others)?;
             self.add(&wanted);
             Ok(shared)
         });
     }
+}
+
+/// A thread of the process, standing, where the one that mapped was not seen to wait. The caller has exclusive use of `space`.
+fn hold_anyone(front: &Front, space: &Space) -> Option<Held> {
+    tracing::debug!(pid = space.id.pid, "the thread that mapped over RAM was not seen to wait");
+    let idle = |tid: &Pid| {
+        !front.is_waiting(tid.as_raw().cast_unsigned()) && stop::waits_for_watcher(space.tgid, *tid) != Some(true)
+    };
+    let threads = stop::tasks(space.tgid).into_iter().filter(idle);
+    threads.filter_map(|tid| Seized::new(tid).ok()?.stopped_in_fault().ok()).next()
 }
 
 /// Pages `range`, as far as they are files of ours, become what they were before anybody wrote to them.
