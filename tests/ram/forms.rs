@@ -242,6 +242,26 @@ fn a_thread_maps_over_a_slot_while_another_changes_slots() {
     });
 }
 
+/// mremap(2) from one slot into another: the kernel tells of what was there, and of where it came from.
+#[test]
+fn memory_moved_over_a_slot_is_what_the_guest_sees() {
+    inside("forms::memory_moved_over_a_slot_is_what_the_guest_sees", WITHIN, || {
+        each(|name, probe, form| {
+            let beside = mmap(null_mut(), 4 * PAGE, RW, ANONYMOUS, None);
+            poke(beside, 2 * PAGE, 0xcccc_0002);
+            probe.show_beside(beside, 4 * PAGE);
+            let (from, to) = (beside.wrapping_add(PAGE), form.host.wrapping_add(4 * PAGE));
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            // SAFETY: both ranges were mapped by this test, and nothing but volatile accesses uses them.
+            let moved = unsafe { libc::mremap(from.cast(), 3 * PAGE, 3 * PAGE, flags, to) };
+            assert_eq!(moved, to.cast(), "{name}: mremap");
+            assert_eq!(probe.read(5 * PAGE), 0xcccc_0002, "{name}");
+            agree(probe, form.host, name);
+            shared(probe, form.host, name);
+        });
+    });
+}
+
 /// As virtio-fs does with DAX: a shared file over a part of a slot, and back.
 #[test]
 fn a_file_mapped_over_a_slot_is_what_the_guest_sees() {

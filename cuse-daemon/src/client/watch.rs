@@ -12,7 +12,7 @@
 //!
 //! Memory is registered for write protection, and none of it is ever protected: nothing faults, nothing gets slower. What
 //! cannot be watched (a kernel before 5.19, a file before 6.7, memory for which the client has a userfaultfd of its own) is as it
-//! was when its slot was made.
+//! was when its slot was made. So is what is unmapped by one call and mapped anew by another: of the latter nobody tells.
 
 use std::cell::OnceCell;
 use std::fs;
