@@ -57,6 +57,9 @@ struct Args {
     /// The part that needs a /dev/kvm, measured on the one that is there
     #[arg(long, value_enum, hide = true)]
     inside: Option<Part>,
+    /// The part of a client of the bare FUSE file
+    #[arg(long, value_name = "FILE", hide = true)]
+    bare_client: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -77,6 +80,10 @@ fn run(args: &Args) -> Result<()> {
             Part::Latency => latency::measure()?,
             Part::Scale => scale::measure()?,
         });
+    }
+    if let Some(file) = &args.bare_client {
+        println!("{}", bare::each(file)?);
+        return Ok(());
     }
     softkvm::require_host()?;
     let earlier = args.compare.as_deref().map(Report::read).transpose()?;
