@@ -160,6 +160,15 @@ impl Span {
         Some(self.atomic_u8(offset)?.swap(new, Ordering::SeqCst))
     }
 
+    /// Sets bits of a byte and returns what was there; `None` as for a store.
+    #[inline]
+    pub(crate) fn fetch_or_u8(&self, offset: u64, bits: u8) -> Option<u8> {
+        if !self.writable {
+            return None;
+        }
+        Some(self.atomic_u8(offset)?.fetch_or(bits, Ordering::SeqCst))
+    }
+
     /// Compares 4 bytes with `old` and, if equal, stores `new`. Whether it did; `None` as for a store.
     #[inline]
     pub(crate) fn compare_exchange_u32(&self, offset: u64, old: u32, new: u32) -> Option<bool> {

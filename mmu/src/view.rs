@@ -43,6 +43,8 @@ pub struct View {
     hints: [Cell<usize>; 2],
     /// Where pages go that become dirty, beside their slot's log.
     ring: Option<Arc<DirtyRing>>,
+    /// Pages that it touches or writes are told to logs and rings.
+    is_logged: bool,
 }
 
 impl View {
@@ -50,7 +52,14 @@ impl View {
     pub fn new(memory: &Arc<Memory>) -> Self {
         let (memory, position, hints) = (memory.clone(), memory.register(), Default::default());
         let (slots, generation) = memory.snapshot(0);
-        Self { memory, position, slots, generation, space: 0, hints, ring: None }
+        Self { memory, position, slots, generation, space: 0, hints, ring: None, is_logged: true }
+    }
+
+    /// As [`View::new`]; what is done through it is told to no dirty log and no ring.
+    pub fn unlogged(memory: &Arc<Memory>) -> Self {
+        let mut view = Self::new(memory);
+        view.is_logged = false;
+        view
     }
 
     /// Puts pages that become dirty from now on into `ring`. In a VM whose vCPUs have rings every view is one of a vCPU's, with its
@@ -117,7 +126,9 @@ impl View {
     /// Notes an access to the page at `offset` in the slot's dirty log, if there is one.
     #[inline(always)]
     fn log(&self, slot: &Slot, offset: u64, write: bool) {
-        if let Some(dirty) = slot.dirty() {
+        if let Some(dirty) = slot.dirty()
+            && self.is_logged
+        {
             let page = offset >> PAGE_SHIFT;
             let is_new = if write { dirty.mark(page) } else { dirty.touch(page) };
             if is_new && let Some(ring) = &self.ring {
@@ -218,6 +229,17 @@ impl View {
             return None;
         }
         let old = slot.span().swap_u8(offset, new)?;
+        self.log(slot, offset, true);
+        Some(old)
+    }
+
+    /// Sets `bits` at `gpa` and returns what was there, atomically, and marks the page dirty. `None` as for [`View::swap_u8`].
+    pub fn fetch_or_u8(&self, gpa: GuestPhysAddr, bits: u8) -> Option<u8> {
+        let (slot, offset) = self.locate(gpa.0, User::Data)?;
+        if !slot.writable() {
+            return None;
+        }
+        let old = slot.span().fetch_or_u8(offset, bits)?;
         self.log(slot, offset, true);
         Some(old)
     }

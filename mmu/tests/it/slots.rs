@@ -320,3 +320,25 @@ fn a_joined_mapping_is_its_pieces_in_order() {
     again.discard(0x1000, 0x1000).unwrap();
     assert_eq!(b.load_u8(0), Some(0), "the file itself has a hole");
 }
+
+#[test]
+fn an_unlogged_view_tells_the_log_of_nothing() {
+    let memory = Arc::new(Memory::new());
+    memory.set_slot(spec(0, 0, 0x3000, LOG)).unwrap();
+    let (view, other) = (View::unlogged(&memory), View::new(&memory));
+    view.write(GuestPhysAddr(0x1000), &[1]).unwrap();
+    view.read(GuestPhysAddr(0), &mut [0]).unwrap();
+    view.page(GuestPhysAddr(0x2000), true);
+    assert_eq!(view.fetch_or_u8(GuestPhysAddr(0x1000), 0x81), Some(1));
+    assert_eq!(memory.take_dirty(0).unwrap(), [0]);
+    assert_eq!(other.fetch_or_u8(GuestPhysAddr(0x1000), 2), Some(0x81));
+    assert_eq!(memory.take_dirty(0).unwrap(), [0b010], "and spoils it for nobody");
+}
+
+#[test]
+fn bits_are_set_in_ram_alone() {
+    let memory = Arc::new(Memory::new());
+    memory.set_slot(spec(0, 0, 0x1000, ROM)).unwrap();
+    let view = View::new(&memory);
+    assert_eq!([0, 0x1000].map(|gpa| view.fetch_or_u8(GuestPhysAddr(gpa), 1)), [None; 2]);
+}
