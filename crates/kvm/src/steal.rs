@@ -36,22 +36,22 @@ const FLUSH_TLB: u8 = 1 << 1;
 const LOOK_EVERY: Duration = Duration::from_micros(100);
 
 /// A thread's `schedstat`: ns on a CPU, ns waiting for one, how often on one.
-fn read_schedstat(file: &File) -> Option<[u64; 2]> {
+fn read_schedstat(file: &File) -> Option<[u64; 3]> {
     let mut text = [0; 80];
     let len = file.read_at(&mut text, 0).ok()?;
     let mut words = std::str::from_utf8(&text[..len]).ok()?.split_ascii_whitespace().map(str::parse);
-    Some([words.next()?.ok()?, words.next()?.ok()?])
+    Some([words.next()?.ok()?, words.next()?.ok()?, words.next()?.ok()?])
 }
 
 fn open_own() -> Option<File> {
     File::open("/proc/thread-self/schedstat").ok()
 }
 
-/// The kernel measures (`sched_info_on`): a thread that reads this has been on a CPU.
+/// The kernel measures (`sched_info_on`): a thread that reads this has come to a CPU. What it ran there may not have been counted yet.
 pub(crate) fn is_measured() -> bool {
     static MEASURED: LazyLock<bool> = LazyLock::new(|| {
         let own = open_own().and_then(|file| read_schedstat(&file));
-        own.is_some_and(|[ran, _]| ran != 0)
+        own.is_some_and(|[.., arrivals]| arrivals != 0)
     });
     *MEASURED
 }
@@ -61,7 +61,7 @@ fn own_delay() -> u64 {
     thread_local! {
         static OWN: OnceCell<Option<File>> = const { OnceCell::new() };
     }
-    OWN.with(|own| own.get_or_init(open_own).as_ref().and_then(read_schedstat).map_or(0, |[_, waited]| waited))
+    OWN.with(|own| own.get_or_init(open_own).as_ref().and_then(read_schedstat).map_or(0, |[_, waited, _]| waited))
 }
 
 /// The client's thread that was seen last, and what it had waited then.
@@ -97,13 +97,13 @@ impl StealTime {
         let id = client.thread();
         if let Some(thread) = &mut self.client
             && thread.id == id
-            && let Some([_, waited]) = read_schedstat(&thread.schedstat)
+            && let Some([_, waited, _]) = read_schedstat(&thread.schedstat)
         {
             let before = std::mem::replace(&mut thread.waited, waited);
             return ours + waited.saturating_sub(before);
         }
         self.client = client.schedstat().and_then(|schedstat| {
-            let [_, waited] = read_schedstat(&schedstat)?;
+            let [_, waited, _] = read_schedstat(&schedstat)?;
             Some(ClientThread { id, schedstat, waited })
         });
         ours
