@@ -49,8 +49,8 @@ pub trait Platform: Send {
     }
 
     /// A refused access ends in [`crate::Exit::Msr`], not in #GP(0).
-    fn wants_msr_exit(&mut self, refusal: MsrRefusal) -> bool {
-        let _ = refusal;
+    fn wants_msr_exit(&mut self, index: u32, write: bool, refusal: MsrRefusal) -> bool {
+        let _ = (index, write, refusal);
         false
     }
 

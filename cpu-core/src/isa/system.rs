@@ -352,7 +352,7 @@ fn rdmsr(cpu: &mut Cpu, op: &Op) -> Done {
 /// #GP(0), or an exit where the platform wants one.
 #[cold]
 fn refuse_msr(cpu: &mut Cpu, op: &Op, index: u32, write: Option<u64>, refusal: MsrRefusal) -> Done {
-    if cpu.platform.wants_msr_exit(refusal) {
+    if cpu.platform.wants_msr_exit(index, write.is_some(), refusal) {
         Err(cpu.exit(Exit::Msr(MsrAccess { index, write, refusal, len: op.len })))
     } else {
         Err(cpu.fault(Fault::gp(0)))

@@ -14,7 +14,9 @@ pub use kvm_bindings::{
     kvm_run, kvm_segment, kvm_signal_mask, kvm_sregs, kvm_sregs2, kvm_translation, kvm_userspace_memory_region,
     kvm_vcpu_events, kvm_x86_mce, kvm_xcrs, kvm_xen_hvm_config, kvm_xsave,
 };
-pub use plain::{ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, MsrFilterRange, Plain, kvm_coalesced_mmio_zone};
+pub use plain::{
+    ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, MsrFilterRange, Plain, XenAttr, kvm_coalesced_mmio_zone,
+};
 
 /// Capabilities, exit reasons, flags: the constants of today's header under their own names.
 pub mod consts {

@@ -156,6 +156,40 @@ pub struct DeviceAttr {
 const _: () = assert!(size_of::<DeviceAttr>() == size_of::<kvm_device_attr>());
 plain! { DeviceAttr { flags, group, attr, addr } }
 
+/// `kvm_xen_hvm_attr` and `kvm_xen_vcpu_attr`, with the union as the quadwords that it covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct XenAttr {
+    /// `KVM_XEN_ATTR_TYPE_…`, `KVM_XEN_VCPU_ATTR_TYPE_…`
+    pub type_: u16,
+    /// Not looked at.
+    pub pad: [u16; 3],
+    /// By type.
+    pub u: [u64; 8],
+}
+const _: () = assert!(size_of::<XenAttr>() == size_of::<kvm_xen_hvm_attr>());
+const _: () = assert!(size_of::<XenAttr>() == size_of::<kvm_xen_vcpu_attr>());
+plain! { XenAttr { type_, pad, u } }
+
+impl XenAttr {
+    /// Doubleword `index` of the union.
+    pub fn word(&self, index: usize) -> u32 {
+        (self.u[index / 2] >> (32 * (index % 2))) as u32
+    }
+
+    /// See [`Self::word`].
+    pub fn set_word(&mut self, index: usize, value: u32) {
+        let shift = 32 * (index % 2);
+        let quad = &mut self.u[index / 2];
+        *quad = *quad & !(0xffff_ffff << shift) | u64::from(value) << shift;
+    }
+
+    /// The first byte of the union.
+    pub fn set_byte(&mut self, value: u8) {
+        self.u[0] = self.u[0] & !0xff | u64::from(value);
+    }
+}
+
 /// `kvm_msr_filter_range`, with the pointer as a number and the padding before it named.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]

@@ -86,6 +86,8 @@ requests! {
     KVM_RESET_DIRTY_RINGS = io 0xc7;
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
     KVM_XEN_HVM_CONFIG = iow 0x7a kvm_xen_hvm_config;
+    KVM_XEN_HVM_GET_ATTR = iowr 0xc8 kvm_xen_hvm_attr;
+    KVM_XEN_HVM_SET_ATTR = iow 0xc9 kvm_xen_hvm_attr;
     KVM_SET_BOOT_CPU_ID = io 0x78;
     KVM_CREATE_PIT = io 0x64;
     KVM_GET_PIT = iowr 0x65 kvm_pit_state;
@@ -134,6 +136,8 @@ requests! {
     KVM_KVMCLOCK_CTRL = io 0xad;
     KVM_GET_NESTED_STATE = iowr 0xbe kvm_nested_state;
     KVM_SET_NESTED_STATE = iow 0xbf kvm_nested_state;
+    KVM_XEN_VCPU_GET_ATTR = iowr 0xca kvm_xen_vcpu_attr;
+    KVM_XEN_VCPU_SET_ATTR = iow 0xcb kvm_xen_vcpu_attr;
     KVM_GET_SREGS2 = ior 0xcc kvm_sregs2;
     KVM_SET_SREGS2 = iow 0xcd kvm_sregs2;
     // The size is that of the first 4 KiB; more may follow.

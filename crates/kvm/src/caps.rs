@@ -75,7 +75,7 @@ capabilities! {
     PitState2                    = KVM_CAP_PIT_STATE2                  => 1;
     Ioeventfd                    = KVM_CAP_IOEVENTFD                   => 1;
     SetIdentityMapAddr           = KVM_CAP_SET_IDENTITY_MAP_ADDR       => 1;
-    XenHvm                       = KVM_CAP_XEN_HVM                     => xen::FLAGS;
+    XenHvm                       = KVM_CAP_XEN_HVM                     => xen::flags();
     AdjustClock                  = KVM_CAP_ADJUST_CLOCK                => kvmclock::CLOCK_FLAGS;
     VcpuEvents                   = KVM_CAP_VCPU_EVENTS                 => 1;
     Debugregs                    = KVM_CAP_DEBUGREGS                   => 1;

@@ -98,6 +98,24 @@ impl VmClock {
         kvm_clock_data { clock, flags: CLOCK_FLAGS, realtime, host_tsc, ..Plain::zeroed() }
     }
 
+    /// When it read 0, ns of the wall clock.
+    fn began(&self) -> u64 {
+        realtime_ns().wrapping_sub(self.ns_at(host_tsc()))
+    }
+
+    /// Xen's wall clock, `at` behind `gpa`: version, seconds, nanoseconds; and the upper half of the seconds. `kvm_xen_shared_info_init`
+    pub(crate) fn write_xen_wall_clock(&self, view: &View, gpa: GuestPhysAddr, at: [u64; 2]) {
+        let began = self.began();
+        let (seconds, ns) = (began / NS_PER_S as u64, began % NS_PER_S as u64);
+        let [clock, upper] = at.map(|at| gpa.wrapping_add(at));
+        let body = [(seconds as u32).to_le_bytes(), (ns as u32).to_le_bytes()].concat();
+        write_versioned(
+            view,
+            clock,
+            &[(clock.wrapping_add(4), &body), (upper, &((seconds >> 32) as u32).to_le_bytes())],
+        );
+    }
+
     /// `KVM_SET_CLOCK`: goes on from `ns`, and from what has passed since `realtime` if that is given.
     pub(crate) fn set(&self, ns: u64, realtime: Option<u64>) {
         let passed = realtime.map_or(0, |then| realtime_ns().saturating_sub(then));
@@ -179,8 +197,8 @@ impl PvTime {
 const PAGE_BYTES: usize = 32;
 const FLAGS_AT: usize = 29;
 
-/// Writes what follows a version: odd while it is written. Memory that is not there is passed over, as in Linux.
-fn write_versioned(view: &View, gpa: GuestPhysAddr, body: &[u8]) {
+/// Writes what a version at `gpa` is of, which is odd meanwhile. Memory that is not there is passed over, as in Linux.
+fn write_versioned(view: &View, gpa: GuestPhysAddr, parts: &[(GuestPhysAddr, &[u8])]) {
     let mut version = [0; 4];
     if view.read(gpa, &mut version).is_err() {
         return;
@@ -193,7 +211,9 @@ fn write_versioned(view: &View, gpa: GuestPhysAddr, body: &[u8]) {
         fence(std::sync::atomic::Ordering::SeqCst);
     };
     write(gpa, &even.wrapping_add(1).to_le_bytes());
-    write(gpa.wrapping_add(4), body);
+    for (at, bytes) in parts {
+        write(*at, bytes);
+    }
     write(gpa, &even.wrapping_add(2).to_le_bytes());
 }
 
@@ -210,32 +230,36 @@ impl Vcpu {
         let time = &self.machine.time;
         let view = self.machine.memory();
         let system_time = time.system_time.load(Relaxed);
-        if system_time & ENABLE != 0 {
-            let gpa = GuestPhysAddr(system_time & !ENABLE);
+        let own = (system_time & ENABLE != 0).then_some(GuestPhysAddr(system_time & !ENABLE));
+        let generation = time.vm.generation.load(Relaxed);
+        let mut stopped = 0;
+        for gpa in [own].into_iter().chain(self.xen.clocks()).flatten() {
             let mut page = [0; PAGE_BYTES];
             // What the guest was told stays until it clears it.
-            let kept = if view.read(gpa, &mut page).is_ok() { page[FLAGS_AT] & GUEST_STOPPED } else { 0 };
-            let stopped = if time.stopped.swap(false, Relaxed) { GUEST_STOPPED } else { 0 };
-            let generation = time.vm.generation.load(Relaxed);
+            if view.read(gpa, &mut page).is_ok() {
+                stopped |= page[FLAGS_AT] & GUEST_STOPPED;
+            }
+            if time.stopped.swap(false, Relaxed) {
+                stopped = GUEST_STOPPED;
+            }
             let start = *time.vm.start.lock();
             let scale = Scale::of_khz(self.machine.counted_khz().into());
             page[8..16].copy_from_slice(&self.machine.tsc_at(start.host_tsc).to_le_bytes());
             page[16..24].copy_from_slice(&start.ns.to_le_bytes());
             page[24..28].copy_from_slice(&scale.mul.to_le_bytes());
             page[28] = scale.shift as u8;
-            page[FLAGS_AT..].copy_from_slice(&[kept | stopped | TSC_STABLE, 0, 0]);
-            write_versioned(&view, gpa, &page[4..]);
-            time.shows.store(generation, Relaxed);
-        } else {
-            time.shows.store(time.vm.generation.load(Relaxed), Relaxed);
+            page[FLAGS_AT..].copy_from_slice(&[stopped | TSC_STABLE, 0, 0]);
+            write_versioned(&view, gpa, &[(gpa.wrapping_add(4), &page[4..])]);
         }
+        time.shows.store(generation, Relaxed);
         if time.wall_clock_due.swap(false, Relaxed) {
             let gpa = time.vm.wall_clock.load(Relaxed);
-            let began = realtime_ns().wrapping_sub(time.vm.ns_at(host_tsc()));
+            let began = time.vm.began();
             let (seconds, ns) = (began / NS_PER_S as u64, began % NS_PER_S as u64);
             let body = [(seconds as u32).to_le_bytes(), (ns as u32).to_le_bytes()].concat();
             if gpa != 0 {
-                write_versioned(&view, GuestPhysAddr(gpa), &body);
+                let gpa = GuestPhysAddr(gpa);
+                write_versioned(&view, gpa, &[(gpa.wrapping_add(4), &body)]);
             }
         }
     }

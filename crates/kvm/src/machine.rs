@@ -391,8 +391,9 @@ impl Platform for VcpuPlatform {
         self.0.options.msr_filter.allows(index, write)
     }
 
-    fn wants_msr_exit(&mut self, refusal: MsrRefusal) -> bool {
-        self.0.options.exits_on_msr(exit::msr::reason(refusal))
+    fn wants_msr_exit(&mut self, index: u32, write: bool, refusal: MsrRefusal) -> bool {
+        exit::msr::is_xen_page(&self.0.options.xen, index, write, refusal)
+            || self.0.options.exits_on_msr(exit::msr::reason(refusal))
     }
 
     fn watches_pauses(&mut self) -> Option<u64> {
@@ -421,9 +422,8 @@ impl Platform for VcpuPlatform {
     /// The guest may move and disable its APIC; x2APIC mode needs one in the kernel.
     fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
         match index {
-            _ if self.0.options.xen.is_msr(index) => {
-                return self.0.options.xen.write_page(&self.0.memory(), value);
-            }
+            // It takes more than there is here.
+            _ if self.0.options.xen.is_msr(index) => return None,
             msr::IA32_APIC_BASE if !is_apic_base(&self.0, value) => return None,
             msr::IA32_APIC_BASE => return self.0.guest_sets_apic_base(value),
             msr::IA32_TSC_DEADLINE | msr::IA32_X2APIC_BASE..=msr::IA32_X2APIC_LAST => {

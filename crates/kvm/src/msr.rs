@@ -272,9 +272,6 @@ pub(crate) fn set(vcpu: &mut Vcpu, index: u32, value: u64) -> Option<()> {
         }
         msr::IA32_TSC_ADJUST if !vcpu.machine.tsc_adjust.load(Relaxed) => {}
         _ if Mce::has(index) => return vcpu.machine.mce.lock().write(index, value, false),
-        _ if vcpu.machine.options.xen.is_msr(index) => {
-            return vcpu.machine.options.xen.write_page(&vcpu.machine.memory(), value);
-        }
         _ if hyperv::indices().any(|known| known == index) => {
             return vcpu.machine.write_hyperv_msr(index, value, false);
         }

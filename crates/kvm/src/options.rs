@@ -61,7 +61,7 @@ pub(crate) struct Options {
     /// What there is of Hyper-V's interface.
     pub(crate) hyperv: Partition,
     /// What there is of Xen's.
-    pub(crate) xen: Xen,
+    pub(crate) xen: Arc<Xen>,
     /// `KVM_CAP_X86_USER_SPACE_MSR`: why an access to an MSR is user space's.
     msr_exits: AtomicU32,
 }
@@ -69,8 +69,8 @@ pub(crate) struct Options {
 impl Options {
     pub(crate) fn new(memory: Arc<Memory>, time: Arc<VmClock>) -> Self {
         Self {
+            xen: Xen::new(memory.clone(), time.clone()),
             hyperv: Partition::new(memory, time),
-            xen: Xen::default(),
             disabled_quirks: AtomicU64::new(0),
             has_payloads: AtomicBool::new(false),
             has_triple_faults: AtomicBool::new(false),

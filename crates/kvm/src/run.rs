@@ -132,7 +132,7 @@ impl Vcpu {
             }
             self.cpu.set_interrupt_window_exiting(self.wants_interrupt_window());
             let exit = self.enter_guest(client);
-            if exit::handle(self, &exit) == Outcome::User {
+            if exit::answer(self, client, &exit)? == Outcome::User {
                 return Ok(());
             }
         }

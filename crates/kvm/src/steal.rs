@@ -90,8 +90,24 @@ impl StealTime {
         Self { view, msr: 0, marked: false, looked: None, client: None, own: None }
     }
 
+    /// Guest memory now, as the vCPU writes it.
+    pub(crate) fn view(&mut self) -> &View {
+        // Nothing here holds a pointer into memory.
+        let _ = self.view.refresh();
+        &self.view
+    }
+
+    /// It is time to look again, which is done now.
+    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
+        let is_due = self.looked.is_none_or(|then| now.duration_since(then) >= LOOK_EVERY);
+        if is_due {
+            self.looked = Some(now);
+        }
+        is_due
+    }
+
     /// Waiting since the last look, ns.
-    fn waited(&mut self, client: &dyn Client) -> u64 {
+    pub(crate) fn waited(&mut self, client: &dyn Client) -> u64 {
         let own = own_delay();
         let ours = self.own.replace(own).map_or(0, |before| own.saturating_sub(before));
         let id = client.thread();
@@ -111,7 +127,7 @@ impl StealTime {
 
     /// Adds to the page. Nothing is there: nothing happens, as in Linux.
     fn add(&mut self, at: GuestPhysAddr, ns: u64) -> Option<()> {
-        let view = &self.view;
+        let view = self.view();
         let version_at = at.wrapping_add(VERSION_AT);
         let version = view.load_u32(version_at)?;
         // Odd while the time is written.
@@ -127,13 +143,19 @@ impl StealTime {
 }
 
 impl Vcpu {
-    /// `KVM_RUN` begins: what this thread did before is nothing to the guest.
+    /// `KVM_RUN` begins: what this thread did before is nothing to the guest. Each begins the run state of Xen's anew.
     pub(crate) fn begin_steal(&mut self) {
         self.steal.own = None;
+        if self.vm.options.xen.is_on() {
+            self.steal.looked = None;
+        }
     }
 
     /// Called before each entry: the vCPU runs now.
     pub(crate) fn take_steal(&mut self, client: &dyn Client, now: Instant) {
+        if self.vm.options.xen.is_on() {
+            return self.take_runstate(client, now);
+        }
         let msr = self.machine.pv.steal_time.load(Relaxed);
         if msr & ENABLE != 0 {
             self.take_steal_now(client, now, msr);
@@ -144,20 +166,15 @@ impl Vcpu {
         let steal = &mut self.steal;
         let at = GuestPhysAddr(msr & !ENABLE);
         let new = steal.msr != msr;
-        if !new && !steal.marked && steal.looked.is_some_and(|then| now.duration_since(then) < LOOK_EVERY) {
-            return;
-        }
-        // Nothing here holds a pointer into memory.
-        let _ = steal.view.refresh();
+        let due = steal.is_due(now);
         if new || steal.marked {
             steal.msr = msr;
             steal.marked = false;
-            if steal.view.swap_u8(at.wrapping_add(PREEMPTED_AT), 0).is_some_and(|old| old & FLUSH_TLB != 0) {
+            if steal.view().swap_u8(at.wrapping_add(PREEMPTED_AT), 0).is_some_and(|old| old & FLUSH_TLB != 0) {
                 self.cpu.flush_tlb();
             }
         }
-        if new || steal.looked.is_none_or(|then| now.duration_since(then) >= LOOK_EVERY) {
-            steal.looked = Some(now);
+        if new || due {
             let waited = steal.waited(client);
             let _ = steal.add(at, waited);
         }
@@ -168,10 +185,9 @@ impl Vcpu {
         let msr = self.machine.pv.steal_time.load(Relaxed);
         let steal = &mut self.steal;
         // A page that the vCPU has not run with yet is left alone.
-        if msr & ENABLE != 0 && msr == steal.msr && !steal.marked {
-            let _ = steal.view.refresh();
+        if msr & ENABLE != 0 && msr == steal.msr && !steal.marked && !self.vm.options.xen.is_on() {
             let at = GuestPhysAddr(msr & !ENABLE).wrapping_add(PREEMPTED_AT);
-            steal.marked = steal.view.write(at, &[PREEMPTED]).is_ok();
+            steal.marked = steal.view().write(at, &[PREEMPTED]).is_ok();
         }
     }
 }

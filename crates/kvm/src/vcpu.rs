@@ -28,6 +28,7 @@ use crate::run_page::RunPage;
 use crate::status::Counters;
 use crate::steal::StealTime;
 use crate::vm::{VcpuEntry, Vm};
+use crate::xen::{self, VcpuXen};
 
 /// The file of a vCPU. Its lock is held for the whole of every ioctl, `KVM_RUN` included, as the kernel's is.
 pub(crate) struct VcpuFile {
@@ -72,6 +73,8 @@ pub(crate) struct Vcpu {
     pub(crate) enforces_pv: bool,
     /// What the guest is told of its vCPU's waiting.
     pub(crate) steal: StealTime,
+    /// What there is of Xen's interface, beside the VM's.
+    pub(crate) xen: VcpuXen,
     /// `KVM_TPR_ACCESS_REPORTING`
     pub(crate) reports_tpr: bool,
     /// The guest accessed the task priority in memory, and user space is to hear of it.
@@ -120,6 +123,8 @@ impl VcpuFile {
             cpu.set_dirty_ring(ring.clone());
         }
         machine.hyperv.set_index(vcpus.len() as u32);
+        let events = xen::Events::new(vm.memory.clone());
+        vm.options.xen.add(id, events.clone());
         vcpus.insert(id, VcpuEntry { kick, counters: counters.clone(), ring });
         if let Some(chip) = vm.chip() {
             let base = machine.apic_base.load(Relaxed);
@@ -139,6 +144,7 @@ impl VcpuFile {
             page,
             counters,
             steal: StealTime::new(machine.memory()),
+            xen: VcpuXen::new(events),
             machine,
             pending: None,
             interrupts: InterruptQueue::default(),

@@ -361,7 +361,7 @@ fn xens_hypercalls_are_user_spaces() {
     });
     let configure = |config: kvm_xen_hvm_config| machine.client.set(machine.vm, KVM_XEN_HVM_CONFIG, &config);
     let intercept = kvm_xen_hvm_config { flags: KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, msr: XEN_MSR, ..Plain::zeroed() };
-    assert_eq!(configure(kvm_xen_hvm_config { flags: 1 << 5, ..intercept }), Err(Errno::EINVAL));
+    assert_eq!(configure(kvm_xen_hvm_config { flags: 1 << 2, ..intercept }), Err(Errno::EINVAL));
     assert_eq!(configure(kvm_xen_hvm_config { blob_size_64: 1, ..intercept }), Err(Errno::EINVAL));
     assert_eq!(configure(intercept), Ok(0));
     assert_eq!(machine.out().0, 0xfd, "there is one page");

@@ -10,7 +10,7 @@ use common::{BASE, FakeClient};
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{Plain, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_xen_hvm_config};
+use kvm_abi::{Plain, XenAttr, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_xen_hvm_config};
 use mmu::Mapping;
 use nix::errno::Errno;
 
@@ -314,7 +314,9 @@ fn what_is_written_for_a_vcpu_is_in_its_ring() {
     let mut harvest = || {
         let found = machine.harvest(0, &mut next, ENTRIES);
         machine.reset();
-        found.into_iter().map(|(_, page)| page).collect::<Vec<_>>()
+        let mut found: Vec<_> = found.into_iter().map(|(_, page)| page).collect();
+        found.sort_unstable();
+        found
     };
     // The wall clock, the paravirtual clock, steal time (MSR_KVM_WALL_CLOCK_NEW, SYSTEM_TIME_NEW, STEAL_TIME) and the vAPIC page are
     // written before the guest's next instruction.
@@ -323,16 +325,18 @@ fn what_is_written_for_a_vcpu_is_in_its_ring() {
     machine.client.set_waited(1000);
     machine.set_msr(0x4b56_4d03, page(12) | 1);
     machine.client.set(machine.vcpus[0].0, KVM_SET_VAPIC_ADDR, &page(14)).unwrap();
-    let client = machine.client.clone();
-    let ends = std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        client.raise();
-    });
-    assert_eq!(machine.client.ioctl(machine.vcpus[0].0, KVM_RUN, 0), Err(Errno::EINTR));
-    ends.join().unwrap();
-    let mut found = harvest();
-    found.sort_unstable();
-    assert_eq!(found, [10, 11, 12, 13, 14]);
+    let run = || {
+        let client = machine.client.clone();
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            client.raise();
+        });
+        assert_eq!(machine.client.ioctl(machine.vcpus[0].0, KVM_RUN, 0), Err(Errno::EINTR));
+        ends.join().unwrap();
+        machine.client.consume_signal();
+    };
+    run();
+    assert_eq!(harvest(), [10, 11, 12, 13, 14]);
     // Hyper-V's hypercall page and reference TSC page: HV_X64_MSR_GUEST_OS_ID, HYPERCALL, REFERENCE_TSC.
     machine.set_msr(0x4000_0000, 1);
     machine.set_msr(0x4000_0001, page(15) | 1);
@@ -343,6 +347,17 @@ fn what_is_written_for_a_vcpu_is_in_its_ring() {
     machine.client.set(machine.vm, KVM_XEN_HVM_CONFIG, &config).unwrap();
     machine.set_msr(0x4000_0200, page(17));
     assert_eq!(harvest(), [17]);
+    // A clock more, and the run state, which steal time gives way to.
+    for (type_, at) in [(KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO, 18), (KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, 19)] {
+        let attr = XenAttr { type_: type_ as u16, u: [page(at), 0, 0, 0, 0, 0, 0, 0], ..XenAttr::default() };
+        machine.client.set(machine.vcpus[0].0, KVM_XEN_VCPU_SET_ATTR, &attr).unwrap();
+    }
+    let vcpu = machine.vcpus[0].0;
+    let regs: kvm_regs = machine.client.get(vcpu, KVM_GET_REGS);
+    machine.client.set(vcpu, KVM_SET_REGS, &kvm_regs { rip: regs.rip - 1, ..regs }).unwrap();
+    machine.client.set(vcpu, KVM_SET_MP_STATE, &kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
+    run();
+    assert_eq!(harvest(), [11, 14, 18, 19]);
 }
 
 /// The walk of KVM_TRANSLATE sets accessed bits, as any other.

@@ -97,7 +97,7 @@ impl Vcpu {
                 apic.arm(&machine);
                 let exit = self.enter_guest(client);
                 apic.take_pages(machine.pv.pv_eoi.load(Relaxed));
-                if exit::handle(self, &exit) == Outcome::User {
+                if exit::answer(self, client, &exit)? == Outcome::User {
                     return Ok(());
                 }
             }
@@ -173,9 +173,10 @@ impl Vcpu {
         self.cpu.set_regs(&cpu_core::Regs { rip: 0, ..regs });
     }
 
-    /// An interrupt waits that the APIC lets through: the PIC's, user space's, its own.
+    /// An interrupt waits that the APIC lets through: the PIC's, user space's, its own; or one of Xen's, which passes it by.
     fn has_interrupt(&self, apic: &VcpuApic) -> bool {
         apic.lapic.pending().is_some()
+            || self.upcall().is_some()
             || apic.lapic.accepts_pic() && (self.external_vector.is_some() || apic.chip.wires.pic_output())
     }
 
@@ -198,7 +199,9 @@ impl Vcpu {
         if !self.cpu.interrupt_window_open() || self.cpu.events().exception.is_some() {
             return true;
         }
-        let external = if apic.lapic.accepts_pic() { self.take_external(apic) } else { None };
+        // Xen's is first, and the guest takes it back by a store (`kvm_cpu_get_extint`).
+        let pic = |vcpu: &mut Self| if apic.lapic.accepts_pic() { vcpu.take_external(apic) } else { None };
+        let external = self.upcall().or_else(|| pic(self));
         if let Some(vector) = external.or_else(|| apic.lapic.acknowledge()) {
             self.cpu.queue_interrupt(vector);
         }

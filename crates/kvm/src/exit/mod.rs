@@ -18,7 +18,9 @@ mod triple_fault;
 mod unimplemented;
 
 use cpu_core::Exit;
+use nix::errno::Errno;
 
+use crate::client::Client;
 use crate::vcpu::Vcpu;
 
 /// What a handler made of an exit.
@@ -131,6 +133,15 @@ pub(crate) fn handle(vcpu: &mut Vcpu, exit: &Exit) -> Outcome {
     };
     vcpu.counters.vmx_exit(row.reason);
     outcome
+}
+
+/// As [`handle`], and what takes the client as well. EFAULT: its memory is not there.
+pub(crate) fn answer(vcpu: &mut Vcpu, client: &dyn Client, exit: &Exit) -> Result<Outcome, Errno> {
+    let outcome = handle(vcpu, exit);
+    match vcpu.xen.page.take() {
+        None => Ok(outcome),
+        Some(access) => msr::write_xen_page(vcpu, client, &access),
+    }
 }
 
 /// Finishes the last exit with user space's answer.

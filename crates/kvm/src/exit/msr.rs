@@ -10,10 +10,13 @@ use kvm_abi::consts::{
     KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
     KVM_MSR_EXIT_REASON_UNKNOWN,
 };
+use nix::errno::Errno;
 use x86_defs::vector;
 
 use super::{Outcome, Pending, Reason, Row};
+use crate::client::Client;
 use crate::vcpu::Vcpu;
+use crate::xen::Xen;
 
 pub(super) const READ: Row = Row { reason: Reason::Rdmsr, vmx: Some(31), shows: &["X86_RDMSR"] };
 pub(super) const WRITE: Row = Row { reason: Reason::Wrmsr, vmx: Some(32), shows: &["X86_WRMSR"] };
@@ -30,7 +33,34 @@ pub(crate) fn reason(refusal: MsrRefusal) -> u32 {
     }
 }
 
+/// A guest names its page of Xen's hypercalls: that is done here.
+pub(crate) fn is_xen_page(xen: &Xen, index: u32, write: bool, refusal: MsrRefusal) -> bool {
+    write && refusal != MsrRefusal::Filtered && xen.is_msr(index)
+}
+
 pub(super) fn handle(vcpu: &mut Vcpu, access: &MsrAccess) -> Outcome {
+    if is_xen_page(&vcpu.vm.options.xen, access.index, access.write.is_some(), access.refusal) {
+        vcpu.xen.page = Some(*access);
+        return Outcome::Resume;
+    }
+    show(vcpu, access)
+}
+
+/// What [`handle`] has left to be done with `client` at hand. EFAULT: user space's page is not there.
+pub(super) fn write_xen_page(vcpu: &mut Vcpu, client: &dyn Client, access: &MsrAccess) -> Result<Outcome, Errno> {
+    if vcpu.write_xen_page(client, access.write.unwrap_or(0))? {
+        vcpu.cpu.skip_instruction(access.len);
+        return Ok(Outcome::Resume);
+    }
+    let refused = MsrAccess { refusal: MsrRefusal::Invalid, ..*access };
+    if vcpu.vm.options.exits_on_msr(reason(refused.refusal)) {
+        return Ok(show(vcpu, &refused));
+    }
+    vcpu.cpu.queue_exception(vector::GP, Some(0));
+    Ok(Outcome::Resume)
+}
+
+fn show(vcpu: &mut Vcpu, access: &MsrAccess) -> Outcome {
     let &MsrAccess { index, write, refusal, len } = access;
     vcpu.page.set_msr(reason(refusal), index, write.unwrap_or(0));
     vcpu.page.set_exit_reason(if write.is_some() { KVM_EXIT_X86_WRMSR } else { KVM_EXIT_X86_RDMSR });

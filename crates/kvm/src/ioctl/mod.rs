@@ -7,6 +7,7 @@ mod system;
 mod table;
 pub(crate) mod vcpu;
 mod vm;
+mod xen;
 
 use std::ops::Deref;
 use std::sync::Arc;

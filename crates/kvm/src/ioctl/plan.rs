@@ -237,6 +237,11 @@ impl<'a, E: Plain> Fam<'a, E> {
         })
     }
 
+    /// Whose memory they are in.
+    pub(crate) fn client(&self) -> &'a dyn Client {
+        self.client
+    }
+
     /// The count as the client gave it, or as [`Self::set_count`] left it.
     pub(crate) fn count(&self) -> u32 {
         self.count.get()

@@ -2,7 +2,7 @@
 
 use kvm_abi::request;
 use kvm_abi::{
-    ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_cpuid,
+    ClearDirtyLog, DeviceAttr, DirtyLog, MsrFilter, XenAttr, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_cpuid,
     kvm_cpuid_entry, kvm_cpuid_entry2, kvm_cpuid2, kvm_create_device, kvm_debugregs, kvm_enable_cap, kvm_fpu,
     kvm_guest_debug, kvm_interrupt, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_regs,
     kvm_signal_mask, kvm_sregs, kvm_sregs2, kvm_translation, kvm_userspace_memory_region, kvm_vcpu_events, kvm_x86_mce,
@@ -12,7 +12,7 @@ use kvm_abi::{
 use nix::errno::Errno;
 
 use super::plan::{Call, In, InAt, InFam, InNumberedOut, InOut, InOutFam, OptionalFam, Out, Value};
-use super::{Caller, Target, attributes, chip, system, vcpu, vm};
+use super::{Caller, Target, attributes, chip, system, vcpu, vm, xen};
 use crate::caps::Capability;
 use crate::client::Reply;
 
@@ -119,7 +119,9 @@ ioctls! {
     KVM_CREATE_PIT2            0x77 Vm     In<[u32; 16]>,                          Pit2,           Full => chip::create_pit2;
     KVM_SET_BOOT_CPU_ID        0x78 Vm     Value,                                  SetBootCpuId,   Full => vm::set_boot_cpu_id;
     KVM_IOEVENTFD              0x79 Vm     In<[u32; 16]>,                          Ioeventfd,      Full => chip::set_ioeventfd;
-    KVM_XEN_HVM_CONFIG         0x7a Vm     In<kvm_xen_hvm_config>,                 XenHvm,         Full => vm::xen_hvm_config;
+    KVM_XEN_HVM_CONFIG         0x7a Vm     In<kvm_xen_hvm_config>,                 XenHvm,         Full => xen::configure;
+    KVM_XEN_HVM_GET_ATTR       0xc8 Vm     InOut<XenAttr>,                         XenHvm,         Full => xen::get_attr;
+    KVM_XEN_HVM_SET_ATTR       0xc9 Vm     In<XenAttr>,                            XenHvm,         Full => xen::set_attr;
     KVM_SET_CLOCK              0x7b Vm     In<kvm_clock_data>,                     AdjustClock,    Full => vm::set_clock;
     KVM_GET_CLOCK              0x7c Vm     Out<kvm_clock_data>,                    AdjustClock,    Full => vm::get_clock;
     KVM_GET_PIT2               0x9f Vm     Out<[u32; 28]>,                         PitState2,      Full => chip::get_pit2;
@@ -177,6 +179,8 @@ ioctls! {
     KVM_GET_NESTED_STATE       0xbe Vcpu   InOut<[u32; 32]>,                       NestedState,    Full => vcpu::get_nested_state;
     KVM_SET_NESTED_STATE       0xbf Vcpu   In<[u32; 32]>,                          NestedState,    Full => vcpu::set_nested_state;
     KVM_GET_SUPPORTED_HV_CPUID 0xc1 Vcpu   InOutFam<kvm_cpuid2, kvm_cpuid_entry2>, HypervCpuid,    Full => vcpu::get_supported_hv_cpuid;
+    KVM_XEN_VCPU_GET_ATTR      0xca Vcpu   InOut<XenAttr>,                         XenHvm,         Full => xen::get_vcpu_attr;
+    KVM_XEN_VCPU_SET_ATTR      0xcb Vcpu   InAt<XenAttr>,                          XenHvm,         Full => xen::set_vcpu_attr;
     KVM_GET_SREGS2             0xcc Vcpu   Out<kvm_sregs2>,                        Sregs2,         Full => vcpu::get_sregs2;
     KVM_SET_SREGS2             0xcd Vcpu   In<kvm_sregs2>,                         Sregs2,         Full => vcpu::set_sregs2;
     KVM_GET_STATS_FD           0xce Vcpu   Value,                                  BinaryStatsFd,  Full => vcpu::get_stats_fd;

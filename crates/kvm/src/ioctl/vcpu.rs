@@ -332,8 +332,13 @@ pub(super) fn get_msrs(vcpu: &mut Vcpu, list: &Fam<'_, kvm_msr_entry>) -> Result
 /// 256 or more.
 pub(super) fn set_msrs(vcpu: &mut Vcpu, list: &Fam<'_, kvm_msr_entry>) -> Result<i32, Errno> {
     let entries = msr_entries(vcpu, list)?;
-    let done = entries.iter().take_while(|entry| msr::set(vcpu, entry.index, entry.data).is_some()).count();
-    Ok(done as i32)
+    let mut set = |entry: &&kvm_msr_entry| {
+        if vcpu.vm.options.xen.is_msr(entry.index) {
+            return vcpu.write_xen_page(list.client(), entry.data) == Ok(true);
+        }
+        msr::set(vcpu, entry.index, entry.data).is_some()
+    };
+    Ok(entries.iter().take_while(|entry| set(entry)).count() as i32)
 }
 
 fn msr_entries(vcpu: &Vcpu, list: &Fam<'_, kvm_msr_entry>) -> Result<Vec<kvm_msr_entry>, Errno> {

@@ -6,7 +6,7 @@ use kvm_abi::consts::*;
 use kvm_abi::legacy::{kvm_memory_alias, kvm_memory_region};
 use kvm_abi::{
     ClearDirtyLog, DirtyLog, MsrFilter, kvm_clock_data, kvm_coalesced_mmio_zone, kvm_create_device, kvm_enable_cap,
-    kvm_userspace_memory_region, kvm_xen_hvm_config,
+    kvm_userspace_memory_region,
 };
 use nix::errno::Errno;
 
@@ -94,13 +94,6 @@ pub(super) fn set_pmu_event_filter(vm: &Caller<'_, Vm>, filter: &[u32; 8]) -> Re
 pub(super) fn set_msr_filter(vm: &Caller<'_, Vm>, filter: &MsrFilter) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
     vm.options.msr_filter.set(vm.client, filter)
-}
-
-/// Which MSR Xen's guests name their hypercall page by, and who answers. api.rst `KVM_XEN_HVM_CONFIG`. EINVAL as
-/// [`Xen::configure`](crate::xen::Xen::configure).
-pub(super) fn xen_hvm_config(vm: &Caller<'_, Vm>, config: &kvm_xen_hvm_config) -> Result<(), Errno> {
-    vm.require(Era::Modern)?;
-    vm.options.xen.configure(config)
 }
 
 /// A device, and its descriptor in `fd`; or only whether there would be one. api.rst `KVM_CREATE_DEVICE`. ENODEV: another type than
