@@ -26,6 +26,8 @@ const LONG: Duration = Duration::from_millis(4);
 const STREAK: u32 = 64;
 /// After so many the place is given up, and chosen anew where the scheduler has brought the client by then.
 const TENURE: u32 = 4096;
+/// So many short runs give the scheduler the occasion. Each takes a multiple of a placed one.
+const FREE: u32 = 8;
 /// How long the watchdog stays with nothing to watch.
 const LINGER: Duration = Duration::from_secs(1);
 /// What a thread of ours asks to run in one go. Who wakes runs before all whose slice ends later, so on a full machine an
@@ -132,6 +134,7 @@ impl Drop for Run<'_> {
         if took < SHORT.as_nanos() as u64 {
             if self.place.streak.fetch_add(1, Ordering::Relaxed) > TENURE {
                 self.place.leave();
+                self.place.streak.store(STREAK - FREE, Ordering::Relaxed);
             }
         } else if took > LONG.as_nanos() as u64 {
             self.place.leave();

@@ -24,7 +24,7 @@ use crate::reply::{Answer, inval_inode};
 use crate::request::{Malformed, Operation, Request};
 
 /// Workers that stay when nothing is to do. A burst ends without threads being made and ended all the time.
-const SPARE_WORKERS: usize = 4;
+const SPARE_WORKERS: usize = 2;
 /// Bytes of a write, and nearly those of the longest request: one ioctl argument has at most 16 KiB.
 const MAX_WRITE: u32 = 32 * 1024;
 const BUFFER: usize = MAX_WRITE as usize + MIN_READ_BUFFER;
@@ -221,9 +221,17 @@ impl Session {
             if self.idle.fetch_sub(1, Ordering::AcqRel) == 1 && self.negotiated.get().is_some() {
                 self.replenish(service);
             }
-            self.dispatch(&buffer[..len], &running, service);
-            if self.idle.fetch_add(1, Ordering::AcqRel) >= SPARE_WORKERS {
+            let answer = self.dispatch(&buffer[..len], &running, service);
+            // Idle before the answer is out: it wakes a client that may ask again before this thread gets back to its read, which
+            // nothing can keep it from. Were it busy until then, a thread would be made for that.
+            let stays = self.idle.fetch_add(1, Ordering::AcqRel) < SPARE_WORKERS;
+            if !stays {
                 self.idle.fetch_sub(1, Ordering::AcqRel);
+            }
+            if let Some((unique, answer)) = answer {
+                self.answer(unique, &answer);
+            }
+            if !stays {
                 break;
             }
         }
@@ -246,17 +254,25 @@ impl Session {
         }
     }
 
-    fn dispatch(self: &Arc<Self>, bytes: &[u8], running: &Running, service: &Arc<dyn Service>) {
+    /// Serves one message. What is left to answer, and to which request.
+    fn dispatch(
+        self: &Arc<Self>,
+        bytes: &[u8],
+        running: &Running,
+        service: &Arc<dyn Service>,
+    ) -> Option<(u64, Answer)> {
         let request = match Request::parse(bytes) {
             Ok(request) => request,
             Err(err) => {
                 warn!(%err, "malformed message");
-                if let Malformed::Body { unique, opcode, .. } = err
-                    && !matches!(opcode, opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT)
-                {
-                    self.answer(unique, &Answer::Error(Errno::EIO));
-                }
-                return;
+                return match err {
+                    Malformed::Body { unique, opcode, .. }
+                        if !matches!(opcode, opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT) =>
+                    {
+                        Some((unique, Answer::Error(Errno::EIO)))
+                    }
+                    _ => None,
+                };
             }
         };
         trace!(?request);
@@ -264,7 +280,7 @@ impl Session {
         match request.operation {
             Operation::Init(init, flags) => self.handshake(unique, &init, flags, service),
             Operation::CuseInit(init) => self.handshake_cuse(unique, &init, service),
-            Operation::Interrupt(interrupt) => self.interrupt(unique, interrupt.unique),
+            Operation::Interrupt(interrupt) => return self.interrupt(unique, interrupt.unique),
             operation => {
                 {
                     let mut state = running.0.lock();
@@ -277,9 +293,10 @@ impl Session {
                 let answer = answer.unwrap_or(Answer::Error(Errno::EIO));
                 // Before the reply: once it is out, the number may come again.
                 *running.0.lock() = State::default();
-                self.answer(unique, &answer);
+                return Some((unique, answer));
             }
         }
+        None
     }
 
     fn answer(&self, unique: u64, answer: &Answer) {
@@ -292,7 +309,7 @@ impl Session {
 
     /// `interrupted`: the request whose thread has a signal. A worker may have read it and not yet said so, or have
     /// answered it already: "try again" makes the kernel repeat the interrupt for as long as the request exists.
-    fn interrupt(&self, unique: u64, interrupted: u64) {
+    fn interrupt(&self, unique: u64, interrupted: u64) -> Option<(u64, Answer)> {
         for running in self.running.read().iter() {
             let mut state = running.0.lock();
             if state.unique == interrupted {
@@ -300,11 +317,11 @@ impl Session {
                 if let Some(action) = &state.action {
                     action();
                 }
-                return;
+                return None;
             }
         }
         thread::yield_now();
-        self.answer(unique, &Answer::Error(Errno::EAGAIN));
+        Some((unique, Answer::Error(Errno::EAGAIN)))
     }
 
     fn handshake(self: &Arc<Self>, unique: u64, init: &InitIn, offered: InitFlags, service: &Arc<dyn Service>) {
