@@ -42,6 +42,13 @@ pub enum Route {
         /// Data.
         data: u32,
     },
+    /// An event that the guest hears of past its local APICs: the listener sees to it.
+    Event {
+        /// Whose.
+        vcpu: u32,
+        /// Which.
+        port: u32,
+    },
 }
 
 /// Where one global system interrupt can go at once: both PICs and the I/O APIC.
@@ -57,6 +64,9 @@ pub trait Listener: Send + Sync {
 
     /// An EOI that no I/O APIC here takes: the vCPU's owner lets user space know.
     fn eoi_for_user(&self, lapic: &Lapic, vector: u8);
+
+    /// An event is due. As [`Irqchip::set_gsi`]. Called without any lock held.
+    fn event(&self, vcpu: u32, port: u32) -> i32;
 }
 
 /// The chips that a VM has once, and its local APICs.
@@ -228,8 +238,9 @@ impl Irqchip {
             let taken = match route {
                 Route::Pic(pin) => self.set_pic(pin, source, level),
                 Route::IoApic(pin) => self.set_ioapic(pin, source, level),
-                Route::Msi { .. } if !level => continue,
+                Route::Msi { .. } | Route::Event { .. } if !level => continue,
                 Route::Msi { address, data } => self.signal_msi(address, data),
+                Route::Event { vcpu, port } => self.listener.event(vcpu, port),
             };
             if taken >= 0 {
                 status = status.max(0) + taken;

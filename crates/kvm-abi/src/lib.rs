@@ -26,6 +26,9 @@ pub mod consts {
 /// `KVM_API_VERSION`: 12 since 2.6.22.
 pub const KVM_API_VERSION: i32 = kvm_bindings::KVM_API_VERSION as i32;
 
+/// `KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL`, which the bindings lack.
+pub const KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL: u32 = u32::MAX;
+
 /// Vectors that `KVM_INTERRUPT` accepts are below this.
 pub const KVM_NR_INTERRUPTS: u32 = 256;
 

@@ -86,6 +86,7 @@ requests! {
     KVM_RESET_DIRTY_RINGS = io 0xc7;
     KVM_SIGNAL_MSI = iow 0xa5 kvm_msi;
     KVM_XEN_HVM_CONFIG = iow 0x7a kvm_xen_hvm_config;
+    KVM_XEN_HVM_EVTCHN_SEND = iow 0xd0 kvm_irq_routing_xen_evtchn;
     KVM_XEN_HVM_GET_ATTR = iowr 0xc8 kvm_xen_hvm_attr;
     KVM_XEN_HVM_SET_ATTR = iow 0xc9 kvm_xen_hvm_attr;
     KVM_SET_BOOT_CPU_ID = io 0x78;

@@ -78,6 +78,7 @@ const OF_TODAY: &[(u32, u32)] = &[
     (KVM_GET_XSAVE2, 0x9000_aecf),
     (KVM_GET_SUPPORTED_HV_CPUID, 0xc008_aec1),
     (KVM_XEN_HVM_CONFIG, 0x4038_ae7a),
+    (KVM_XEN_HVM_EVTCHN_SEND, 0x400c_aed0),
     (KVM_XEN_HVM_GET_ATTR, 0xc048_aec8),
     (KVM_XEN_HVM_SET_ATTR, 0x4048_aec9),
     (KVM_XEN_VCPU_GET_ATTR, 0xc048_aeca),

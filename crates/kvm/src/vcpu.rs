@@ -123,8 +123,6 @@ impl VcpuFile {
             cpu.set_dirty_ring(ring.clone());
         }
         machine.hyperv.set_index(vcpus.len() as u32);
-        let events = xen::Events::new(vm.memory.clone());
-        vm.options.xen.add(id, events.clone());
         vcpus.insert(id, VcpuEntry { kick, counters: counters.clone(), ring });
         if let Some(chip) = vm.chip() {
             let base = machine.apic_base.load(Relaxed);
@@ -132,6 +130,9 @@ impl VcpuFile {
             apic.lapic.init(vm.options.has_quirk(KVM_X86_QUIRK_LINT0_REENABLED));
             machine.set_apic(apic);
         }
+        let lapic = machine.apic().map(|apic| apic.lapic.clone());
+        let events = xen::Events::new(id, vm.memory.clone(), lapic, waker.clone());
+        vm.options.xen.add(events.clone());
         drop(vcpus);
         let waits_for_init = machine.apic().is_some() && !is_boot_cpu;
 

@@ -128,7 +128,7 @@ impl Vm {
         if !vcpus.is_empty() {
             return Err(Errno::EINVAL);
         }
-        self.chip.set(Chip::new(split)?).map_err(|_| Errno::EEXIST)?;
+        self.chip.set(Chip::new(split, &self.options.xen)?).map_err(|_| Errno::EEXIST)?;
         self.show_x2apic_api();
         Ok(())
     }

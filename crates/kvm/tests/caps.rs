@@ -97,7 +97,14 @@ const IOCTLS: &[(u32, &[u32])] = &[
     (KVM_CAP_HYPERV_ENFORCE_CPUID, &[KVM_ENABLE_CAP]),
     (
         KVM_CAP_XEN_HVM,
-        &[KVM_XEN_HVM_CONFIG, KVM_XEN_HVM_GET_ATTR, KVM_XEN_HVM_SET_ATTR, KVM_XEN_VCPU_GET_ATTR, KVM_XEN_VCPU_SET_ATTR],
+        &[
+            KVM_XEN_HVM_CONFIG,
+            KVM_XEN_HVM_EVTCHN_SEND,
+            KVM_XEN_HVM_GET_ATTR,
+            KVM_XEN_HVM_SET_ATTR,
+            KVM_XEN_VCPU_GET_ATTR,
+            KVM_XEN_VCPU_SET_ATTR,
+        ],
     ),
     (KVM_CAP_VM_TSC_CONTROL, &[KVM_SET_TSC_KHZ, KVM_GET_TSC_KHZ]),
 ];

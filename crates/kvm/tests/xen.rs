@@ -4,15 +4,20 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use common::{BASE, FakeClient};
+use common::{BASE, FakeClient, SCRATCH};
 use iced_x86::code_asm::*;
 use kvm_abi::consts::*;
 use kvm_abi::request::*;
-use kvm_abi::{Plain, XenAttr, kvm_clock_data, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_xen_hvm_config};
+use kvm_abi::{
+    Plain, XenAttr, kvm_clock_data, kvm_cpuid_entry2, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_xen_hvm_config,
+};
 use mmu::Mapping;
 use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 const RAM: u64 = 0x20_0000;
 const TABLES: u64 = 0x1000;
@@ -36,6 +41,12 @@ const NOWHERE: u64 = u64::MAX;
 
 const XEN_MSR: u32 = 0x4000_0200;
 const VECTOR: u8 = 0x31;
+/// KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
+const TWO_LEVELS: u32 = u32::MAX;
+/// Bits of shared_info and vcpu_info, of 64-bit guests.
+const PENDING: u64 = SHARED + 0x800;
+const MASK: u64 = SHARED + 0xa00;
+const SELECTOR: u64 = 8;
 /// Ports of guests: the handler's, and of what is no number of vCPU n, n higher.
 const HANDLED: u16 = 0x80;
 const AT: u16 = 0x90;
@@ -192,6 +203,39 @@ impl Machine {
 
     fn put(&self, at: u64, bytes: &[u8]) {
         self.client.memory.write(at, bytes).unwrap();
+    }
+
+    fn send(&self, vcpu: u32, port: u32) -> Result<i32, Errno> {
+        self.client.set(self.vm, KVM_XEN_HVM_EVTCHN_SEND, &[port, vcpu, TWO_LEVELS])
+    }
+
+    /// KVM_XEN_ATTR_TYPE_EVTCHN: port, type, flags; where it goes.
+    fn port(&self, [port, type_, flags]: [u32; 3], to: [u32; 3]) -> Result<i32, Errno> {
+        let mut attr = attr(KVM_XEN_ATTR_TYPE_EVTCHN, &[]);
+        for (at, value) in [port, type_, flags].into_iter().chain(to).enumerate() {
+            attr.set_word(at, value);
+        }
+        self.client.set(self.vm, KVM_XEN_HVM_SET_ATTR, &attr)
+    }
+
+    /// Global system interrupts from 40 on: type, flags, and the rest by type.
+    fn route(&self, entries: &[(u32, u32, [u32; 3])]) -> Result<(), Errno> {
+        let mut words = vec![entries.len() as u32, 0];
+        for (gsi, &(type_, flags, [a, b, c])) in (40..).zip(entries) {
+            words.extend([gsi, type_, flags, 0, a, b, c, 0, 0, 0, 0, 0]);
+        }
+        let bytes = words.into_iter().flat_map(u32::to_le_bytes).collect();
+        self.client.ioctl_bytes(self.vm, KVM_SET_GSI_ROUTING, bytes).map(drop)
+    }
+
+    /// Words of channels that wait, and what vcpu_info tells of vCPU n; all is taken.
+    fn take_events(&self, vcpu: u64) -> (Vec<(u64, u64)>, u64, u8) {
+        let words = (0..64).map(|word| (word, self.u64(PENDING + 8 * word))).filter(|&(_, bits)| bits != 0).collect();
+        let info = INFO + 0x40 * vcpu;
+        let told = (words, self.u64(info + SELECTOR), self.client.memory.load_u8(info).unwrap());
+        self.put(PENDING, &[0; 512]);
+        self.put(info, &[0; 16]);
+        told
     }
 
     fn clock(&self) -> u64 {
@@ -489,4 +533,363 @@ fn set_bad(machine: &Machine) -> i32 {
     let entry = kvm_msr_entry { index: XEN_MSR, data: PAGE, ..Plain::zeroed() };
     let bytes = [&[1, 0, 0, 0, 0, 0, 0, 0], entry.as_bytes()].concat();
     machine.client.ioctl_bytes(machine.vcpus[0].0, KVM_SET_MSRS, bytes).unwrap().0
+}
+
+/// EVTCHNSTAT_…
+const UNBOUND: u32 = 1;
+const INTERDOMAIN: u32 = 2;
+const IPI: u32 = 5;
+
+/// A 64-bit guest's hypercall: number and parameters.
+fn hypercall(a: &mut CodeAssembler, number: u32, params: [u64; 3]) -> Code {
+    a.mov(eax, number)?;
+    a.mov(rdi, params[0])?;
+    a.mov(rsi, params[1])?;
+    a.mov(rdx, params[2])?;
+    a.vmcall()
+}
+
+/// `kvm_xen_set_evtchn_fast`: the bit in shared_info, that of its word in vcpu_info, and the byte that says so.
+#[test]
+fn an_event_sets_bits_of_two_levels() {
+    let machine = Machine::with_xen(&[&here, &here]);
+    assert_eq!([machine.send(1, 1), machine.send(1, 4095), machine.send(1, 64 * 5)], [Ok(0); 3]);
+    assert_eq!(machine.u64(INFO + SELECTOR), 0, "the other vCPU's");
+    let all = vec![(0, 2), (5, 1), (63, 1 << 63)];
+    assert_eq!(machine.take_events(1), (all, 1 | 1 << 5 | 1 << 63, 1));
+    // One that waits already, and one that is masked.
+    machine.put(PENDING, &[0b100]);
+    machine.put(MASK, &[0b1000]);
+    assert_eq!([machine.send(0, 2), machine.send(0, 3)], [Ok(0); 2]);
+    assert_eq!(machine.take_events(0), (vec![(0, 0b1100)], 0, 0));
+    // A word that vcpu_info tells of: the byte is the guest's business.
+    machine.put(INFO + SELECTOR, &[1]);
+    assert_eq!(machine.send(0, 5), Ok(0));
+    assert_eq!(machine.take_events(0), (vec![(0, 0b10_0000)], 1, 0));
+    // 32-bit guests: 32 words of 32 bits.
+    machine.set(KVM_XEN_ATTR_TYPE_LONG_MODE, &[0]).unwrap();
+    assert_eq!([machine.send(0, 1023), machine.send(0, 1024)], [Ok(0), Err(Errno::EINVAL)]);
+    assert_eq!(machine.u32(SHARED + 0x800 + 4 * 31), 1 << 31);
+    assert_eq!([machine.u32(INFO), machine.u32(INFO + 4)], [1, 1 << 31]);
+    machine.put(SHARED + 0x880, &[2]);
+    machine.put(INFO, &[0]);
+    machine.send(0, 1).unwrap();
+    assert_eq!([machine.u32(SHARED + 0x800), machine.u32(INFO)], [2, 0], "masked");
+}
+
+/// `kvm_xen_hvm_evtchn_send`
+#[test]
+fn events_that_cannot_be_are_errors() {
+    let machine = Machine::with_xen(&[&here]);
+    let send = |words: [u32; 3]| machine.client.set(machine.vm, KVM_XEN_HVM_EVTCHN_SEND, &words);
+    for words in [[0, 0, TWO_LEVELS], [4096, 0, TWO_LEVELS], [1, 0, 0], [1, 7, TWO_LEVELS]] {
+        assert_eq!(send(words), Err(Errno::EINVAL), "{words:?}");
+    }
+    machine.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, &[NOWHERE]).unwrap();
+    assert_eq!(machine.send(0, 1), Err(Errno::EINVAL));
+    machine.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, &[INFO]).unwrap();
+    machine.set(KVM_XEN_ATTR_TYPE_SHARED_INFO, &[HOLE >> 12]).unwrap_err();
+    assert_eq!(machine.send(0, 1), Err(Errno::EFAULT));
+    machine.client.slot(machine.vm, (1, 0), HOLE, 0x1000, 0x30_0000).unwrap();
+    assert_eq!(machine.send(0, 1), Ok(0), "memory has come");
+    assert_eq!(machine.client.memory.load_u8(0x30_0800).unwrap(), 2);
+    machine.set(KVM_XEN_ATTR_TYPE_SHARED_INFO, &[NOWHERE]).unwrap();
+    assert_eq!(machine.send(0, 1), Err(Errno::EINVAL));
+    assert_eq!(machine.take_events(0), (vec![], 1, 1));
+}
+
+/// `kvm_xen_inject_pending_events`: what came while vcpu_info was away is told of once it is back, and HLT does not keep the vCPU.
+#[test]
+fn events_wait_for_vcpu_info() {
+    let machine = Machine::with_xen(&[&|a| {
+        a.hlt()?;
+        here(a)?;
+        here(a)
+    }]);
+    machine.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, &[HOLE]).unwrap_err();
+    assert_eq!([machine.send(0, 70), machine.send(0, 130)], [Ok(0); 2]);
+    assert_eq!(machine.out(0), AT);
+    machine.client.slot(machine.vm, (1, 0), HOLE, 0x1000, 0x30_0000).unwrap();
+    assert_eq!(machine.out(0), AT);
+    assert_eq!(machine.client.memory.load_u64(0x30_0008).unwrap(), 0b110);
+    assert_eq!(machine.client.memory.load_u8(0x30_0000).unwrap(), 1);
+}
+
+/// Two vCPUs sleep in HLT: the one that an event is for wakes. By the VM's vector, and by one of the vCPU's own, which is its APIC's.
+#[test]
+fn an_event_wakes_its_vcpu_alone() {
+    for own in [false, true] {
+        let halts = |a: &mut CodeAssembler| {
+            a.sti()?;
+            a.hlt()?;
+            here(a)
+        };
+        let machine = Machine::with_xen(&[&halts, &halts]);
+        if own {
+            machine.set_vcpu(1, KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, &[VECTOR.into()]).unwrap();
+        } else {
+            machine.set(KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, &[VECTOR.into()]).unwrap();
+        }
+        std::thread::scope(|scope| {
+            let run = |vcpu: usize| {
+                let (thread, machine) = (machine.client.thread(), &machine);
+                let by = thread.clone();
+                (thread, scope.spawn(move || by.ioctl(machine.vcpus[vcpu].0, KVM_RUN, 0)))
+            };
+            let ((first, sleeps), (_, wakes)) = (run(0), run(1));
+            std::thread::sleep(Duration::from_millis(50));
+            machine.send(1, 77).unwrap();
+            assert_eq!(wakes.join().unwrap(), Ok(0));
+            assert_eq!(machine.vcpus[1].1.load_u16(34).unwrap(), HANDLED);
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!sleeps.is_finished());
+            first.raise();
+            assert_eq!(sleeps.join().unwrap(), Err(Errno::EINTR));
+        });
+        let page: [u32; 256] = machine.client.get(machine.vcpus[1].0, KVM_GET_LAPIC);
+        let isr = page[(0x100 + 0x10 * usize::from(VECTOR / 32)) / 4];
+        assert_eq!(isr != 0, own, "{isr:#x}");
+        assert_eq!(machine.take_events(1), (vec![(1, 1 << 13)], 2, 1));
+    }
+}
+
+/// A vCPU that computes is interrupted. Ports that are masked, or wait already, do not interrupt.
+#[test]
+fn an_event_interrupts_a_guest_that_runs() {
+    let machine = Machine::with_xen(&[&|a| {
+        a.sti()?;
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.jmp(top)
+    }]);
+    machine.set(KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, &[VECTOR.into()]).unwrap();
+    machine.put(MASK, &[2]);
+    std::thread::scope(|scope| {
+        let runs = scope.spawn(|| machine.client.ioctl(machine.vcpus[0].0, KVM_RUN, 0));
+        std::thread::sleep(Duration::from_millis(50));
+        machine.send(0, 1).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!runs.is_finished(), "masked");
+        machine.send(0, 9).unwrap();
+        assert_eq!(runs.join().unwrap(), Ok(0));
+    });
+    assert_eq!(machine.vcpus[0].1.load_u16(34).unwrap(), HANDLED);
+}
+
+/// `kvm_xen_sw_enable_lapic`: what was told of while software had the APIC off, by a write of memory, of an MSR or of all registers.
+#[test]
+fn the_vcpus_own_vector_waits_for_its_apic() {
+    let off = |a: &mut CodeAssembler| a.mov(dword_ptr(rbx + 0xf0), 0xff);
+    let then = |a: &mut CodeAssembler| {
+        a.sti()?;
+        here(a)?;
+        here(a)
+    };
+    let by_memory = |a: &mut CodeAssembler| {
+        off(a)?;
+        here(a)?;
+        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        then(a)
+    };
+    let by_msr = |a: &mut CodeAssembler| {
+        wrmsr(a, 0x1b, APIC | 0xd00)?;
+        wrmsr(a, 0x80f, 0xff)?;
+        here(a)?;
+        wrmsr(a, 0x80f, 0x1ff)?;
+        then(a)
+    };
+    let by_user = |a: &mut CodeAssembler| {
+        off(a)?;
+        here(a)?;
+        then(a)
+    };
+    let codes: [&dyn Fn(&mut CodeAssembler) -> Code; 3] = [&by_memory, &by_msr, &by_user];
+    for (which, code) in codes.into_iter().enumerate() {
+        let machine = Machine::with_xen(&[code]);
+        let table = [kvm_cpuid_entry2 { function: 1, ecx: 1 << 21, edx: 1 << 9, ..Plain::zeroed() }];
+        let bytes = [[1u32, 0].map(u32::to_le_bytes).concat(), table[0].as_bytes().to_vec()].concat();
+        machine.client.ioctl_bytes(machine.vcpus[0].0, KVM_SET_CPUID2, bytes).unwrap();
+        machine.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, &[VECTOR.into()]).unwrap();
+        assert_eq!(machine.out(0), AT);
+        machine.send(0, 1).unwrap();
+        if which == 2 {
+            let mut page: [u32; 256] = machine.client.get(machine.vcpus[0].0, KVM_GET_LAPIC);
+            page[0xf0 / 4] = 0x1ff;
+            machine.client.set(machine.vcpus[0].0, KVM_SET_LAPIC, &page).unwrap();
+        }
+        assert_eq!([machine.out(0), machine.out(0)], [HANDLED, AT], "{which}");
+    }
+}
+
+/// `kvm_xen_setup_evtchn`, `evtchn_set_fn`: by KVM_IRQ_LINE_STATUS, which tells what became of it, and by an eventfd.
+#[test]
+fn events_are_routes_too() {
+    let machine = Machine::with_xen(&[&here]);
+    let route = |port, vcpu| (KVM_IRQ_ROUTING_XEN_EVTCHN, 0, [port, vcpu, TWO_LEVELS]);
+    let good = [route(1, 0), route(9, 7), route(5000, 0)];
+    assert_eq!(machine.route(&good), Ok(()), "there may be such a vCPU and channel once");
+    for wrong in [(KVM_IRQ_ROUTING_XEN_EVTCHN, 1, [1, 0, TWO_LEVELS]), (KVM_IRQ_ROUTING_XEN_EVTCHN, 0, [1, 0, 0])] {
+        assert_eq!(machine.route(&[wrong]), Err(Errno::EINVAL));
+    }
+    let line = |gsi, level| {
+        let mut line = [gsi, level];
+        machine.client.ioctl_with(machine.vm, KVM_IRQ_LINE_STATUS, &mut line).unwrap();
+        line[0] as i32
+    };
+    // Told of, there already, no low; and no such vCPU or channel.
+    assert_eq!([line(40, 1), line(40, 1), line(40, 0), line(41, 1), line(42, 1)], [1, 0, -1, -1, -1]);
+    assert_eq!(machine.take_events(0), (vec![(0, 2)], 1, 1));
+    machine.put(MASK, &[2]);
+    assert_eq!(line(40, 1), -1, "masked");
+    assert_eq!(machine.take_events(0), (vec![(0, 2)], 0, 0));
+    machine.put(MASK, &[0]);
+    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    let irqfd = [machine.client.adopt(&event) as u32, 40, 0, 0, 0, 0, 0, 0];
+    machine.client.set(machine.vm, KVM_IRQFD, &irqfd).unwrap();
+    event.write(1).unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    while machine.client.memory.load_u8(INFO).unwrap() == 0 {
+        assert!(Instant::now() < until);
+        std::thread::yield_now();
+    }
+    assert_eq!(machine.take_events(0), (vec![(0, 2)], 1, 1));
+}
+
+/// `kvm_xen_setattr_evtchn`
+#[test]
+fn ports_are_bound_once() {
+    let machine = Machine::with_xen(&[&here]);
+    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    let fd = machine.client.adopt(&event) as u32;
+    let null = machine.client.adopt(std::fs::File::open("/dev/null").unwrap()) as u32;
+    let (deassign, update, reset) = (KVM_XEN_EVTCHN_DEASSIGN, KVM_XEN_EVTCHN_UPDATE, KVM_XEN_EVTCHN_RESET);
+    let cases = [
+        ([0, IPI, 0], [0, 0, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([4096, IPI, 0], [4096, 0, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([9, UNBOUND, 0], [9, 0, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([9, IPI, 0], [8, 0, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([9, IPI, 0], [9, 0, 0], Err(Errno::EINVAL)),
+        ([9, INTERDOMAIN, 0], [4096, 0, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([9, INTERDOMAIN, 0], [0, 5, 0], Err(Errno::EBADF)),
+        ([9, INTERDOMAIN, 0], [0, null, 0], Err(Errno::EINVAL)),
+        ([9, IPI, deassign | update], [9, 0, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([9, IPI, deassign], [9, 0, TWO_LEVELS], Err(Errno::ENOENT)),
+        ([9, IPI, update], [9, 0, TWO_LEVELS], Err(Errno::ENOENT)),
+        ([9, IPI, 0], [9, 7, TWO_LEVELS], Ok(0)),
+        ([9, IPI, 0], [9, 0, TWO_LEVELS], Err(Errno::EEXIST)),
+        ([9, INTERDOMAIN, update], [9, 0, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([9, IPI, update], [8, 0, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([9, IPI, update], [9, 0, 1], Err(Errno::EINVAL)),
+        ([9, IPI, update], [9, 0, TWO_LEVELS], Ok(0)),
+        ([10, INTERDOMAIN, 0], [0, fd, 0], Ok(0)),
+        ([10, INTERDOMAIN, update], [0, fd, TWO_LEVELS], Err(Errno::EINVAL)),
+        ([9, 0, deassign], [0, 0, 0], Ok(0)),
+        ([9, 0, deassign], [0, 0, 0], Err(Errno::ENOENT)),
+        ([0, 0, reset], [0, 0, 0], Ok(0)),
+        ([10, 0, deassign], [0, 0, 0], Err(Errno::ENOENT)),
+    ];
+    for (port, to, expected) in cases {
+        assert_eq!(machine.port(port, to), expected, "{port:?} {to:?}");
+    }
+    assert_eq!(machine.get(KVM_XEN_ATTR_TYPE_EVTCHN), Err(Errno::ENOENT));
+}
+
+/// `kvm_xen_hcall_evtchn_send`: to a vCPU, to an eventfd; else it is user space's.
+#[test]
+fn a_guest_sends_without_user_space() {
+    const PORT: u64 = 0x2_6000;
+    let machine = Machine::with_xen(&[
+        &|a| {
+            for at in [PORT, PORT + 4, PORT + 8, PORT + 12, HOLE, 0] {
+                hypercall(a, 32, [4, at, 0])?;
+                a.push(rax)?;
+            }
+            here(a)?;
+            hypercall(a, 17, [0, 0, 0])?;
+            a.push(rax)?;
+            hypercall(a, 17, [1, 0, 0])?;
+            here(a)
+        },
+        &here,
+    ]);
+    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    for (at, port) in [(0, 40u32), (4, 41), (8, 42), (12, 43)] {
+        machine.put(PORT + at, &port.to_le_bytes());
+    }
+    machine.port([40, INTERDOMAIN, 0], [70, 1, TWO_LEVELS]).unwrap();
+    machine.port([41, INTERDOMAIN, 0], [0, machine.client.adopt(&event) as u32, 0]).unwrap();
+    machine.port([42, INTERDOMAIN, 0], [70, 9, TWO_LEVELS]).unwrap();
+    machine.set(KVM_XEN_ATTR_TYPE_XEN_VERSION, &[0x4_000a]).unwrap();
+    assert_eq!(machine.get(KVM_XEN_ATTR_TYPE_XEN_VERSION), Ok(0x4_000a));
+    // No such vCPU, and no such port.
+    for port in [42, 43] {
+        assert_eq!(machine.run(0).unwrap().0, KVM_EXIT_XEN, "{port}");
+        let page = &machine.vcpus[0].1;
+        assert_eq!(
+            [12, 16, 32, 40].map(|at| page.load_u32(32 + at).unwrap()),
+            [0, 32, 4, PORT as u32 + 4 * (port - 40)]
+        );
+        page.store_u64(32 + 24, u64::from(port)).unwrap();
+    }
+    assert_eq!(machine.out(0), AT);
+    let stack = machine.regs(0).rsp;
+    let results: Vec<_> = (0..6).rev().map(|at| machine.u64(stack + 8 * at) as i64).collect();
+    assert_eq!(results, [0, 0, 42, 43, -14, -14], "EFAULT: nothing is mapped, nothing at 0");
+    assert_eq!(machine.take_events(1), (vec![(1, 1 << 6)], 2, 1));
+    assert_eq!(event.read(), Ok(1));
+    // XENVER_version, and another.
+    assert_eq!(machine.run(0).unwrap().0, KVM_EXIT_XEN);
+    assert_eq!(machine.u64(machine.regs(0).rsp), 0x4_000a);
+    assert_eq!(machine.vcpus[0].1.load_u64(32 + 32).unwrap(), 1);
+}
+
+/// A guest may have any number of interrupts under way while shared pages come and go: no thread waits for another.
+#[test]
+fn shared_pages_may_go_at_any_time() {
+    let machine = Machine::with_xen(&[&|a| {
+        a.sti()?;
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.hlt()?;
+        a.jmp(top)
+    }]);
+    machine.set(KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, &[VECTOR.into()]).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let thread = machine.client.thread();
+        let by = thread.clone();
+        let (machine, done) = (&machine, &done);
+        scope.spawn(move || {
+            while !done.load(Relaxed) {
+                if by.ioctl(machine.vcpus[0].0, KVM_RUN, 0).is_err() {
+                    return;
+                }
+                machine.put(INFO, &[0; 16]);
+            }
+        });
+        scope.spawn(move || {
+            // Arguments where no other thread has its own.
+            let [nowhere, somewhere] = [(0x8000, NOWHERE), (0x9000, SHARED >> 12)].map(|(at, gfn)| {
+                let attr = attr(KVM_XEN_ATTR_TYPE_SHARED_INFO, &[gfn]);
+                machine.put(SCRATCH - BASE + at, attr.as_bytes());
+                SCRATCH + at
+            });
+            while !done.load(Relaxed) {
+                for at in [nowhere, somewhere] {
+                    machine.client.ioctl(machine.vm, KVM_XEN_HVM_SET_ATTR, at).unwrap();
+                }
+            }
+        });
+        let (mut sent, until) = (0, Instant::now() + Duration::from_millis(300));
+        while Instant::now() < until {
+            machine.put(PENDING, &[0; 512]);
+            match machine.send(0, 1 + sent % 4000) {
+                Ok(_) => sent += 1,
+                Err(errno) => assert_eq!(errno, Errno::EINVAL),
+            }
+        }
+        done.store(true, Relaxed);
+        thread.raise();
+        assert!(sent > 0);
+    });
 }

@@ -29,6 +29,8 @@ const STEP: u32 = 0x10;
 pub const LEN: u64 = 0x1000;
 /// Offset of the task priority.
 pub const TPR: u64 = at::TPR as u64;
+/// Offset of the spurious-interrupt vector register.
+pub const SVR: u64 = at::SVR as u64;
 /// Version 14H, six LVT entries.
 const VERSION: u32 = 0x0005_0014;
 /// Version register: one entry more, that of corrected machine checks.

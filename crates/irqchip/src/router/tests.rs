@@ -18,6 +18,7 @@ impl Wake for Silent {
 struct Told {
     ended: Mutex<Vec<Route>>,
     eois: Mutex<Vec<u8>>,
+    events: Mutex<Vec<(u32, u32)>>,
 }
 
 impl Listener for Arc<Told> {
@@ -27,6 +28,11 @@ impl Listener for Arc<Told> {
 
     fn eoi_for_user(&self, _: &Lapic, vector: u8) {
         self.eois.lock().push(vector);
+    }
+
+    fn event(&self, vcpu: u32, port: u32) -> i32 {
+        self.events.lock().push((vcpu, port));
+        port as i32 - 1
     }
 }
 
@@ -146,6 +152,17 @@ fn split_tells_user_space_of_levels() {
     assert_eq!(chip.lapic(0).unwrap().acknowledge(), Some(0x45));
     write(&chip, 0, 0xb0, 0);
     assert_eq!(*told.eois.lock(), [0x45]);
+}
+
+/// `kvm_set_irq`, `evtchn_set_fn`
+#[test]
+fn events_are_the_listeners() {
+    let (chip, told) = machine(false, 1);
+    chip.set_routes([0, 1, 2].map(|port| (30 + port, Route::Event { vcpu: 7, port })).to_vec());
+    assert_eq!([30, 31, 32].map(|gsi| chip.set_gsi(gsi, SOURCE_USER, true)), [-1, 0, 1]);
+    assert_eq!(*told.events.lock(), [(7, 0), (7, 1), (7, 2)]);
+    assert_eq!(chip.set_gsi(31, SOURCE_USER, false), -1, "an event has no low");
+    assert_eq!(told.events.lock().len(), 3);
 }
 
 #[test]

@@ -102,6 +102,9 @@ pub(crate) fn write_memory(vcpu: &mut Vcpu, gpa: u64, len: u8, value: u64) -> bo
                 report_tpr(vcpu, offset, true);
             }
             apic.lapic.write(offset as u32, len, value as u32, &apic.chip.wires, vcpu.machine.now());
+            if offset == lapic::SVR {
+                vcpu.machine.options.xen.apic_enabled(apic.lapic.id());
+            }
         }
         return true;
     }

@@ -29,6 +29,7 @@ use self::irqfd::Irqfds;
 pub(crate) use self::vcpu::VcpuApic;
 pub(crate) use self::waker::Waker;
 use crate::caps::MAX_VCPU_ID;
+use crate::xen::Xen;
 
 /// The interrupt controllers of a VM.
 pub(crate) struct Chip {
@@ -42,7 +43,7 @@ pub(crate) struct Chip {
 }
 
 /// The wires tell the chip that they are part of.
-struct Told(Weak<Chip>);
+struct Told(Weak<Chip>, Arc<Xen>);
 
 impl Listener for Told {
     fn ended(&self, chip: Route) {
@@ -59,14 +60,18 @@ impl Listener for Told {
             waker.put_eoi(vector);
         }
     }
+
+    fn event(&self, vcpu: u32, port: u32) -> i32 {
+        self.1.send(vcpu, port).map_or(-1, i32::from)
+    }
 }
 
 impl Chip {
     /// `split`: only local APICs, and how many pins user space's I/O APICs have. EAGAIN, EMFILE: no thread or descriptors.
-    pub(crate) fn new(split: Option<u32>) -> Result<Arc<Self>, Errno> {
+    pub(crate) fn new(split: Option<u32>, xen: &Arc<Xen>) -> Result<Arc<Self>, Errno> {
         let alarm = Arc::new(Alarm::new()?);
         let chip = Arc::new_cyclic(|chip: &Weak<Self>| Self {
-            wires: Irqchip::new(split, MAX_VCPU_ID as usize, Box::new(Told(chip.clone()))),
+            wires: Irqchip::new(split, MAX_VCPU_ID as usize, Box::new(Told(chip.clone(), xen.clone()))),
             alarm: alarm.clone(),
             irqfds: Irqfds::default(),
             wakers: RwLock::default(),

@@ -72,6 +72,7 @@ impl Vcpu {
                 }
                 continue;
             }
+            self.take_xen_events();
             let came = self.accept_events(apic);
             if waits_for_init && came {
                 return Err(Errno::EAGAIN);
@@ -189,6 +190,7 @@ impl Vcpu {
             || events.nmi_pending && !events.nmi_masked
             || events.interrupt.is_some() && self.cpu.rflags() & x86_defs::Rflags::IF.bits() != 0
             || self.cpu.interrupt_window_open() && self.has_interrupt(apic)
+            || self.has_xen_events()
     }
 
     /// Takes an interrupt to the core if it can be delivered at once. True: one waits.

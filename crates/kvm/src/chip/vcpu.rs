@@ -17,6 +17,8 @@ use crate::machine::Machine;
 
 /// x2APIC register behind the task priority.
 const X2APIC_TPR: u32 = msr::IA32_X2APIC_BASE + 8;
+/// Spurious-interrupt vector register.
+const X2APIC_SVR: u32 = msr::IA32_X2APIC_BASE + 0xf;
 
 /// A vCPU's local APIC and what wakes the vCPU.
 pub(crate) struct VcpuApic {
@@ -145,6 +147,9 @@ impl Machine {
             _ => apic.lapic.write_msr(index, value, &apic.chip.wires, self.now())?,
         }
         apic.show_pages(self.pv.pv_eoi.load(Relaxed));
+        if index == X2APIC_SVR {
+            self.options.xen.apic_enabled(apic.lapic.id());
+        }
         if index == X2APIC_TPR {
             // CR8 is another name for it: the loop around the guest loads it.
             apic.waker.wake();

@@ -7,7 +7,7 @@
 
 use cpu_core::{Gpr, Seg};
 use irqchip::{DeliveryMode, Message};
-use kvm_abi::consts::{KVM_EXIT_HYPERCALL, KVM_EXIT_XEN};
+use kvm_abi::consts::KVM_EXIT_HYPERCALL;
 use nix::time::{ClockId, clock_gettime};
 use x86_defs::cpuid::{self as bit, Feature};
 use x86_defs::{Cr0, GuestPhysAddr, PAGE_SHIFT, vector};
@@ -30,7 +30,7 @@ const ENOSYS: i64 = 1000;
 const HYPERV_MARK: u64 = 1 << 31;
 
 /// Bytes of VMCALL and VMMCALL.
-const LEN: u64 = 3;
+pub(super) const LEN: u64 = 3;
 
 /// RBX, RCX, RDX and RSI, and whether the guest is in 64-bit mode.
 struct Arguments {
@@ -77,7 +77,7 @@ pub(super) fn handle(vcpu: &mut Vcpu) -> Outcome {
     }
     if vcpu.vm.options.xen.intercepts() {
         let marked = vcpu.cpu.reg(Gpr::Rax) & HYPERV_MARK != 0 && vcpu.machine.has_hyperv_hypercalls();
-        return if marked { answer_hyperv(vcpu, long) } else { show_xen(vcpu, long) };
+        return if marked { answer_hyperv(vcpu, long) } else { super::xen::handle(vcpu, long) };
     }
     if vcpu.machine.has_hyperv_hypercalls() {
         return answer_hyperv(vcpu, long);
@@ -121,33 +121,14 @@ fn answer_hyperv(vcpu: &mut Vcpu, long: bool) -> Outcome {
     Outcome::Resume
 }
 
-/// `kvm_xen_hypercall`: none is answered here. api.rst §5, `xen`: RIP stays at the instruction until user space has answered.
-fn show_xen(vcpu: &mut Vcpu, long: bool) -> Outcome {
-    use Gpr::*;
-    let registers = if long { [Rdi, Rsi, Rdx, R10, R8, R9] } else { [Rbx, Rcx, Rdx, Rsi, Rdi, Rbp] };
-    let params = registers.map(|register| vcpu.cpu.reg(register) & mask(long));
-    let input = vcpu.cpu.reg(Rax) & mask(long);
-    let cpl = vcpu.cpu.sregs().segments[Seg::Ss as usize].dpl;
-    rewind(vcpu);
-    vcpu.page.set_xen_hypercall(long, cpl, input, &params);
-    vcpu.page.set_exit_reason(KVM_EXIT_XEN);
-    vcpu.pending = Some(Pending::Xen { rip: vcpu.linear_rip() });
-    Outcome::User
-}
-
-/// User space's answer is in `xen.u.hcall.result`.
-pub(super) fn complete_xen(vcpu: &mut Vcpu) -> Outcome {
-    vcpu.cpu.set_reg(Gpr::Rax, vcpu.page.xen_result());
-    vcpu.cpu.skip_instruction(LEN as u8);
-    Outcome::Resume
-}
-
-fn rewind(vcpu: &mut Vcpu) {
+/// RIP is at the instruction again.
+pub(super) fn rewind(vcpu: &mut Vcpu) {
     let regs = vcpu.cpu.regs();
     vcpu.cpu.set_regs(&cpu_core::Regs { rip: regs.rip.wrapping_sub(LEN), ..regs });
 }
 
-fn mask(long: bool) -> u64 {
+/// What a register has in this mode.
+pub(super) fn mask(long: bool) -> u64 {
     if long { u64::MAX } else { 0xffff_ffff }
 }
 

@@ -16,6 +16,7 @@ pub(crate) mod msr;
 mod pause;
 mod triple_fault;
 mod unimplemented;
+mod xen;
 
 use cpu_core::Exit;
 use nix::errno::Errno;
@@ -148,7 +149,7 @@ pub(crate) fn answer(vcpu: &mut Vcpu, client: &dyn Client, exit: &Exit) -> Resul
 pub(crate) fn complete(vcpu: &mut Vcpu, pending: Pending) -> Outcome {
     match pending {
         Pending::Xen { rip } if rip != vcpu.linear_rip() => Outcome::Resume,
-        Pending::Xen { .. } => hypercall::complete_xen(vcpu),
+        Pending::Xen { .. } => xen::complete(vcpu),
         Pending::Io { rip, .. } | Pending::MmioRead { rip } if rip != vcpu.linear_rip() => {
             vcpu.cpu.abandon_exit();
             Outcome::Resume

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use irqchip::{Route, ioapic, pic, router};
 use kvm_abi::consts::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQ_ROUTING_XEN_EVTCHN, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY,
 };
 use kvm_abi::kvm_msi;
 use nix::errno::Errno;
@@ -19,10 +19,11 @@ use crate::era::Era;
 use crate::ioeventfd;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
+use crate::xen::check_priority;
 
 /// `struct kvm_irq_level`: number (or status), level.
 type IrqLevel = [u32; 2];
-/// `struct kvm_irq_routing_entry`: gsi, type, flags, padding, and by type chip and pin, or address and data.
+/// `struct kvm_irq_routing_entry`: gsi, type, flags, padding, and by type chip and pin, address and data, or port, vCPU and priority.
 type RoutingEntry = [u32; 12];
 
 /// The VM's chips; `missing` if they are user space's.
@@ -96,6 +97,10 @@ fn route(entry: &RoutingEntry, wires: &router::Irqchip) -> Option<Route> {
         KVM_IRQ_ROUTING_MSI if flags & !KVM_MSI_VALID_DEVID == 0 => {
             let address = u64::from(second) << 32 | u64::from(first);
             (!wires.has_wide_ids() || router::is_wide_address(address)).then_some(Route::Msi { address, data: third })
+        }
+        KVM_IRQ_ROUTING_XEN_EVTCHN if flags == 0 => {
+            let (port, vcpu, priority) = (first, second, third);
+            check_priority(priority).ok().map(|()| Route::Event { vcpu, port })
         }
         KVM_IRQ_ROUTING_IRQCHIP if flags == 0 && !wires.is_split() => match first {
             KVM_IRQCHIP_PIC_MASTER if second < 8 => Some(Route::Pic(second as u8)),
@@ -190,6 +195,7 @@ pub(super) fn get_lapic(vcpu: &mut Vcpu) -> Result<[u32; 256], Errno> {
 pub(super) fn set_lapic(vcpu: &mut Vcpu, page: &[u32; 256]) -> Result<(), Errno> {
     let apic = vcpu.machine.apic().ok_or(Errno::EINVAL)?;
     apic.lapic.load_page(page, vcpu.machine.now(), apic.chip.wires.has_wide_ids()).ok_or(Errno::EINVAL)?;
+    vcpu.vm.options.xen.apic_enabled(apic.lapic.id());
     vcpu.load_cr8();
     Ok(())
 }

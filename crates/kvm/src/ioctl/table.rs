@@ -122,6 +122,7 @@ ioctls! {
     KVM_XEN_HVM_CONFIG         0x7a Vm     In<kvm_xen_hvm_config>,                 XenHvm,         Full => xen::configure;
     KVM_XEN_HVM_GET_ATTR       0xc8 Vm     InOut<XenAttr>,                         XenHvm,         Full => xen::get_attr;
     KVM_XEN_HVM_SET_ATTR       0xc9 Vm     In<XenAttr>,                            XenHvm,         Full => xen::set_attr;
+    KVM_XEN_HVM_EVTCHN_SEND    0xd0 Vm     In<[u32; 3]>,                           XenHvm,         Full => xen::send;
     KVM_SET_CLOCK              0x7b Vm     In<kvm_clock_data>,                     AdjustClock,    Full => vm::set_clock;
     KVM_GET_CLOCK              0x7c Vm     Out<kvm_clock_data>,                    AdjustClock,    Full => vm::get_clock;
     KVM_GET_PIT2               0x9f Vm     Out<[u32; 28]>,                         PitState2,      Full => chip::get_pit2;

@@ -16,11 +16,11 @@ pub(super) fn configure(vm: &Caller<'_, Vm>, config: &kvm_xen_hvm_config) -> Res
     vm.options.xen.configure(config)
 }
 
-/// What guests share with user space and the kernel. api.rst `KVM_XEN_HVM_SET_ATTR`. ENOENT: no such attribute. EINVAL, EFAULT: by
-/// attribute.
+/// What guests share with user space and the kernel. api.rst `KVM_XEN_HVM_SET_ATTR`. ENOENT: no such attribute. EINVAL, EFAULT,
+/// EEXIST, EBADF: by attribute.
 pub(super) fn set_attr(vm: &Caller<'_, Vm>, attr: &XenAttr) -> Result<(), Errno> {
     vm.require(Era::Modern)?;
-    vm.options.xen.set_attribute(attr)
+    vm.options.xen.set_attribute(vm.client, attr)
 }
 
 /// Reads it. api.rst `KVM_XEN_HVM_GET_ATTR`. ENOENT: no such attribute, or one that is only written.
@@ -38,4 +38,11 @@ pub(super) fn set_vcpu_attr(vcpu: &mut Vcpu, client: &dyn Client, attr: &XenAttr
 /// Reads it. api.rst `KVM_XEN_VCPU_GET_ATTR`. ENOENT: no such attribute, or it is not set. EINVAL: it is only written. EOPNOTSUPP.
 pub(super) fn get_vcpu_attr(vcpu: &mut Vcpu, attr: &mut XenAttr) -> Result<(), Errno> {
     vcpu.xen_attribute(attr)
+}
+
+/// Sends an event to a vCPU; port, vCPU, priority. api.rst `KVM_XEN_HVM_EVTCHN_SEND`. EINVAL, EFAULT as
+/// [`Xen::send_by_user`](crate::xen::Xen::send_by_user).
+pub(super) fn send(vm: &Caller<'_, Vm>, event: &[u32; 3]) -> Result<(), Errno> {
+    vm.require(Era::Modern)?;
+    vm.options.xen.send_by_user(event)
 }

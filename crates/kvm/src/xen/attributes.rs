@@ -29,12 +29,14 @@ fn check_measured() -> Result<(), Errno> {
 }
 
 impl Xen {
-    /// ENOENT: no such attribute. EINVAL, EFAULT: by attribute.
-    pub(crate) fn set_attribute(&self, attr: &XenAttr) -> Result<(), Errno> {
+    /// ENOENT: no such attribute. EINVAL, EFAULT: by attribute, and as [`Self::set_port`].
+    pub(crate) fn set_attribute(&self, client: &dyn Client, attr: &XenAttr) -> Result<(), Errno> {
         match attr.type_.into() {
             KVM_XEN_ATTR_TYPE_LONG_MODE => self.long_mode.store(attr.u[0] as u8 != 0, Relaxed),
             KVM_XEN_ATTR_TYPE_SHARED_INFO => return self.set_shared_info(attr.u[0]),
             KVM_XEN_ATTR_TYPE_UPCALL_VECTOR => self.upcall_vector.store(checked_vector(attr)?, Relaxed),
+            KVM_XEN_ATTR_TYPE_EVTCHN => return self.set_port(client, attr),
+            KVM_XEN_ATTR_TYPE_XEN_VERSION => self.version.store(attr.word(0), Relaxed),
             _ => return Err(Errno::ENOENT),
         }
         Ok(())
@@ -48,6 +50,7 @@ impl Xen {
                 attr.u[0] = self.shared_info.get().map_or(u64::MAX, |gpa| gpa.0 >> PAGE_SHIFT);
             }
             KVM_XEN_ATTR_TYPE_UPCALL_VECTOR => attr.set_byte(self.upcall_vector.load(Relaxed)),
+            KVM_XEN_ATTR_TYPE_XEN_VERSION => attr.set_word(0, self.version.load(Relaxed)),
             _ => return Err(Errno::ENOENT),
         }
         Ok(())
@@ -75,6 +78,10 @@ impl Vcpu {
             KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADJUST => {
                 self.begin_runstate()?;
                 self.adjust_runstate(client, attr)
+            }
+            KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR => {
+                self.xen.events.upcall_vector.store(checked_vector(attr)?, Relaxed);
+                Ok(())
             }
             _ => Err(Errno::ENOENT),
         }
@@ -121,6 +128,7 @@ impl Vcpu {
                 self.xen.runstate.show(attr);
             }
             KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADJUST => return Err(Errno::EINVAL),
+            KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR => attr.set_byte(self.xen.events.upcall_vector.load(Relaxed)),
             _ => return Err(Errno::ENOENT),
         }
         Ok(())

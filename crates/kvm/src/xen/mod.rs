@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Re
 
 use cpu_core::MsrAccess;
 use kvm_abi::consts::{
-    KVM_XEN_HVM_CONFIG_HYPERCALL_MSR, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, KVM_XEN_HVM_CONFIG_RUNSTATE,
-    KVM_XEN_HVM_CONFIG_SHARED_INFO,
+    KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL, KVM_XEN_HVM_CONFIG_HYPERCALL_MSR, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
+    KVM_XEN_HVM_CONFIG_RUNSTATE, KVM_XEN_HVM_CONFIG_SHARED_INFO,
 };
 use kvm_abi::{Plain, kvm_xen_hvm_config};
 use mmu::{Lookup, Memory, View};
@@ -28,7 +28,8 @@ use x86_defs::{GuestPhysAddr, PAGE_BYTES};
 use crate::kvmclock::VmClock;
 use crate::steal;
 
-pub(crate) use self::event::Events;
+use self::event::Ports;
+pub(crate) use self::event::{Events, check_priority};
 use self::runstate::Runstate;
 
 /// Flags that `KVM_XEN_HVM_CONFIG` takes.
@@ -37,7 +38,11 @@ const CONFIG_FLAGS: u32 = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL;
 /// The answer for `KVM_CAP_XEN_HVM`. Run states need what the scheduler tells.
 pub(crate) fn flags() -> u32 {
     let runstate = if steal::is_measured() { KVM_XEN_HVM_CONFIG_RUNSTATE } else { 0 };
-    KVM_XEN_HVM_CONFIG_HYPERCALL_MSR | CONFIG_FLAGS | KVM_XEN_HVM_CONFIG_SHARED_INFO | runstate
+    KVM_XEN_HVM_CONFIG_HYPERCALL_MSR
+        | CONFIG_FLAGS
+        | KVM_XEN_HVM_CONFIG_SHARED_INFO
+        | KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL
+        | runstate
 }
 
 /// Where guest memory is shared, or nowhere.
@@ -109,6 +114,10 @@ pub(crate) struct Xen {
     shared_info: Place,
     /// The vector of all vCPUs whose vcpu_info says that an event waits; 0: none.
     upcall_vector: AtomicU8,
+    /// XENVER_version; 0: user space answers.
+    version: AtomicU32,
+    /// What the guest sends on, and where that goes.
+    ports: Mutex<Ports>,
     /// By vCPU id.
     vcpus: RwLock<BTreeMap<u32, Arc<Events>>>,
     shared: Shared,
@@ -148,6 +157,8 @@ impl Xen {
             long_mode: AtomicBool::new(false),
             shared_info: Place::default(),
             upcall_vector: AtomicU8::new(0),
+            version: AtomicU32::new(0),
+            ports: Mutex::default(),
             vcpus: RwLock::default(),
             shared: Shared::new(memory),
         })
@@ -187,9 +198,15 @@ impl Xen {
         index != 0 && index == self.msr.load(Relaxed)
     }
 
+    /// What XENVER_version says. `None`: user space says it.
+    pub(crate) fn version(&self) -> Option<u32> {
+        let version = self.version.load(Relaxed);
+        (version != 0).then_some(version)
+    }
+
     /// A vCPU has come.
-    pub(crate) fn add(&self, id: u32, events: Arc<Events>) {
-        self.vcpus.write().insert(id, events);
+    pub(crate) fn add(&self, events: Arc<Events>) {
+        self.vcpus.write().insert(events.id(), events);
     }
 
     fn is_long(&self) -> bool {
@@ -218,14 +235,37 @@ impl Xen {
 /// Where things are: struct shared_info, vcpu_info and vcpu_runstate_info, and their like for 32-bit guests. include/xen/interface/xen.h,
 /// vcpu.h; arch/x86/kvm/xen.h.
 struct Layout {
+    /// How many event channels there are, and their bits in shared_info: that they wait, that they are masked.
+    channels: u32,
+    pending: u64,
+    mask: u64,
+    /// Channels to a word, and where vcpu_info has a bit for each of these.
+    word_bits: u32,
+    selector: u64,
     /// Of the wall clock in shared_info, and of the upper half of its seconds.
     wall_clock: [u64; 2],
     /// Of the rest of vcpu_runstate_info, behind the state.
     runstate_times: u64,
 }
 
-const LONG: Layout = Layout { wall_clock: [0xc00, 0xc0c], runstate_times: 8 };
-const COMPAT: Layout = Layout { wall_clock: [0x900, 0x924], runstate_times: 4 };
+const LONG: Layout = Layout {
+    channels: 4096,
+    pending: 0x800,
+    mask: 0xa00,
+    word_bits: 64,
+    selector: 8,
+    wall_clock: [0xc00, 0xc0c],
+    runstate_times: 8,
+};
+const COMPAT: Layout = Layout {
+    channels: 1024,
+    pending: 0x800,
+    mask: 0x880,
+    word_bits: 32,
+    selector: 4,
+    wall_clock: [0x900, 0x924],
+    runstate_times: 4,
+};
 /// The clock of vcpu_info.
 const INFO_CLOCK: u64 = 32;
 const INFO_BYTES: u64 = 64;
