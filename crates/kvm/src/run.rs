@@ -11,6 +11,7 @@ use kvm_abi::consts::{
 use nix::errno::Errno;
 use x86_defs::Rflags;
 
+use crate::chip::alarm::monotonic_ns;
 use crate::client::Client;
 use crate::debug;
 use crate::exit::{self, Outcome, Pending};
@@ -130,6 +131,7 @@ impl Vcpu {
                 self.page.set_exit_reason(KVM_EXIT_SYSTEM_EVENT);
                 return Ok(());
             }
+            self.take_xen_events();
             self.cpu.set_interrupt_window_exiting(self.wants_interrupt_window());
             let exit = self.enter_guest(client);
             if exit::answer(self, client, &exit)? == Outcome::User {
@@ -193,9 +195,15 @@ impl Vcpu {
         let start = Instant::now();
         self.take_steal(client, start);
         let in_guest = self.machine.processors.enter();
-        let exit = match client.poll_interval() {
-            None => self.cpu.run(),
-            Some(every) => self.cpu.run_polled(Poll { every, stop: &mut || client.interrupted() }),
+        let exit = match (client.poll_interval(), self.xen_timer_without_alarm()) {
+            (None, None) => self.cpu.run(),
+            (every, timer) => {
+                let left = timer.map(|at| Duration::from_nanos(at.saturating_sub(monotonic_ns())));
+                let mut stop =
+                    || every.is_some() && client.interrupted() || timer.is_some_and(|at| at <= monotonic_ns());
+                let every = every.into_iter().chain(left).min().expect("one of the two");
+                self.cpu.run_polled(Poll { every, stop: &mut stop })
+            }
         };
         drop(in_guest);
         self.count(start);

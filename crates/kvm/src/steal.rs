@@ -69,7 +69,14 @@ struct ClientThread {
     id: u32,
     schedstat: File,
     waited: u64,
+    /// How often it had come to a CPU.
+    arrivals: u64,
+    /// See [`StealTime::forgive`].
+    forgiven: bool,
 }
+
+/// So often a thread comes to a CPU for an ioctl that another answers: into its sleep, where the other was faster, and out of it.
+const OF_AN_IOCTL: u64 = 2;
 
 /// What the owner of a vCPU keeps of it.
 pub(crate) struct StealTime {
@@ -113,16 +120,27 @@ impl StealTime {
         let id = client.thread();
         if let Some(thread) = &mut self.client
             && thread.id == id
-            && let Some([_, waited, _]) = read_schedstat(&thread.schedstat)
+            && let Some([_, waited, arrivals]) = read_schedstat(&thread.schedstat)
         {
+            let forgiven =
+                std::mem::take(&mut thread.forgiven) && arrivals - thread.arrivals.min(arrivals) <= OF_AN_IOCTL;
+            thread.arrivals = arrivals;
             let before = std::mem::replace(&mut thread.waited, waited);
-            return ours + waited.saturating_sub(before);
+            return ours + if forgiven { 0 } else { waited.saturating_sub(before) };
         }
         self.client = client.schedstat().and_then(|schedstat| {
-            let [_, waited, _] = read_schedstat(&schedstat)?;
-            Some(ClientThread { id, schedstat, waited })
+            let [_, waited, arrivals] = read_schedstat(&schedstat)?;
+            Some(ClientThread { id, schedstat, waited, arrivals, forgiven: false })
         });
         ours
+    }
+
+    /// Now an ioctl is under way that begins to count: what its thread waits for this one is none of the guest's, for it would not with
+    /// Linux's KVM. Called behind [`Self::waited`].
+    pub(crate) fn forgive(&mut self) {
+        if let Some(thread) = &mut self.client {
+            thread.forgiven = true;
+        }
     }
 
     /// Adds to the page. Nothing is there: nothing happens, as in Linux.

@@ -122,7 +122,8 @@ impl VcpuFile {
             machine.set_ring(ring.clone());
             cpu.set_dirty_ring(ring.clone());
         }
-        machine.hyperv.set_index(vcpus.len() as u32);
+        let index = vcpus.len() as u32;
+        machine.hyperv.set_index(index);
         vcpus.insert(id, VcpuEntry { kick, counters: counters.clone(), ring });
         if let Some(chip) = vm.chip() {
             let base = machine.apic_base.load(Relaxed);
@@ -145,7 +146,7 @@ impl VcpuFile {
             page,
             counters,
             steal: StealTime::new(machine.memory()),
-            xen: VcpuXen::new(events),
+            xen: VcpuXen::new(events, index),
             machine,
             pending: None,
             interrupts: InterruptQueue::default(),

@@ -55,9 +55,13 @@ const RUNNING: u64 = 0;
 const BLOCKED: u64 = 2;
 const OFFLINE: u64 = 3;
 
+/// Long enough for a guest to sleep, and no limit to anything.
+const MOMENT: Duration = Duration::from_millis(50);
+const MOMENT_NS: u64 = 50_000_000;
+
 type Code = Result<(), IcedError>;
 
-/// A VM with interrupt controllers, whose vCPUs run 64-bit code.
+/// A VM whose vCPUs run 64-bit code, with interrupt controllers if not said otherwise.
 struct Machine {
     client: Arc<FakeClient>,
     vm: i32,
@@ -86,9 +90,15 @@ fn here(a: &mut CodeAssembler) -> Code {
 
 impl Machine {
     fn new(codes: &[&dyn Fn(&mut CodeAssembler) -> Code]) -> Self {
+        Self::with_chip(true, codes)
+    }
+
+    fn with_chip(chip: bool, codes: &[&dyn Fn(&mut CodeAssembler) -> Code]) -> Self {
         let client = FakeClient::new();
         let vm = client.vm_with_ram(RAM);
-        client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).unwrap();
+        if chip {
+            client.ioctl(vm, KVM_CREATE_IRQCHIP, 0).unwrap();
+        }
         let put = |at: u64, value: u64| client.memory.store_u64(at, value).unwrap();
         // The first two megabytes, and those of the APIC, where they are.
         put(TABLES, TABLES + 0x1003);
@@ -114,7 +124,9 @@ impl Machine {
         for (id, code) in (0..).zip(codes) {
             assemble(CODE + 0x1000 * id, &|a| {
                 a.mov(ebx, APIC as u32)?;
-                a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+                if chip {
+                    a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+                }
                 code(a)
             });
             let fd = client.ioctl(vm, KVM_CREATE_VCPU, id).unwrap();
@@ -128,7 +140,9 @@ impl Machine {
             let regs =
                 kvm_regs { rip: CODE + 0x1000 * id, rsp: STACKS + 0x1000 * (id + 1), rflags: 2, ..Plain::zeroed() };
             client.set(fd, KVM_SET_REGS, &regs).unwrap();
-            client.set(fd, KVM_SET_MP_STATE, &kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
+            if chip {
+                client.set(fd, KVM_SET_MP_STATE, &kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
+            }
             vcpus.push((fd, client.map(fd)));
         }
         Self { client, vm, vcpus }
@@ -136,14 +150,17 @@ impl Machine {
 
     /// As [`Machine::new`], and Xen's, with 64-bit layouts and all that vCPUs share.
     fn with_xen(codes: &[&dyn Fn(&mut CodeAssembler) -> Code]) -> Self {
-        let machine = Self::new(codes);
-        machine.configure(KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL).unwrap();
-        machine.set(KVM_XEN_ATTR_TYPE_LONG_MODE, &[1]).unwrap();
-        machine.set(KVM_XEN_ATTR_TYPE_SHARED_INFO, &[SHARED >> 12]).unwrap();
-        for id in 0..codes.len() as u64 {
-            machine.set_vcpu(id as usize, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, &[INFO + 0x40 * id]).unwrap();
+        Self::new(codes).share()
+    }
+
+    fn share(self) -> Self {
+        self.configure(KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL | KVM_XEN_HVM_CONFIG_EVTCHN_SEND).unwrap();
+        self.set(KVM_XEN_ATTR_TYPE_LONG_MODE, &[1]).unwrap();
+        self.set(KVM_XEN_ATTR_TYPE_SHARED_INFO, &[SHARED >> 12]).unwrap();
+        for id in 0..self.vcpus.len() {
+            self.set_vcpu(id, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, &[INFO + 0x40 * id as u64]).unwrap();
         }
-        machine
+        self
     }
 
     fn configure(&self, flags: u32) -> Result<i32, Errno> {
@@ -236,6 +253,35 @@ impl Machine {
         self.put(PENDING, &[0; 512]);
         self.put(info, &[0; 16]);
         told
+    }
+
+    /// KVM_XEN_VCPU_ATTR_TYPE_TIMER: port, and when.
+    fn set_timer(&self, port: u32, expires: u64) {
+        let port = u64::from(port) | u64::from(TWO_LEVELS) << 32;
+        self.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_TIMER, &[port, expires]).unwrap();
+    }
+
+    fn timer(&self) -> (u32, u32, u64) {
+        let [port, expires, ..] = self.get_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_TIMER).unwrap();
+        (port as u32, (port >> 32) as u32, expires)
+    }
+
+    /// KVM_RUN, to an OUT; how long it took.
+    fn timed_out(&self) -> Duration {
+        let begin = Instant::now();
+        assert_eq!(self.out(0), AT);
+        begin.elapsed()
+    }
+
+    /// KVM_RUN, to an OUT, while somebody does something after 50 ms.
+    fn out_while(&self, does: impl FnOnce() + Send) -> Duration {
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(MOMENT);
+                does();
+            });
+            self.timed_out()
+        })
     }
 
     fn clock(&self) -> u64 {
@@ -374,6 +420,27 @@ fn run_states_are_shown() {
         machine.out(0);
         assert_eq!(shown(), third);
     }
+}
+
+/// x86_64/xen_shinfo_test looks whether the vCPU has waited at all since its state was loaded. With Linux's KVM the thread does not for
+/// the ioctl itself, which takes it off its CPU here.
+#[test]
+fn loading_a_run_state_costs_the_guest_nothing() {
+    let machine = Machine::with_xen(&[&|a| {
+        here(a)?;
+        here(a)
+    }]);
+    let load_and_wait = |ns: u64, arrivals| {
+        machine.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA, &[RUNNING, 1000, 1000, 0, 0, 0]).unwrap();
+        std::thread::sleep(2 * MOMENT);
+        machine.client.set_schedstat(ns, arrivals);
+        machine.out(0);
+        machine.runstate()[3]
+    };
+    machine.client.set_schedstat(MOMENT_NS, 10);
+    // What our own thread waited in KVM_RUN is there, too.
+    assert!(load_and_wait(2 * MOMENT_NS, 12) < MOMENT_NS);
+    assert!(load_and_wait(3 * MOMENT_NS, 15) >= MOMENT_NS, "it has slept or waited by itself");
 }
 
 /// `kvm_xen_shared_info_init`: struct shared_info's wall clock, of 64-bit guests and of others.
@@ -892,4 +959,350 @@ fn shared_pages_may_go_at_any_time() {
         thread.raise();
         assert!(sent > 0);
     });
+}
+
+/// Parameters of hypercalls.
+const PARAMETER: u64 = 0x2_6000;
+
+/// `kvm_xen_vcpu_set_attr`
+#[test]
+fn a_vcpu_has_a_number_and_a_timer() {
+    let machine = Machine::with_xen(&[&here, &here]);
+    let id = |vcpu| machine.get_vcpu(vcpu, KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID).unwrap()[0];
+    assert_eq!([id(0), id(1)], [0, 1], "in the order of creation");
+    let set = |id| machine.set_vcpu(1, KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID, &[id]);
+    assert_eq!([set(1023), set(1024)], [Ok(0), Err(Errno::EINVAL)]);
+    assert_eq!(id(1), 1023);
+    assert_eq!(machine.timer(), (0, TWO_LEVELS, 0));
+    assert_eq!(machine.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_TIMER, &[5, 0]), Err(Errno::EINVAL), "priority 0");
+    assert_eq!(machine.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_TIMER, &[0, 1 << 60]), Ok(0));
+    assert_eq!(machine.timer(), (0, TWO_LEVELS, 0), "it has no port");
+    machine.set_timer(5, 1 << 60);
+    assert_eq!(machine.timer(), (5, TWO_LEVELS, 1 << 60));
+    machine.set_timer(6, 0);
+    assert_eq!(machine.timer(), (6, TWO_LEVELS, 0));
+}
+
+/// `kvm_xen_start_timer`, `kvm_xen_inject_timer_irqs`: once, when it is due or was before; the vCPU may sleep or compute, and is told by
+/// its own thread.
+#[test]
+fn the_timer_sends_an_event() {
+    let sleeps = |a: &mut CodeAssembler| {
+        a.sti()?;
+        a.hlt()?;
+        here(a)
+    };
+    let computes = |a: &mut CodeAssembler| {
+        a.sti()?;
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.jmp(top)
+    };
+    let codes: [&dyn Fn(&mut CodeAssembler) -> Code; 2] = [&sleeps, &computes];
+    for code in codes {
+        for left in [MOMENT_NS as i64, -1_000_000] {
+            let machine = Machine::with_xen(&[code]);
+            machine.set(KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, &[VECTOR.into()]).unwrap();
+            machine
+                .client
+                .set(machine.vm, KVM_SET_CLOCK, &kvm_clock_data { clock: 1 << 40, ..Plain::zeroed() })
+                .unwrap();
+            let expires = machine.clock().wrapping_add_signed(left);
+            machine.set_timer(5, expires);
+            assert_eq!(machine.timer(), (5, TWO_LEVELS, expires));
+            assert_eq!(machine.out(0), HANDLED);
+            // The host's two clocks run apart by some millionths.
+            assert!(machine.clock() + MOMENT_NS / 10 >= expires);
+            assert_eq!(machine.timer(), (5, TWO_LEVELS, 0));
+            assert_eq!(machine.take_events(0), (vec![(0, 1 << 5)], 1, 1));
+        }
+    }
+}
+
+/// Nobody has an interrupt to bring then, but the bits are set.
+#[test]
+fn the_timer_needs_no_interrupt_controllers() {
+    let machine = Machine::with_chip(
+        false,
+        &[&|a| {
+            let mut top = a.create_label();
+            a.set_label(&mut top)?;
+            a.cmp(byte_ptr(INFO), 0)?;
+            a.je(top)?;
+            here(a)
+        }],
+    )
+    .share();
+    machine.set(KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, &[VECTOR.into()]).unwrap();
+    machine.set_timer(5, machine.clock() + MOMENT_NS);
+    assert!(machine.timed_out() >= MOMENT / 2);
+    assert_eq!(machine.take_events(0), (vec![(0, 1 << 5)], 1, 1));
+}
+
+/// `kvm_xen_hcall_set_timer_op`, `kvm_xen_hcall_vcpu_op`; user space's where it has kept the timer.
+#[test]
+fn a_guest_sets_its_timer() {
+    let hole = HOLE;
+    let machine = Machine::with_xen(&[&|a| {
+        for params in [[1 << 60, 0, 0], [0, 0, 0], [1 << 63, 0, 0], [u64::MAX >> 1, 0, 0]] {
+            hypercall(a, 15, params)?;
+            here(a)?;
+        }
+        for params in [[9, 7, 0], [8, 6, PARAMETER], [8, 7, hole], [8, 7, PARAMETER], [9, 7 | 1 << 32, 0], [7, 7, 0]] {
+            hypercall(a, 24, params)?;
+            here(a)?;
+        }
+        Ok(())
+    }]);
+    let answered = || {
+        assert_eq!(machine.out(0), AT);
+        machine.regs(0).rax as i64
+    };
+    let is_user_spaces = || {
+        let (reason, _) = machine.run(0).unwrap();
+        machine.vcpus[0].1.store_u64(32 + 24, 99).unwrap();
+        reason == KVM_EXIT_XEN
+    };
+    assert!(is_user_spaces());
+    assert_eq!(answered(), 99);
+    machine.set_vcpu(0, KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID, &[7]).unwrap();
+    machine.set_timer(5, 1 << 60);
+    assert_eq!((answered(), machine.timer().2), (0, 0), "0 stops it");
+    // What is past by far, and in 292 years: in 100 ms.
+    for _ in 0..2 {
+        let before = machine.clock();
+        assert_eq!(answered(), 0);
+        let soon = machine.timer().2 - 100_000_000;
+        assert!((before..=machine.clock()).contains(&soon), "{soon}");
+    }
+    assert_eq!((answered(), machine.timer().2), (0, 0), "stopped");
+    machine.put(PARAMETER, &(1u64 << 60).to_le_bytes());
+    machine.put(PARAMETER + 8, &[0; 8]);
+    assert_eq!(answered(), -22, "EINVAL: another vCPU's");
+    assert_eq!(answered(), -14, "EFAULT");
+    assert_eq!((answered(), machine.timer().2), (0, 1 << 60));
+    assert_eq!((answered(), machine.timer().2), (0, 0), "a number has 32 bits");
+    assert!(is_user_spaces(), "a periodic timer");
+}
+
+/// VCPU_SSHOTTMR_future; what must be there of the structure.
+#[test]
+fn a_single_shot_may_have_to_be_in_the_future() {
+    let end = RAM - 12;
+    let machine = Machine::with_xen(&[&|a| {
+        for at in [PARAMETER, PARAMETER, end] {
+            hypercall(a, 24, [8, 0, at])?;
+            here(a)?;
+        }
+        Ok(())
+    }]);
+    let answered = || {
+        assert_eq!(machine.out(0), AT);
+        machine.regs(0).rax as i64
+    };
+    machine.set_timer(5, 0);
+    machine.put(PARAMETER, &1u64.to_le_bytes());
+    machine.put(PARAMETER + 8, &[1]);
+    assert_eq!((answered(), machine.timer().2), (-62, 0), "ETIME");
+    machine.put(PARAMETER + 8, &[0]);
+    assert_eq!(answered(), 0);
+    assert_eq!(answered(), -14, "EFAULT: the padding of 64-bit guests is not in memory");
+    assert_eq!(machine.take_events(0), (vec![(0, 1 << 5)], 1, 1), "it was due at once");
+}
+
+/// SCHEDOP_poll: ports from `PARAMETER` + 40H on, so many of them, and a timeout, ns.
+fn poll(machine: &Machine, ports: &[u32], timeout: u64) {
+    machine.put(PARAMETER, &(PARAMETER + 0x40).to_le_bytes());
+    machine.put(PARAMETER + 8, &(ports.len() as u32).to_le_bytes());
+    machine.put(PARAMETER + 16, &timeout.to_le_bytes());
+    for (at, port) in (0..).zip(ports) {
+        machine.put(PARAMETER + 0x40 + 4 * at, &port.to_le_bytes());
+    }
+}
+
+fn polls(a: &mut CodeAssembler) -> Code {
+    let mut top = a.create_label();
+    a.set_label(&mut top)?;
+    hypercall(a, 29, [3, PARAMETER, 0])?;
+    here(a)?;
+    a.jmp(top)
+}
+
+/// `kvm_xen_schedop_poll`, with interrupts off.
+#[test]
+fn a_poll_sleeps_until_its_channel_has_an_event() {
+    let machine = Machine::with_xen(&[&polls]);
+    machine.put(MASK, &[0xff; 512]);
+    let result = || machine.regs(0).rax as i64;
+    // It has one, or there is nothing that could say so.
+    machine.send(0, 70).unwrap();
+    poll(&machine, &[70], 0);
+    machine.timed_out();
+    machine.set(KVM_XEN_ATTR_TYPE_SHARED_INFO, &[NOWHERE]).unwrap();
+    poll(&machine, &[71], 0);
+    machine.timed_out();
+    machine.set(KVM_XEN_ATTR_TYPE_SHARED_INFO, &[SHARED >> 12]).unwrap();
+    // A masked event of the channel; of another it is not, unless several or none are named.
+    assert!(machine.out_while(|| _ = machine.send(0, 71)) >= MOMENT);
+    machine.take_events(0);
+    assert!(
+        machine.out_while(|| {
+            machine.send(0, 72).unwrap();
+            std::thread::sleep(MOMENT);
+            machine.send(0, 71).unwrap();
+        }) >= 2 * MOMENT
+    );
+    machine.take_events(0);
+    for ports in [&[80, 81][..], &[]] {
+        poll(&machine, ports, 0);
+        assert!(machine.out_while(|| _ = machine.send(0, 90)) >= MOMENT);
+        machine.take_events(0);
+    }
+    poll(&machine, &[71], 0);
+    // One that is not masked, of any channel.
+    machine.put(MASK, &[0; 512]);
+    assert!(machine.out_while(|| _ = machine.send(0, 3)) >= MOMENT);
+    assert_eq!(machine.take_events(0), (vec![(0, 8)], 1, 1));
+    // Time.
+    poll(&machine, &[71], MOMENT_NS);
+    assert!(machine.timed_out() >= MOMENT);
+    assert_eq!(result(), 0);
+    // The timer, whatever it sends.
+    poll(&machine, &[71], 0);
+    machine.put(MASK, &[0xff; 512]);
+    machine.set_timer(5, machine.clock() + MOMENT_NS);
+    assert!(machine.timed_out() >= MOMENT / 2);
+    assert_eq!(machine.take_events(0), (vec![(0, 1 << 5)], 0, 0));
+    // What cannot be read.
+    for (ports, timeout, error) in [(&[4096][..], 1, -22), (&[1; 129], 1, -22), (&[4095], 1, 0), (&[1; 128], 1, 0)] {
+        poll(&machine, ports, timeout);
+        machine.timed_out();
+        assert_eq!(result(), error);
+    }
+    machine.put(PARAMETER, &HOLE.to_le_bytes());
+    machine.timed_out();
+    assert_eq!(result(), -14);
+}
+
+/// A signal ends it, and the guest goes on; so does an interrupt that it may take.
+#[test]
+fn a_poll_ends_with_what_ends_hlt() {
+    let machine = Machine::with_xen(&[&|a| {
+        a.sti()?;
+        polls(a)
+    }]);
+    poll(&machine, &[71], 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(MOMENT);
+            machine.client.raise();
+        });
+        assert_eq!(machine.run(0), Err(Errno::EINTR));
+    });
+    machine.client.consume_signal();
+    let state: kvm_mp_state = machine.client.get(machine.vcpus[0].0, KVM_GET_MP_STATE);
+    assert_eq!(state.mp_state, KVM_MP_STATE_RUNNABLE);
+    let regs = machine.regs(0);
+    assert_eq!((regs.rax, machine.client.memory.load_u8(regs.rip - 3).unwrap()), (0, 0x0f), "behind the hypercall");
+    assert_eq!(machine.out(0), AT);
+    // An interrupt of the APIC's: its handler runs first.
+    let msi = [0xfee0_0000u32, 0, u32::from(VECTOR), 0, 0, 0, 0, 0];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(MOMENT);
+            machine.client.set(machine.vm, KVM_SIGNAL_MSI, &msi).unwrap();
+        });
+        assert_eq!(machine.out(0), HANDLED);
+    });
+    assert_eq!(machine.out(0), AT);
+}
+
+/// `kvm_xen_hcall_sched_op`: it yields where user space may send events past the kernel.
+#[test]
+fn a_poll_that_could_miss_events_is_none() {
+    let machine = Machine::with_xen(&[&polls]);
+    machine.configure(KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL).unwrap();
+    poll(&machine, &[71], 0);
+    machine.timed_out();
+    assert_eq!(machine.regs(0).rax, 0);
+}
+
+/// `kvm_xen_hypercall`: above CPL 0, and all that is not known, is user space's; SCHEDOP_yield is not.
+#[test]
+fn other_hypercalls_are_user_spaces() {
+    let machine = Machine::with_xen(&[&|a| {
+        hypercall(a, 29, [0, 0, 0])?;
+        here(a)?;
+        hypercall(a, 29, [1, 0, 0])?;
+        hypercall(a, 32, [5, 0, 0])?;
+        hypercall(a, 34, [0, 0, 0])
+    }]);
+    assert_eq!(machine.out(0), AT);
+    for number in [29, 32, 34] {
+        assert_eq!(machine.run(0).unwrap().0, KVM_EXIT_XEN);
+        assert_eq!(machine.vcpus[0].1.load_u64(32 + 16).unwrap(), number);
+    }
+}
+
+/// Parameters are 32 bits then, a time is two of them, structures have no padding, and a poll yields. Compatibility mode.
+#[test]
+fn guests_of_32_bits_have_other_parameters() {
+    let machine = Machine::with_xen(&[&here]);
+    let mut a = CodeAssembler::new(32).unwrap();
+    let end = (RAM - 12) as u32;
+    for (number, params) in [(15, [7, 1 << 20, 0]), (24, [8, 0, end]), (29, [3, PARAMETER as u32, 0]), (34, [1, 2, 3])]
+    {
+        let mut call = || {
+            a.mov(eax, number)?;
+            a.mov(ebx, params[0])?;
+            a.mov(ecx, params[1])?;
+            a.mov(edx, params[2])?;
+            a.vmcall()?;
+            here(&mut a)
+        };
+        call().unwrap();
+    }
+    machine.put(CODE, &a.assemble(CODE).unwrap());
+    let vcpu = machine.vcpus[0].0;
+    let mut sregs: kvm_sregs = machine.client.get(vcpu, KVM_GET_SREGS);
+    (sregs.cs.l, sregs.cs.db) = (0, 1);
+    machine.client.set(vcpu, KVM_SET_SREGS, &sregs).unwrap();
+    machine.set_timer(5, 0);
+    machine.put(RAM - 12, &(3u64 << 40).to_le_bytes());
+    machine.put(RAM - 4, &[0; 4]);
+    for expires in [1 << 52 | 7, 3 << 40, 3 << 40] {
+        let before = machine.clock();
+        machine.out(0);
+        assert_eq!(machine.regs(0).rax, 0);
+        let set = machine.timer().2;
+        // So far away that it is soon.
+        let is_soon = (before..=machine.clock()).contains(&(set - 100_000_000));
+        assert!(if expires >> 50 != 0 { is_soon } else { set == expires }, "{set:#x}");
+    }
+    assert_eq!(machine.run(0).unwrap().0, KVM_EXIT_XEN);
+    let page = &machine.vcpus[0].1;
+    assert_eq!([8, 32, 40, 48].map(|at| page.load_u64(32 + at).unwrap()), [0, 1, 2, 3]);
+}
+
+/// api.rst, "KVM_XEN_ATTR_TYPE_SHARED_INFO", "KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO": events mark no page as dirty, and hide no other mark.
+#[test]
+fn events_are_no_part_of_the_dirty_log() {
+    let machine = Machine::with_xen(&[&|a| {
+        a.mov(byte_ptr(SHARED), 1)?;
+        here(a)
+    }]);
+    machine.client.slot(machine.vm, (0, KVM_MEM_LOG_DIRTY_PAGES), 0, RAM, 0).unwrap();
+    machine.send(0, 1).unwrap();
+    machine.set(KVM_XEN_ATTR_TYPE_SHARED_INFO, &[SHARED >> 12]).unwrap();
+    let has_page = |gpa: u64| {
+        let bitmap = SCRATCH + 0x8000;
+        let log = [[0, 0].map(u32::to_le_bytes).concat(), bitmap.to_le_bytes().to_vec()].concat();
+        machine.client.ioctl_bytes(machine.vm, KVM_GET_DIRTY_LOG, log).unwrap();
+        machine.u64(bitmap - BASE + gpa / 0x1000 / 64 * 8) >> (gpa / 0x1000 % 64) & 1 != 0
+    };
+    assert!(!has_page(SHARED));
+    machine.send(0, 2).unwrap();
+    assert!(!has_page(INFO));
+    machine.out(0);
+    assert!(has_page(SHARED), "the guest's own store");
 }

@@ -31,6 +31,8 @@ pub(crate) fn monotonic_ns() -> u64 {
 pub(crate) enum Who {
     /// A local APIC's, by vCPU id.
     Vcpu(u32),
+    /// That of a guest of Xen's, by vCPU id.
+    Xen(u32),
     /// Counter 0's.
     Pit,
 }

@@ -90,6 +90,11 @@ impl Chip {
         Ok(())
     }
 
+    /// Rings for `who` at `at`, ns of the monotonic clock, or not any more.
+    pub(crate) fn set_alarm(&self, who: Who, at: Option<u64>) {
+        self.alarm.set(who, at);
+    }
+
     /// The timer's next tick may have moved.
     pub(crate) fn arm_pit(&self) {
         let next = self.wires.with_pit(|pit| pit.next()).flatten();
@@ -102,6 +107,11 @@ impl Chip {
             Who::Pit => {
                 self.wires.advance_pit(monotonic_ns());
                 self.arm_pit();
+            }
+            Who::Xen(id) => {
+                if let Some(waker) = self.wakers.read().get(&id) {
+                    waker.wake();
+                }
             }
             Who::Vcpu(id) => {
                 if let Some(waker) = self.wakers.read().get(&id) {

@@ -27,6 +27,12 @@ const DEFAULT_SIGNATURE: u64 = 0x600;
 impl Vcpu {
     /// Ok: `kvm_run` tells what user space is to do. EINTR: a signal. EAGAIN: the vCPU waited for INIT and has it now.
     pub(crate) fn run_with_apic(&mut self, client: &dyn Client) -> Result<(), Errno> {
+        let result = self.run_apic_loop(client);
+        self.end_xen_poll();
+        result
+    }
+
+    fn run_apic_loop(&mut self, client: &dyn Client) -> Result<(), Errno> {
         let machine = self.machine.clone();
         let apic = machine.apic().expect("the caller has looked");
         let waits_for_init = self.mp_state == KVM_MP_STATE_UNINITIALIZED;
@@ -77,9 +83,11 @@ impl Vcpu {
             if waits_for_init && came {
                 return Err(Errno::EAGAIN);
             }
+            self.look_at_xen_poll();
             let halted = matches!(self.mp_state, KVM_MP_STATE_HALTED | KVM_MP_STATE_AP_RESET_HOLD);
             if halted && self.is_woken(apic) {
                 apic.lapic.take_events(event::UNHALT);
+                self.end_xen_poll();
                 self.mp_state = KVM_MP_STATE_RUNNABLE;
                 if self.show_full_ring() {
                     return Ok(());
@@ -88,7 +96,7 @@ impl Vcpu {
             if self.mp_state != KVM_MP_STATE_RUNNABLE {
                 self.mark_preempted();
                 machine.processors.offer();
-                sleep(apic, &machine, client.poll_interval());
+                sleep(apic, &machine, client.poll_interval(), self.xen_poll_until());
             } else {
                 let waits = self.inject(apic);
                 let wanted = self.wants_interrupt_window() && self.has_room_for_interrupt();
@@ -218,9 +226,10 @@ impl Vcpu {
     }
 }
 
-/// Until somebody calls, the timer is due, or it is time to ask for signals that nobody tells of.
-fn sleep(apic: &VcpuApic, machine: &Machine, ask_every: Option<Duration>) {
+/// Until somebody calls, the timer is due, `until` has come, or it is time to ask for signals that nobody tells of.
+fn sleep(apic: &VcpuApic, machine: &Machine, ask_every: Option<Duration>, until: Option<u64>) {
     apic.disarm();
-    let timer = apic.deadline_ns(machine).map(|at| Duration::from_nanos(at.saturating_sub(monotonic_ns())));
-    apic.waker.sleep(timer.into_iter().chain(ask_every).min());
+    let wakes = apic.deadline_ns(machine).into_iter().chain(until).min();
+    let left = wakes.map(|at| Duration::from_nanos(at.saturating_sub(monotonic_ns())));
+    apic.waker.sleep(left.into_iter().chain(ask_every).min());
 }

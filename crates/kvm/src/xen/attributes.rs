@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use x86_defs::{PAGE_BYTES, PAGE_MASK, PAGE_SHIFT};
 
 use super::{INFO_BYTES, NOWHERE, Place, RUNSTATE_BYTES, TIME_INFO_BYTES, Xen};
+use crate::caps::MAX_VCPUS;
 use crate::client::Client;
 use crate::steal;
 use crate::vcpu::Vcpu;
@@ -64,35 +65,33 @@ impl Vcpu {
             KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO => self.share(|vcpu| &vcpu.xen.events.info, attr.u[0], INFO_BYTES),
             KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO => self.share(|vcpu| &vcpu.xen.time_info, attr.u[0], TIME_INFO_BYTES),
             KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR => {
-                self.begin_runstate()?;
+                check_measured()?;
                 self.share(|vcpu| &vcpu.xen.runstate_info, attr.u[0], RUNSTATE_BYTES)
             }
             KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT => {
-                self.begin_runstate()?;
+                check_measured()?;
                 self.set_runstate(client, attr.u[0])
             }
             KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA => {
-                self.begin_runstate()?;
+                check_measured()?;
                 self.load_runstate(client, attr)
             }
             KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADJUST => {
-                self.begin_runstate()?;
+                check_measured()?;
                 self.adjust_runstate(client, attr)
             }
+            KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID if attr.word(0) >= MAX_VCPUS => Err(Errno::EINVAL),
+            KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID => {
+                self.xen.id = attr.word(0);
+                Ok(())
+            }
+            KVM_XEN_VCPU_ATTR_TYPE_TIMER => self.load_xen_timer(attr),
             KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR => {
                 self.xen.events.upcall_vector.store(checked_vector(attr)?, Relaxed);
                 Ok(())
             }
             _ => Err(Errno::ENOENT),
         }
-    }
-
-    /// What the vCPU waited so far counts. EOPNOTSUPP: it is not measured.
-    fn begin_runstate(&mut self) -> Result<(), Errno> {
-        check_measured()?;
-        // By another thread of ours than that of the last KVM_RUN.
-        self.begin_steal();
-        Ok(())
     }
 
     /// Has an area of `bytes` at `gpa`; all ones: nowhere. EINVAL: it is not in one page. EFAULT: no memory is there that can be
@@ -128,6 +127,8 @@ impl Vcpu {
                 self.xen.runstate.show(attr);
             }
             KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADJUST => return Err(Errno::EINVAL),
+            KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID => attr.set_word(0, self.xen.id),
+            KVM_XEN_VCPU_ATTR_TYPE_TIMER => self.show_xen_timer(attr),
             KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR => attr.set_byte(self.xen.events.upcall_vector.load(Relaxed)),
             _ => return Err(Errno::ENOENT),
         }

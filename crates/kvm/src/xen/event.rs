@@ -25,6 +25,11 @@ use crate::client::Client;
 use crate::eventfd::EventFd;
 use crate::vcpu::Vcpu;
 
+/// What a vCPU polls for beside a channel: any of them.
+pub(super) const ANY: u64 = 1 << 32;
+/// It does not poll.
+pub(super) const NOTHING: u64 = u64::MAX;
+
 /// What a vCPU has that other threads use too.
 pub(crate) struct Events {
     id: u32,
@@ -35,6 +40,8 @@ pub(crate) struct Events {
     /// The vector of the vCPU's own, by way of its local APIC; 0: none.
     pub(super) upcall_vector: AtomicU8,
     pub(super) shared: Shared,
+    /// The channel that the vCPU polls, [`ANY`] or [`NOTHING`].
+    polls_for: AtomicU64,
     lapic: Option<Arc<Lapic>>,
     waker: Arc<Waker>,
 }
@@ -47,6 +54,7 @@ impl Events {
             waiting: AtomicU64::new(0),
             upcall_vector: AtomicU8::new(0),
             shared: Shared::new(memory),
+            polls_for: AtomicU64::new(NOTHING),
             lapic,
             waker,
         })
@@ -69,8 +77,21 @@ impl Events {
         })
     }
 
-    /// The vCPU is brought to look.
+    pub(super) fn polls_for(&self) -> u64 {
+        self.polls_for.load(SeqCst)
+    }
+
+    pub(super) fn begin_poll(&self, what: u64) {
+        self.polls_for.store(what, SeqCst);
+    }
+
+    pub(super) fn end_poll(&self) {
+        self.begin_poll(NOTHING);
+    }
+
+    /// The vCPU is brought to look, and out of its poll.
     fn unblock(&self) {
+        self.end_poll();
         self.waker.wake();
     }
 
@@ -156,12 +177,31 @@ impl Xen {
         });
         match was_set_and_is_masked.ok_or(Errno::EFAULT)? {
             (true, _) => Ok(false),
-            (false, true) => Err(Errno::ENOTCONN),
+            (false, true) => {
+                if [port.into(), ANY].contains(&vcpu.polls_for()) {
+                    vcpu.unblock();
+                }
+                Err(Errno::ENOTCONN)
+            }
             (false, false) => {
                 vcpu.tell(info, layout.selector, port / layout.word_bits);
                 Ok(true)
             }
         }
+    }
+
+    /// One of these channels has an event; or there is no shared_info to say so. `wait_pending_event`
+    pub(super) fn has_event(&self, ports: &[u32]) -> bool {
+        let Some(shared) = self.shared_info.get() else { return true };
+        let pending = shared.wrapping_add(self.layout().pending);
+        self.shared.with(|view| {
+            has_bit(view, pending, 0).is_none() || ports.iter().any(|&port| has_bit(view, pending, port) == Some(true))
+        })
+    }
+
+    /// So many channels there are.
+    pub(crate) fn channels(&self) -> u32 {
+        self.layout().channels
     }
 
     /// `KVM_XEN_HVM_EVTCHN_SEND`: port, vCPU, priority. EINVAL: not a channel of two levels, and as [`Self::send`]. EFAULT.
@@ -267,10 +307,11 @@ impl Vcpu {
     }
 
     /// What came for the guest is told of before it goes on.
-    pub(crate) fn take_xen_events(&self) {
+    pub(crate) fn take_xen_events(&mut self) {
         if self.has_xen_events() {
             let _ = self.tell_xen_events();
         }
+        self.ring_xen_timer();
     }
 
     /// Events that wait for vcpu_info are told of there, if that is in memory now. `kvm_xen_inject_pending_events`

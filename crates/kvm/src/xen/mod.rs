@@ -9,6 +9,7 @@ mod attributes;
 mod event;
 mod page;
 mod runstate;
+mod timer;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,8 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Re
 
 use cpu_core::MsrAccess;
 use kvm_abi::consts::{
-    KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL, KVM_XEN_HVM_CONFIG_HYPERCALL_MSR, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
-    KVM_XEN_HVM_CONFIG_RUNSTATE, KVM_XEN_HVM_CONFIG_SHARED_INFO,
+    KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL, KVM_XEN_HVM_CONFIG_EVTCHN_SEND, KVM_XEN_HVM_CONFIG_HYPERCALL_MSR,
+    KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, KVM_XEN_HVM_CONFIG_RUNSTATE, KVM_XEN_HVM_CONFIG_SHARED_INFO,
 };
 use kvm_abi::{Plain, kvm_xen_hvm_config};
 use mmu::{Lookup, Memory, View};
@@ -31,9 +32,10 @@ use crate::steal;
 use self::event::Ports;
 pub(crate) use self::event::{Events, check_priority};
 use self::runstate::Runstate;
+use self::timer::{Poll, Timer};
 
 /// Flags that `KVM_XEN_HVM_CONFIG` takes.
-const CONFIG_FLAGS: u32 = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL;
+const CONFIG_FLAGS: u32 = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL | KVM_XEN_HVM_CONFIG_EVTCHN_SEND;
 
 /// The answer for `KVM_CAP_XEN_HVM`. Run states need what the scheduler tells.
 pub(crate) fn flags() -> u32 {
@@ -88,9 +90,11 @@ impl Shared {
     fn with<R>(&self, f: impl FnOnce(&View) -> R) -> R {
         let mut view = self.view.lock();
         let view = view.get_or_insert_with(|| View::unlogged(&self.memory));
-        // Nothing here holds a pointer into memory.
-        let _ = view.refresh();
-        f(view)
+        // Nothing here holds a pointer into memory. Who changes a slot waits for us: behind that, nothing is written to what was there.
+        let _ = view.enter();
+        let result = f(view);
+        view.leave();
+        result
     }
 
     /// EFAULT: no memory is there that can be written.
@@ -126,19 +130,25 @@ pub(crate) struct Xen {
 /// What the owner of a vCPU keeps of it.
 pub(crate) struct VcpuXen {
     pub(crate) events: Arc<Events>,
+    /// The number that the guest knows the vCPU by.
+    pub(crate) id: u32,
     /// One more struct pvclock_vcpu_time_info.
     time_info: Place,
     /// struct vcpu_runstate_info
     runstate_info: Place,
     runstate: Runstate,
+    timer: Timer,
+    poll: Option<Poll>,
     /// The guest has named its hypercall page, which is to be written before it goes on.
     pub(crate) page: Option<MsrAccess>,
 }
 
 impl VcpuXen {
-    pub(crate) fn new(events: Arc<Events>) -> Self {
+    /// `index`: place in the order of creation.
+    pub(crate) fn new(events: Arc<Events>, index: u32) -> Self {
         let (time_info, runstate_info) = (Place::default(), Place::default());
-        Self { events, time_info, runstate_info, runstate: Runstate::default(), page: None }
+        let (runstate, timer) = (Runstate::default(), Timer::default());
+        Self { events, id: index, time_info, runstate_info, runstate, timer, poll: None, page: None }
     }
 
     /// Where the guest has its clock, beside the one of `MSR_KVM_SYSTEM_TIME_NEW`.
@@ -191,6 +201,11 @@ impl Xen {
     /// Hypercalls are Xen's.
     pub(crate) fn intercepts(&self) -> bool {
         self.has_flag(KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL)
+    }
+
+    /// User space leaves all events to us, so that a guest may wait for them here.
+    pub(crate) fn sends_all(&self) -> bool {
+        self.has_flag(KVM_XEN_HVM_CONFIG_EVTCHN_SEND)
     }
 
     /// The guest names its page by this MSR.

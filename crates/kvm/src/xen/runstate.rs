@@ -12,7 +12,6 @@ use nix::errno::Errno;
 use x86_defs::GuestPhysAddr;
 
 use crate::client::Client;
-use crate::machine::host_tsc;
 use crate::vcpu::Vcpu;
 
 /// RUNSTATE_…: what each time of [`Runstate::times`] is of.
@@ -83,10 +82,6 @@ impl Runstate {
 }
 
 impl Vcpu {
-    fn xen_now(&self) -> u64 {
-        self.vm.time.ns_at(host_tsc())
-    }
-
     /// Called before each entry of a VM that is Xen's: the vCPU runs now.
     pub(crate) fn take_runstate(&mut self, client: &dyn Client, now: Instant) {
         if self.steal.is_due(now) {
@@ -101,8 +96,16 @@ impl Vcpu {
     /// `KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT`. EINVAL: there is no such state.
     pub(super) fn set_runstate(&mut self, client: &dyn Client, state: u64) -> Result<(), Errno> {
         let state = checked(state)?;
-        self.enter_runstate(client, state);
+        self.change_runstate(client, state);
         Ok(())
+    }
+
+    /// User space has it another state.
+    fn change_runstate(&mut self, client: &dyn Client, state: u32) {
+        // This thread of ours is not the one of the last KVM_RUN.
+        self.begin_steal();
+        self.enter_runstate(client, state);
+        self.steal.forgive();
     }
 
     fn enter_runstate(&mut self, client: &dyn Client, state: u32) {
@@ -119,9 +122,9 @@ impl Vcpu {
         if entry != Runstate::sum(&times) || self.xen_now() < entry {
             return Err(Errno::EINVAL);
         }
-        self.xen.runstate = Runstate { state, entry, times };
         // What it has waited up to now was before.
-        self.steal.waited(client);
+        self.change_runstate(client, state);
+        self.xen.runstate = Runstate { state, entry, times };
         Ok(())
     }
 
@@ -139,7 +142,7 @@ impl Vcpu {
             self.xen.runstate.add(number, time);
         }
         if let Some(state) = state {
-            self.enter_runstate(client, state);
+            self.change_runstate(client, state);
         }
         Ok(())
     }

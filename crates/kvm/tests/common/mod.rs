@@ -157,9 +157,14 @@ impl FakeClient {
 
     /// The thread has waited for a CPU for so long since it began.
     pub fn set_waited(&self, ns: u64) {
+        self.set_schedstat(ns, 1);
+    }
+
+    /// The same, and how often it came to one.
+    pub fn set_schedstat(&self, ns: u64, arrivals: u32) {
         let mut schedstat = self.schedstat.lock();
         let file = schedstat.get_or_insert_with(|| memfd_create("schedstat", MFdFlags::empty()).unwrap().into());
-        file.write_all_at(format!("1000 {ns:020} 1\n").as_bytes(), 0).unwrap();
+        file.write_all_at(format!("1000 {ns:020} {arrivals:010}\n").as_bytes(), 0).unwrap();
     }
 
     pub fn consume_signal(&self) {
