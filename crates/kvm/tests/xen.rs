@@ -275,12 +275,14 @@ impl Machine {
 
     /// KVM_RUN, to an OUT, while somebody does something after 50 ms.
     fn out_while(&self, does: impl FnOnce() + Send) -> Duration {
+        let begin = Instant::now();
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 std::thread::sleep(MOMENT);
                 does();
             });
-            self.timed_out()
+            self.timed_out();
+            begin.elapsed()
         })
     }
 
@@ -1037,6 +1039,12 @@ fn the_timer_needs_no_interrupt_controllers() {
     machine.set_timer(5, machine.clock() + MOMENT_NS);
     assert!(machine.timed_out() >= MOMENT / 2);
     assert_eq!(machine.take_events(0), (vec![(0, 1 << 5)], 1, 1));
+    // One that never rings.
+    machine.set_timer(5, u64::MAX >> 1);
+    let regs = machine.regs(0);
+    machine.client.set(machine.vcpus[0].0, KVM_SET_REGS, &kvm_regs { rip: CODE, ..regs }).unwrap();
+    machine.out_while(|| machine.put(INFO, &[1]));
+    assert_eq!(machine.timer().2, u64::MAX >> 1);
 }
 
 /// `kvm_xen_hcall_set_timer_op`, `kvm_xen_hcall_vcpu_op`; user space's where it has kept the timer.
@@ -1163,7 +1171,10 @@ fn a_poll_sleeps_until_its_channel_has_an_event() {
     machine.put(MASK, &[0; 512]);
     assert!(machine.out_while(|| _ = machine.send(0, 3)) >= MOMENT);
     assert_eq!(machine.take_events(0), (vec![(0, 8)], 1, 1));
-    // Time.
+    // Time; as much as there can be is for ever.
+    poll(&machine, &[71], u64::MAX);
+    assert!(machine.out_while(|| _ = machine.send(0, 71)) >= MOMENT);
+    machine.take_events(0);
     poll(&machine, &[71], MOMENT_NS);
     assert!(machine.timed_out() >= MOMENT);
     assert_eq!(result(), 0);
