@@ -123,7 +123,7 @@ impl StealTime {
             && let Some([_, waited, arrivals]) = read_schedstat(&thread.schedstat)
         {
             let forgiven =
-                std::mem::take(&mut thread.forgiven) && arrivals - thread.arrivals.min(arrivals) <= OF_AN_IOCTL;
+                std::mem::take(&mut thread.forgiven) && arrivals.saturating_sub(thread.arrivals) <= OF_AN_IOCTL;
             thread.arrivals = arrivals;
             let before = std::mem::replace(&mut thread.waited, waited);
             return ours + if forgiven { 0 } else { waited.saturating_sub(before) };
