@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvm::client::{File, FileKind};
+use kvm::clock;
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
@@ -17,7 +18,8 @@ use crate::place::Place;
 #[derive(Clone, Copy)]
 struct Seen {
     tid: u32,
-    at: Instant,
+    /// By [`clock`].
+    at: u64,
 }
 
 /// For so long nobody looks again. No thread gets another address space in less: it would have to come out of its ioctl, exec, and
@@ -63,17 +65,18 @@ impl Shared {
         }
         let space = spaces.of_thread(tid)?;
         if self.owner.as_ref().is_some_and(|owner| Arc::ptr_eq(owner, &space)) {
-            *self.seen.lock() = Some(Seen { tid, at: Instant::now() });
+            *self.seen.lock() = Some(Seen { tid, at: clock::now() });
         }
         Ok(space)
     }
 
     /// Is `tid` the thread of the owner's that asked last, and the owner's still?
     fn asks_again(&self, owner: &Space, tid: u32) -> bool {
-        let now = Instant::now();
+        let now = clock::now();
         let mut seen = self.seen.lock();
         let Some(last) = seen.as_mut().filter(|last| last.tid == tid) else { return false };
-        if now.saturating_duration_since(last.at) < FRESH {
+        // A counter that is behind says nothing.
+        if now.checked_sub(last.at).is_some_and(|age| age < clock::counts(FRESH)) {
             return true;
         }
         let is_alive = owner.is_alive();

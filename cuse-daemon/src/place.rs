@@ -12,6 +12,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kvm::clock;
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 use parking_lot::Mutex;
@@ -78,7 +79,7 @@ impl Place {
         WORKER.with(|worker| {
             let worker = worker.get_or_init(Worker::register);
             worker.move_to(cpu);
-            let begin = worker.clock();
+            let begin = clock::now();
             if cpu != NOWHERE {
                 worker.since.store(begin, Ordering::SeqCst);
                 WATCHDOG.wake();
@@ -130,13 +131,13 @@ pub struct Run<'a> {
 impl Drop for Run<'_> {
     fn drop(&mut self) {
         self.worker.since.store(0, Ordering::Release);
-        let took = self.worker.clock() - self.begin;
-        if took < SHORT.as_nanos() as u64 {
+        let took = clock::now().saturating_sub(self.begin);
+        if took < clock::counts(SHORT) {
             if self.place.streak.fetch_add(1, Ordering::Relaxed) > TENURE {
                 self.place.leave();
                 self.place.streak.store(STREAK - FREE, Ordering::Relaxed);
             }
-        } else if took > LONG.as_nanos() as u64 {
+        } else if took > clock::counts(LONG) {
             self.place.leave();
         }
     }
@@ -148,9 +149,8 @@ struct Worker {
     tid: Pid,
     /// Held while the thread is moved: the watchdog does so, too.
     cpu: Mutex<i32>,
-    /// When the run that keeps it on `cpu` began; 0: none.
+    /// When the run that keeps it on `cpu` began, by [`clock`]; 0: none.
     since: AtomicU64,
-    start: Instant,
 }
 
 thread_local! {
@@ -160,14 +160,9 @@ thread_local! {
 impl Worker {
     fn register() -> Arc<Self> {
         let (cpu, since) = (Mutex::new(NOWHERE), AtomicU64::new(0));
-        let worker = Arc::new(Self { tid: gettid(), cpu, since, start: start() });
+        let worker = Arc::new(Self { tid: gettid(), cpu, since });
         WATCHDOG.workers.lock().push(Arc::downgrade(&worker));
         worker
-    }
-
-    /// Nanoseconds, never 0.
-    fn clock(&self) -> u64 {
-        self.start.elapsed().as_nanos() as u64 + 1
     }
 
     fn move_to(&self, cpu: i32) {
@@ -225,7 +220,7 @@ impl Watchdog {
         for worker in workers.iter().filter_map(Weak::upgrade) {
             let since = worker.since.load(Ordering::SeqCst);
             placed |= since != 0;
-            if since != 0 && worker.clock().saturating_sub(since) > LONG.as_nanos() as u64 {
+            if since != 0 && clock::now().saturating_sub(since) > clock::counts(LONG) {
                 worker.since.store(0, Ordering::Release);
                 worker.move_to(NOWHERE);
             }
@@ -279,11 +274,6 @@ impl Drop for Beside {
             let _ = sched_setaffinity(self.tid, &self.before);
         }
     }
-}
-
-fn start() -> Instant {
-    static START: OnceLock<Instant> = OnceLock::new();
-    *START.get_or_init(Instant::now)
 }
 
 /// Where the daemon, and a client that nobody placed, may run.

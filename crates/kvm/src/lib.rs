@@ -7,6 +7,7 @@ mod arch_capabilities;
 mod caps;
 mod chip;
 pub mod client;
+pub mod clock;
 mod coalesced;
 mod cpuid;
 mod debug;

@@ -1,7 +1,7 @@
 //! `KVM_RUN`: from user space into the guest and back, in the order that api.rst and Linux's x86.c have.
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cpu_core::{Exit, Gpr, Poll};
 use kvm_abi::consts::{
@@ -13,9 +13,9 @@ use x86_defs::Rflags;
 
 use crate::chip::alarm::monotonic_ns;
 use crate::client::Client;
-use crate::debug;
 use crate::exit::{self, Outcome, Pending};
 use crate::vcpu::Vcpu;
+use crate::{clock, debug};
 
 /// Instructions that a VM of 2007 executes before it looks for a signal that was pending at entry. Its VMMs retry with the
 /// signal still pending, so each try must get somewhere.
@@ -123,7 +123,7 @@ impl Vcpu {
                 }
                 return self.interrupted();
             }
-            if self.machine.cpuid_is_stale.swap(false, Relaxed) {
+            if self.machine.cpuid_is_stale.load(Relaxed) && self.machine.cpuid_is_stale.swap(false, Relaxed) {
                 self.load_cpuid();
             }
             if let Some(event) = self.machine.hyperv.take_event() {
@@ -192,7 +192,7 @@ impl Vcpu {
 
     pub(crate) fn enter_guest(&mut self, client: &dyn Client) -> Exit {
         self.write_clock();
-        let start = Instant::now();
+        let start = clock::now();
         self.take_steal(client, start);
         let in_guest = self.machine.processors.enter();
         let exit = match (client.poll_interval(), self.xen_timer_without_alarm()) {
@@ -213,7 +213,7 @@ impl Vcpu {
     /// `wanted`: what is known of `request_interrupt_window`, which 2.6.22 looks at again at each tick.
     fn enter_legacy_guest(&mut self, client: &dyn Client, wanted: bool) -> Exit {
         self.write_clock();
-        let start = Instant::now();
+        let start = clock::now();
         let every = client.poll_interval();
         let page = &self.page;
         let mut stop = || !wanted && page.request_interrupt_window() || every.is_some() && client.interrupted();
@@ -226,15 +226,15 @@ impl Vcpu {
 
     pub(crate) fn step_guest(&mut self) -> Option<Exit> {
         self.write_clock();
-        let start = Instant::now();
+        let start = clock::now();
         let exit = self.cpu.step();
         self.count(start);
         exit
     }
 
-    fn count(&mut self, start: Instant) {
+    fn count(&mut self, start: u64) {
         self.has_run = true;
-        self.counters.run_ns.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
+        self.counters.run_counts.fetch_add(clock::now().saturating_sub(start), Relaxed);
     }
 
     pub(crate) fn interrupted(&mut self) -> Result<(), Errno> {

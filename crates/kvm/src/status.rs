@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use kvm_abi::EXIT_NAMES;
 use serde::{Deserialize, Serialize};
 
+use crate::clock;
 use crate::exit::Reason;
 
 /// Every VM, and the last ones that ended.
@@ -61,7 +62,8 @@ pub(crate) struct Counters {
     pub(crate) core: Arc<cpu_core::Profile>,
     vmx: [AtomicU64; Reason::COUNT],
     kvm: [AtomicU64; EXIT_NAMES.len()],
-    pub(crate) run_ns: AtomicU64,
+    /// See [`clock`].
+    pub(crate) run_counts: AtomicU64,
     pub(crate) running: AtomicBool,
 }
 
@@ -136,7 +138,7 @@ impl Counters {
     }
 
     pub(crate) fn run_ns(&self) -> u64 {
-        self.run_ns.load(Relaxed)
+        clock::nanoseconds(self.run_counts.load(Relaxed))
     }
 
     pub(crate) fn is_running(&self) -> bool {
@@ -149,7 +151,7 @@ impl Counters {
             id,
             running: self.running.load(Relaxed),
             instructions: self.instructions(),
-            run_ns: self.run_ns.load(Relaxed),
+            run_ns: self.run_ns(),
             ..self.all_exits().named()
         }
     }

@@ -13,12 +13,13 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::LazyLock;
 use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst, fence};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mmu::View;
 use x86_defs::GuestPhysAddr;
 
 use crate::client::Client;
+use crate::clock;
 use crate::paravirt::ENABLE;
 use crate::vcpu::Vcpu;
 
@@ -85,7 +86,7 @@ pub(crate) struct StealTime {
     msr: u64,
     /// The page says that the vCPU does not run.
     marked: bool,
-    looked: Option<Instant>,
+    looked: Option<u64>,
     client: Option<ClientThread>,
     /// What this thread had waited at the last look since `KVM_RUN` began.
     own: Option<u64>,
@@ -105,8 +106,8 @@ impl StealTime {
     }
 
     /// It is time to look again, which is done now.
-    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
-        let is_due = self.looked.is_none_or(|then| now.duration_since(then) >= LOOK_EVERY);
+    pub(crate) fn is_due(&mut self, now: u64) -> bool {
+        let is_due = self.looked.is_none_or(|then| now.saturating_sub(then) >= clock::counts(LOOK_EVERY));
         if is_due {
             self.looked = Some(now);
         }
@@ -170,7 +171,7 @@ impl Vcpu {
     }
 
     /// Called before each entry: the vCPU runs now.
-    pub(crate) fn take_steal(&mut self, client: &dyn Client, now: Instant) {
+    pub(crate) fn take_steal(&mut self, client: &dyn Client, now: u64) {
         if self.vm.options.xen.is_on() {
             return self.take_runstate(client, now);
         }
@@ -180,7 +181,7 @@ impl Vcpu {
         }
     }
 
-    fn take_steal_now(&mut self, client: &dyn Client, now: Instant, msr: u64) {
+    fn take_steal_now(&mut self, client: &dyn Client, now: u64, msr: u64) {
         let steal = &mut self.steal;
         let at = GuestPhysAddr(msr & !ENABLE);
         let new = steal.msr != msr;

@@ -165,7 +165,6 @@ impl<'a> Caller<'a> {
     }
 
     fn finish(self, result: Result<Reply, Errno>) -> Answer {
-        self.set_interrupt_action(None);
         let Some(held) = self.held.get() else {
             return match result {
                 Ok(reply) => Answer::Ioctl(reply.ret, reply.output),

@@ -49,7 +49,7 @@ impl Vcpu {
                 }
                 return self.interrupted();
             }
-            if machine.cpuid_is_stale.swap(false, Relaxed) {
+            if machine.cpuid_is_stale.load(Relaxed) && machine.cpuid_is_stale.swap(false, Relaxed) {
                 self.load_cpuid();
             }
             if let Some(event) = machine.hyperv.take_event() {

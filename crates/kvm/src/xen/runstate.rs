@@ -4,7 +4,6 @@
 //! user space's to say. A vCPU in user space or in HLT runs, as far as Xen's guests are told.
 
 use std::sync::atomic::{Ordering::SeqCst, fence};
-use std::time::Instant;
 
 use kvm_abi::XenAttr;
 use mmu::View;
@@ -83,7 +82,7 @@ impl Runstate {
 
 impl Vcpu {
     /// Called before each entry of a VM that is Xen's: the vCPU runs now.
-    pub(crate) fn take_runstate(&mut self, client: &dyn Client, now: Instant) {
+    pub(crate) fn take_runstate(&mut self, client: &dyn Client, now: u64) {
         if self.steal.is_due(now) {
             self.enter_runstate(client, RUNNING);
             if let Some(gpa) = self.xen.runstate_info.get() {
