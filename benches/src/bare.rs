@@ -8,7 +8,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use cuse_rs::layout::{Attr, AttrOut, EntryOut, OpenFlags, OpenOut, ROOT_ID};
@@ -19,6 +18,7 @@ use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::Pid;
 
 use crate::row::Row;
+use crate::undisturbed::micros_each;
 
 const ONE: &str = "bare FUSE ioctl, both sides on one CPU";
 const SAME: &str = "bare FUSE ioctl, both sides in one process on one CPU";
@@ -27,7 +27,6 @@ pub(crate) const NAMES: &[&str] = &[ONE, SAME, FREE];
 
 /// `_IO('w', 1)`
 const NOTHING: libc::c_ulong = 0x7701;
-const ROUNDS: u32 = 20_000;
 const FILE: u64 = 2;
 
 /// A directory with one file, whose ioctl does nothing.
@@ -109,10 +108,7 @@ fn in_process_of_its_own(file: &Path) -> Result<f64> {
 /// Microseconds that an ioctl of `file` takes.
 pub(crate) fn each(file: &Path) -> Result<f64> {
     let file = OpenOptions::new().read(true).open(file).context("cannot open the file")?;
-    repeat(&file, ROUNDS / 10)?;
-    let started = Instant::now();
-    repeat(&file, ROUNDS)?;
-    Ok(started.elapsed().as_secs_f64() * 1e6 / f64::from(ROUNDS))
+    micros_each(|count| repeat(&file, count))
 }
 
 fn repeat(file: &File, count: u32) -> Result<()> {

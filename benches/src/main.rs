@@ -11,6 +11,7 @@ mod round;
 mod row;
 mod scale;
 mod sector;
+mod undisturbed;
 mod vmm;
 mod workload;
 
@@ -51,6 +52,9 @@ struct Args {
     /// Print the whole result as JSON instead of tables
     #[arg(long)]
     json: bool,
+    /// Keep no result
+    #[arg(long)]
+    discard: bool,
     /// An earlier result, from `benches/results`, to compare with
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
@@ -148,8 +152,10 @@ fn run(args: &Args) -> Result<()> {
             print!("{}", report::comparison(&report, earlier));
         }
     }
-    let path = report.keep().context("the result is not kept")?;
-    eprintln!("kept as {}", path.display());
+    if !args.discard {
+        let path = report.keep().context("the result is not kept")?;
+        eprintln!("kept as {}", path.display());
+    }
     Ok(())
 }
 

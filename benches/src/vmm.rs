@@ -13,6 +13,7 @@ use tiny_vmm::{Guest, Mode, VcpuExit, assemble};
 
 use crate::costs::repeat;
 use crate::row::Row;
+use crate::undisturbed::micros_each;
 
 const OUT: &str = "exit round trip, OUT, tiny VMM";
 const IN: &str = "exit round trip, IN, tiny VMM";
@@ -26,7 +27,6 @@ const LOOP: &str = "tight loop, tiny VMM";
 pub(crate) const NAMES: &[&str] = &[OUT, IN, MMIO, MMIO_WRITE, HLT, FIRST, LOOP];
 
 const RAM: usize = 2 << 20;
-const EXITS: u32 = 20_000;
 const ITERATIONS: u32 = 200_000_000;
 
 /// Measures in a process that sees softkvm's /dev/kvm; exits once more with all threads left to the scheduler.
@@ -87,10 +87,7 @@ fn round_trip(body: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::Iced
         a.jmp(again)
     })?;
     let mut guest = Guest::new(Mode::Long, RAM, &code)?;
-    exits(&mut guest, EXITS / 10)?;
-    let started = Instant::now();
-    exits(&mut guest, EXITS)?;
-    Ok(micros(started.elapsed()) / f64::from(EXITS))
+    micros_each(|count| exits(&mut guest, count))
 }
 
 fn exits(guest: &mut Guest, count: u32) -> Result<()> {
