@@ -33,7 +33,14 @@ const FREE: u32 = 8;
 const LINGER: Duration = Duration::from_secs(1);
 /// What a thread of ours asks to run in one go. Who wakes runs before all whose slice ends later, so on a full machine an
 /// ioctl does not wait until half of those that compute have had theirs. The kernel's least; our share of the CPU stays.
+///
+/// A worker that takes turns with its client alone is better off without: with slices like everybody's the client runs at once
+/// when it is answered, and has asked again before the worker got to sleep. That is a twentieth of an exit.
 const SLICE: Duration = Duration::from_micros(100);
+/// Between two runs so long, of a client that is kept in its place: it thinks, or others have its CPU.
+const LATE: Duration = Duration::from_micros(50);
+/// So often in a tenure, and others have it; until a tenure passes where it is less often.
+const CROWD: u32 = 8;
 const NOWHERE: i32 = -1;
 
 static IS_OFF: AtomicBool = AtomicBool::new(false);
@@ -53,6 +60,12 @@ pub struct Place {
     client: AtomicU32,
     /// Where that thread may run by itself.
     before: Mutex<CpuSet>,
+    /// When the last run in that place ended, by [`clock`]; 0: there was none.
+    ended: AtomicU64,
+    /// How often the next one was [`LATE`].
+    late: AtomicU32,
+    /// Others have the CPU.
+    crowded: AtomicBool,
 }
 
 impl Default for Place {
@@ -62,6 +75,9 @@ impl Default for Place {
             cpu: AtomicI32::new(NOWHERE),
             client: AtomicU32::new(0),
             before: Mutex::new(CpuSet::new()),
+            ended: AtomicU64::new(0),
+            late: AtomicU32::new(0),
+            crowded: AtomicBool::new(false),
         }
     }
 }
@@ -84,8 +100,19 @@ impl Place {
                 worker.since.store(begin, Ordering::SeqCst);
                 WATCHDOG.wake();
             }
+            worker.wake_early(cpu == NOWHERE || self.is_crowded(begin));
             Run { place: self, begin, worker: Arc::clone(worker) }
         })
+    }
+
+    /// Do others compute where the client and its worker are? A run begins there.
+    fn is_crowded(&self, begin: u64) -> bool {
+        let ended = self.ended.load(Ordering::Relaxed);
+        if ended != 0 && begin.saturating_sub(ended) > clock::counts(LATE) {
+            let late = self.late.fetch_add(1, Ordering::Relaxed) + 1;
+            self.crowded.fetch_or(late >= CROWD, Ordering::Relaxed);
+        }
+        self.crowded.load(Ordering::Relaxed)
     }
 
     /// Exits come thick: keep the client's thread where it is now. One that is bound to a CPU by its VMM has it better already.
@@ -104,6 +131,9 @@ impl Place {
     /// The thread may go where it likes again, unless somebody moved it meanwhile.
     fn leave(&self) {
         self.streak.store(0, Ordering::Relaxed);
+        self.ended.store(0, Ordering::Relaxed);
+        let late = self.late.swap(0, Ordering::Relaxed);
+        self.crowded.store(late >= CROWD, Ordering::Relaxed);
         let cpu = self.cpu.swap(NOWHERE, Ordering::Relaxed);
         if cpu != NOWHERE {
             let client = Pid::from_raw(self.client.load(Ordering::Relaxed).cast_signed());
@@ -131,7 +161,9 @@ pub struct Run<'a> {
 impl Drop for Run<'_> {
     fn drop(&mut self) {
         self.worker.since.store(0, Ordering::Release);
-        let took = clock::now().saturating_sub(self.begin);
+        let end = clock::now();
+        let took = end.saturating_sub(self.begin);
+        self.place.ended.store(end, Ordering::Relaxed);
         if took < clock::counts(SHORT) {
             if self.place.streak.fetch_add(1, Ordering::Relaxed) > TENURE {
                 self.place.leave();
@@ -151,6 +183,8 @@ struct Worker {
     cpu: Mutex<i32>,
     /// When the run that keeps it on `cpu` began, by [`clock`]; 0: none.
     since: AtomicU64,
+    /// Its slices are short.
+    wakes_early: AtomicBool,
 }
 
 thread_local! {
@@ -160,9 +194,17 @@ thread_local! {
 impl Worker {
     fn register() -> Arc<Self> {
         let (cpu, since) = (Mutex::new(NOWHERE), AtomicU64::new(0));
-        let worker = Arc::new(Self { tid: gettid(), cpu, since });
+        let worker = Arc::new(Self { tid: gettid(), cpu, since, wakes_early: AtomicBool::new(true) });
         WATCHDOG.workers.lock().push(Arc::downgrade(&worker));
         worker
+    }
+
+    /// Of the calling thread: see [`SLICE`].
+    fn wake_early(&self, early: bool) {
+        if self.wakes_early.load(Ordering::Relaxed) != early {
+            self.wakes_early.store(early, Ordering::Relaxed);
+            ask_for_slices(if early { SLICE } else { Duration::ZERO });
+        }
     }
 
     fn move_to(&self, cpu: i32) {
@@ -231,8 +273,12 @@ impl Watchdog {
 
 /// Has this thread and those that it starts wake before what computes beside them, unless [`turn_off`] was called before.
 pub fn wake_early() {
+    ask_for_slices(SLICE);
+}
+
+fn ask_for_slices(slice: Duration) {
     if !IS_OFF.load(Ordering::Relaxed)
-        && let Err(errno) = sys::ask_for_slices(SLICE)
+        && let Err(errno) = sys::ask_for_slices(slice)
     {
         tracing::debug!(%errno, "slices stay as they are");
     }
@@ -334,6 +380,21 @@ mod tests {
             }
         };
         thread::spawn(wakes_early).join().unwrap();
+    }
+
+    #[test]
+    fn who_comes_late_again_and_again_is_in_a_crowd() {
+        let place = Place::default();
+        let now = clock::now();
+        assert!(!place.is_crowded(now), "the first run is not late");
+        place.ended.store(now - clock::counts(LATE) / 2, Ordering::Relaxed);
+        assert!((0..2 * CROWD).all(|_| !place.is_crowded(now)));
+        place.ended.store(now - 2 * clock::counts(LATE), Ordering::Relaxed);
+        assert_eq!((0..2 * CROWD).filter(|_| place.is_crowded(now)).count() as u32, CROWD + 1);
+        place.leave();
+        assert!(place.is_crowded(now), "the next tenure begins so");
+        place.leave();
+        assert!(!place.is_crowded(now), "and if it is none, the one after that does not");
     }
 
     /// The whole way, on threads of this process: short runs bring client and worker together, a long one frees both. The client

@@ -179,7 +179,7 @@ pub fn wait_for(tid: Pid, block: bool) -> Result<Option<i32>, Errno> {
 }
 
 /// Asks for slices of `slice` for the calling thread and those that it starts: the runtime of a task under a fair policy is its
-/// slice (sched(7), `kernel/sched/syscalls.c`; Linux 6.12, before that it is ignored). All else stays as it is.
+/// slice, 0 the system's (sched(7), `kernel/sched/syscalls.c`; Linux 6.12, before that it is ignored). All else stays as it is.
 pub fn ask_for_slices(slice: Duration) -> Result<(), Errno> {
     let mut attr = MaybeUninit::<libc::sched_attr>::zeroed();
     // SAFETY: the kernel writes no more than the size it is given to `attr`, which outlives the call.
