@@ -1,5 +1,5 @@
-//! What all peers boot: a disc with GRUB, Debian's cloud kernel, and a user space that is busybox and one program; and a disk with
-//! Debian's programs for the guests that run those.
+//! What all peers boot: a disc with GRUB, or what it loads from there: Debian's cloud kernel, and a user space that is busybox
+//! and one program; and a disk with Debian's programs for the guests that run those.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -79,7 +79,13 @@ pub(crate) const USER_SPACE: &str = "USER SPACE";
 #[derive(Debug, Clone)]
 pub(crate) struct Image {
     pub(crate) guest: Guest,
+    /// With the three that follow.
     pub(crate) disc: PathBuf,
+    /// The bzImage.
+    pub(crate) kernel: PathBuf,
+    pub(crate) initrd: PathBuf,
+    /// All that Linux is told.
+    pub(crate) options: String,
     /// Debian's programs. Not to be written.
     pub(crate) disk: Option<PathBuf>,
 }
@@ -96,9 +102,10 @@ pub(crate) fn ensure(guest: Guest, workloads: &[Workload], scale: u32, progress:
     let kernel = kernel::ensure(progress)?;
     let initrd = initramfs(&kernel, progress)?;
     let disc = folder()?.join(format!("{guest:?}.iso").to_lowercase());
-    iso::create(&disc, &kernel, &initrd, &options(workloads, scale), progress)?;
+    let options = options(workloads, scale);
+    iso::create(&disc, &kernel, &initrd, &options, progress)?;
     let disk = guest.has_debian().then(|| debian(progress)).transpose()?;
-    Ok(Image { guest, disc, disk })
+    Ok(Image { guest, disc, kernel: kernel.image(), initrd, options, disk })
 }
 
 /// What Linux is told. The serial port is as fast as it can be said to be, for Bochs' takes its time over each character;

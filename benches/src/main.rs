@@ -6,6 +6,7 @@ mod costs;
 mod image;
 mod latency;
 mod peer;
+mod plain;
 mod report;
 mod round;
 mod row;
@@ -41,7 +42,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 5)]
     rounds: u32,
     /// Who runs the guest
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "softkvm,tcg,bochs")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "softkvm,plain,tcg,bochs")]
     peers: Vec<Peer>,
     /// Another build of softkvm, as the peer `parent`
     #[arg(long, value_name = "PROGRAM")]
@@ -61,6 +62,9 @@ struct Args {
     /// The part that needs a /dev/kvm, measured on the one that is there
     #[arg(long, value_enum, hide = true)]
     inside: Option<Part>,
+    /// The plain VMM, on the /dev/kvm that is there
+    #[arg(long, num_args = 4, value_names = ["KERNEL", "INITRD", "MIB", "OPTIONS"], allow_hyphen_values = true, hide = true)]
+    plain: Option<Vec<String>>,
     /// The part of a client of the bare FUSE file
     #[arg(long, value_name = "FILE", hide = true)]
     bare_client: Option<PathBuf>,
@@ -84,6 +88,9 @@ fn run(args: &Args) -> Result<()> {
             Part::Latency => latency::measure()?,
             Part::Scale => scale::measure()?,
         });
+    }
+    if let Some(arguments) = &args.plain {
+        return plain::run(arguments);
     }
     if let Some(file) = &args.bare_client {
         println!("{}", bare::each(file)?);

@@ -17,6 +17,7 @@ use softkvm_tests::console::Console;
 use softkvm_tests::softkvm;
 
 use crate::image::{self, Image};
+use crate::plain;
 use crate::workload::{By, Workload};
 
 /// One who runs a guest.
@@ -24,7 +25,9 @@ use crate::workload::{By, Workload};
 pub(crate) enum Peer {
     /// QEMU on softkvm's /dev/kvm
     Softkvm,
-    /// The same on another build of softkvm: `--parent`
+    /// The same guest on softkvm's /dev/kvm in a VMM with no devices but a serial port
+    Plain,
+    /// QEMU on another build of softkvm: `--parent`
     Parent,
     /// QEMU's own JIT
     Tcg,
@@ -36,6 +39,7 @@ impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Peer::Softkvm => "softkvm",
+            Peer::Plain => "plain",
             Peer::Parent => "parent",
             Peer::Tcg => "tcg",
             Peer::Bochs => "bochs",
@@ -54,14 +58,19 @@ impl Peer {
     pub(crate) fn ensure(self, progress: &dyn Progress) -> Result<()> {
         let needs: &[Need] = match self {
             Peer::Softkvm | Peer::Parent | Peer::Tcg => &[QEMU],
+            Peer::Plain => &[],
             Peer::Bochs => &[BOCHS, BOCHS_DISPLAY, BOCHS_BIOS, VGA_BIOS],
         };
         packages::ensure(needs, progress)
     }
 
-    /// Bochs has neither disk nor network card on virtio, and Debian's build of it one CPU.
+    /// The plain VMM has neither disk nor network card; Bochs has none on virtio, and Debian's build of it one CPU.
     pub(crate) fn runs(self, workload: &Workload) -> bool {
-        self != Peer::Bochs || workload.by != By::Virtio && workload.guest.cpus() == 1
+        match self {
+            Peer::Softkvm | Peer::Parent | Peer::Tcg => true,
+            Peer::Plain => matches!(workload.by, By::Boot | By::Work),
+            Peer::Bochs => workload.by != By::Virtio && workload.guest.cpus() == 1,
+        }
     }
 
     /// Boots a guest. `parent`: the other build of softkvm.
@@ -73,6 +82,7 @@ impl Peer {
         };
         match self {
             Peer::Softkvm => on(softkvm::binary()?),
+            Peer::Plain => Console::start(&mut plain::command(image)?),
             Peer::Parent => on(parent.context("--parent names no build of softkvm")?),
             Peer::Tcg => Console::start(&mut machine(Accel::Tcg, image)?.command()),
             Peer::Bochs => bochs(image),

@@ -56,7 +56,7 @@ fn samples(console: &mut Console, peer: Peer, workloads: &[Workload], progress: 
     progress(workload::BOOT);
     let entered = Instant::now();
     let counter = match peer {
-        Peer::Softkvm | Peer::Parent => Some(Counter::of(console.pid())?),
+        Peer::Softkvm | Peer::Plain | Peer::Parent => Some(Counter::of(console.pid())?),
         Peer::Tcg | Peer::Bochs => None,
     };
     let count = || counter.as_ref().map(Counter::instructions).transpose();

@@ -5,13 +5,16 @@
 //! - [`console`]: reading and typing on a program's terminal
 //! - [`inside`]: running the rest of a test in a process that sees our /dev/kvm
 //! - [`qemu`]: QEMU as the VMM; [`qmp`]: its machine protocol
+//! - [`linux`]: Linux in a VMM of our own, without firmware; [`acpi`]: what it is told of its machine
 //! - [`foreign`]: tests of other crates, built unmodified and run as clients
 
 use std::time::{Duration, Instant};
 
+pub mod acpi;
 pub mod console;
 pub mod foreign;
 pub mod inside;
+pub mod linux;
 pub mod qemu;
 pub mod qmp;
 pub mod service;

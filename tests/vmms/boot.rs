@@ -3,66 +3,36 @@
 use std::fs::{self, File};
 
 use anyhow::{Context, Result, bail};
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use linux_loader::loader::KernelLoader;
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+use softkvm_tests::acpi;
+use softkvm_tests::linux::{
+    self, COMMAND_LINE, HIGH, MEMORY_MAP, MODULES, Memory, SETUP, START_INFO, Start, put, usable,
+};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::style::{Entry, Style, Transport};
-use crate::{Files, acpi, ram};
+use crate::{Files, devices};
 
-type Memory = GuestMemoryMmap<()>;
-
-// Where things lie in the first MiB. Firecracker's and Cloud Hypervisor's places.
-const GDT: u64 = 0x500;
-const START_INFO: u64 = 0x6000;
-const MODULES: u64 = 0x6040;
-const MEMORY_MAP: u64 = 0x6100;
-const ZERO_PAGE: u64 = 0x7000;
-const STACK: u64 = 0x8ff0;
-const PML4: u64 = 0x9000;
-const COMMAND_LINE: u64 = 0x2_0000;
-const LOW_END: u64 = 0x9_fc00;
-const HIGH: u64 = 0x10_0000;
-
-/// kvmtool's places for the real-mode part of a bzImage: setup at 0x1000:0, so its code at 0x1020:0.
-const SETUP: u64 = 0x1_0000;
-const SETUP_STACK: u64 = 0x8000;
 /// Interrupt handlers of our own.
 const BIOS: u64 = 0xf_0000;
-
-/// Where the first vCPU begins.
-#[derive(Clone, Copy, Debug)]
-pub enum Start {
-    /// In 64-bit mode, RSI → zero page.
-    Long(u64),
-    /// In protected mode, EBX → start info.
-    Protected(u64),
-    /// In real mode, all segments at the setup.
-    Real,
-}
 
 /// Fills RAM.
 pub fn load(style: &Style, files: &Files, memory: &Memory) -> Result<Start> {
     let initrd = fs::read(&files.initrd).with_context(|| format!("cannot read {}", files.initrd.display()))?;
-    let initrd_at = (ram::SIZE as u64 - initrd.len() as u64) & !0xfff;
-    memory.write_slice(&initrd, GuestAddress(initrd_at)).context("the initramfs")?;
-    let initrd = (initrd_at, initrd.len() as u64);
-    let mut line = command_line(style).into_bytes();
-    line.push(0);
-    memory.write_slice(&line, GuestAddress(COMMAND_LINE)).context("the command line")?;
+    let initrd = linux::put_initrd(memory, &initrd)?;
+    linux::put_command_line(memory, &command_line(style))?;
     if style.entry == Entry::RealMode {
         return real_mode(files, memory, initrd);
     }
-    let rsdp = acpi::write(style, memory)?;
+    let rsdp = acpi::write(memory, style.cpus, devices::of(style.transport))?;
     // Where the kernel is in place already, the same is written over it.
     let mut kernel = File::open(&files.vmlinux).with_context(|| format!("cannot read {}", files.vmlinux.display()))?;
     let loaded = Elf::load(memory, None, &mut kernel, Some(GuestAddress(HIGH))).context("the ELF file")?;
     match style.entry {
         Entry::Linux64 => {
-            zero_page(memory, initrd, rsdp)?;
+            linux::zero_page(memory, linux::header_of_elf(), initrd, rsdp)?;
             Ok(Start::Long(loaded.kernel_load.0))
         }
         _ => {
@@ -83,33 +53,9 @@ fn command_line(style: &Style) -> String {
     }
 }
 
-/// Usable memory: start and length.
-fn usable() -> [(u64, u64); 2] {
-    [(0, LOW_END), (HIGH, ram::SIZE as u64 - HIGH)]
-}
-
-fn zero_page(memory: &Memory, (initrd, initrd_len): (u64, u64), rsdp: u64) -> Result<()> {
-    let mut params = boot_params::default();
-    // boot.rst "The Real-Mode Kernel Header": what a loader without the setup's code fills in.
-    params.hdr.type_of_loader = 0xff;
-    params.hdr.boot_flag = 0xaa55;
-    params.hdr.header = u32::from_le_bytes(*b"HdrS");
-    params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
-    params.hdr.cmdline_size = 2048;
-    params.hdr.kernel_alignment = 0x0100_0000;
-    params.hdr.ramdisk_image = initrd as u32;
-    params.hdr.ramdisk_size = initrd_len as u32;
-    params.acpi_rsdp_addr = rsdp;
-    for (at, (addr, size)) in usable().into_iter().enumerate() {
-        params.e820_table[at] = boot_e820_entry { addr, size, r#type: 1 };
-        params.e820_entries += 1;
-    }
-    memory.write_obj(params, GuestAddress(ZERO_PAGE)).context("the zero page")
-}
-
 fn start_info(memory: &Memory, (paddr, size): (u64, u64), rsdp: u64) -> Result<()> {
     let map: Vec<_> =
-        usable().map(|(addr, size)| hvm_memmap_table_entry { addr, size, type_: 1, reserved: 0 }).to_vec();
+        usable(memory).map(|(addr, size)| hvm_memmap_table_entry { addr, size, type_: 1, reserved: 0 }).to_vec();
     let info = hvm_start_info {
         magic: 0x336e_c578,
         version: 1,
@@ -130,13 +76,6 @@ fn start_info(memory: &Memory, (paddr, size): (u64, u64), rsdp: u64) -> Result<(
     for (at, entry) in (MEMORY_MAP..).step_by(24).zip(&map) {
         put(memory, at, &[entry.addr, entry.size])?;
         put(memory, at + 16, &[entry.type_, entry.reserved])?;
-    }
-    Ok(())
-}
-
-fn put<T: ByteValued>(memory: &Memory, at: u64, values: &[T]) -> Result<()> {
-    for (index, value) in values.iter().enumerate() {
-        memory.write_obj(*value, GuestAddress(at + (index * size_of::<T>()) as u64)).context("the start info")?;
     }
     Ok(())
 }
@@ -208,70 +147,9 @@ fn bios(memory: &Memory) -> Result<()> {
     }
     memory.write_slice(nothing, GuestAddress(BIOS + u64::from(NOTHING))).context("the BIOS")?;
     memory.write_slice(int15, GuestAddress(BIOS + u64::from(INT15))).context("the BIOS")?;
-    for (at, (addr, size)) in (BIOS + u64::from(MAP)..).step_by(20).zip(usable()) {
+    for (at, (addr, size)) in (BIOS + u64::from(MAP)..).step_by(20).zip(usable(memory)) {
         put(memory, at, &[addr, size])?;
         put(memory, at + 16, &[1_u32])?;
     }
     Ok(())
-}
-
-impl Start {
-    /// `KVM_SET_REGS`.
-    pub fn regs(self) -> kvm_regs {
-        // RFLAGS bit 1 is always set.
-        let regs = kvm_regs { rflags: 2, ..Default::default() };
-        match self {
-            Start::Long(rip) => kvm_regs { rip, rsp: STACK, rbp: STACK, rsi: ZERO_PAGE, ..regs },
-            Start::Protected(rip) => kvm_regs { rip, rbx: START_INFO, ..regs },
-            Start::Real => kvm_regs { rip: 0x200, rsp: SETUP_STACK, rbp: SETUP_STACK, ..regs },
-        }
-    }
-
-    /// `KVM_SET_SREGS`, from what `KVM_GET_SREGS` gave; and what the registers point to.
-    pub fn sregs(self, memory: &Memory, mut sregs: kvm_sregs) -> Result<kvm_sregs> {
-        if let Start::Real = self {
-            let selector = (SETUP >> 4) as u16;
-            for segment in [&mut sregs.cs, &mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
-                (segment.selector, segment.base) = (selector, SETUP);
-            }
-            return Ok(sregs);
-        }
-        let long = matches!(self, Start::Long(_));
-        let flat = |selector, type_| kvm_segment {
-            base: 0,
-            limit: 0xffff_ffff,
-            selector,
-            type_,
-            present: 1,
-            s: 1,
-            db: 1,
-            g: 1,
-            ..Default::default()
-        };
-        let code = kvm_segment { l: long.into(), db: (!long).into(), ..flat(8, 0xb) };
-        let data = flat(16, 3);
-        // SDM Vol. 3 "Segment Descriptors".
-        let gdt = [0, if long { 0x00af_9b00_0000_ffff } else { 0x00cf_9b00_0000_ffff }, 0x00cf_9300_0000_ffff_u64];
-        put(memory, GDT, &gdt)?;
-        (sregs.gdt.base, sregs.gdt.limit) = (GDT, (size_of_val(&gdt) - 1) as u16);
-        (sregs.idt.base, sregs.idt.limit) = (0, 0);
-        sregs.cs = code;
-        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-        sregs.tr = kvm_segment { limit: 0x67, selector: 24, type_: 0xb, present: 1, ..Default::default() };
-        // CR0.PE; SDM Vol. 3 "Control Registers".
-        sregs.cr0 |= 1;
-        if long {
-            // The first GiB, by pages of 2 MiB, present and writable.
-            put(memory, PML4, &[PML4 + 0x1003])?;
-            put(memory, PML4 + 0x1000, &[PML4 + 0x2003])?;
-            let pages: Vec<u64> = (0..512).map(|page| page << 21 | 0x83).collect();
-            put(memory, PML4 + 0x2000, &pages)?;
-            sregs.cr3 = PML4;
-            // CR4.PAE, CR0.PG, EFER.LME and LMA.
-            sregs.cr4 |= 1 << 5;
-            sregs.cr0 |= 1 << 31;
-            sregs.efer |= 1 << 8 | 1 << 10;
-        }
-        Ok(sregs)
-    }
 }

@@ -4,6 +4,7 @@ use std::io::{Stdout, stdout};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
+use softkvm_tests::acpi::{IOAPIC, serial_register};
 use vm_superio::Serial;
 use vm_superio::serial::NoEvents;
 use vmm_sys_util::eventfd::EventFd;
@@ -14,9 +15,6 @@ use crate::mmio::Mmio;
 use crate::pci::{self, Pci};
 use crate::routes::Interrupt;
 
-/// COM1.
-pub const SERIAL_PORT: u16 = 0x3f8;
-pub const SERIAL_IRQ: u8 = 4;
 /// The disk's registers: those of virtio-mmio, or the first BAR.
 pub const DISK: u64 = 0xd000_0000;
 pub const DISK_LEN: u64 = 0x1_0000;
@@ -26,8 +24,6 @@ pub const DISK_IRQ: u8 = 5;
 pub const DISK_GSI: u32 = 24;
 /// What the PCI host bridge passes on.
 pub const PCI_LEN: u64 = 0x10_0000;
-/// The I/O APIC.
-pub const IOAPIC: u64 = 0xfec0_0000;
 const IOAPIC_END: u64 = IOAPIC + 0x20;
 
 /// The keyboard controller, as far as a driver looks for one and resets the machine with it.
@@ -167,8 +163,4 @@ fn is_pci(port: u16) -> bool {
 /// The lock; what a thread left that panicked is as good as anything.
 pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn serial_register(port: u16) -> Option<u8> {
-    port.checked_sub(SERIAL_PORT).filter(|offset| *offset < 8).map(|offset| offset as u8)
 }

@@ -13,11 +13,13 @@ use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use softkvm_tests::acpi;
+use softkvm_tests::linux::Start;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::block::Disk;
-use crate::boot::{self, Start};
+use crate::boot;
 use crate::bus::{self, Bus, Registers, locked};
 use crate::ioapic::Ioapic;
 use crate::kick::{Kick, Target};
@@ -246,7 +248,7 @@ impl Machine<'_> {
             }
             Ok(Interrupt::Event(event))
         };
-        let serial = interrupt(bus::SERIAL_IRQ.into())?;
+        let serial = interrupt(acpi::SERIAL_IRQ.into())?;
         let disk_interrupt = interrupt(if pci { bus::DISK_GSI } else { bus::DISK_IRQ.into() })?;
         // A thread or process of its own waits in read(2).
         let queue = eventfd(if style.worker == Worker::Main { EFD_NONBLOCK } else { 0 })?;

@@ -6,10 +6,10 @@
 //! What a style does in which order is the VMM's own; the rows are in [`style`]. Where the guest's kernel lacks what the
 //! VMM counts on, the row says so.
 
-mod acpi;
 mod block;
 mod boot;
 mod bus;
+mod devices;
 mod filter;
 mod ioapic;
 mod kick;

@@ -6,9 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_msr_entry};
 use kvm_ioctls::{Cap, VcpuExit, VcpuFd, VmFd};
-use vm_memory::GuestMemoryMmap;
+use softkvm_tests::linux::{self, Memory, Start};
 
-use crate::boot::Start;
 use crate::bus::Bus;
 use crate::kick::Target;
 use crate::style::{Style, VcpuStep};
@@ -30,32 +29,13 @@ fn set_cpuid(vcpu: &VcpuFd, offered: &CpuId, id: u8, cpus: u8) -> Result<()> {
     vcpu.set_cpuid2(&cpuid).context("KVM_SET_CPUID2")
 }
 
-/// What Firecracker and Cloud Hypervisor write at boot, in one call: all of them must be taken.
-fn boot_msrs() -> [kvm_msr_entry; 11] {
-    let entry = |index, data| kvm_msr_entry { index, data, reserved: 0 };
-    const MTRR_DEFAULT: u64 = 0xc06;
-    [
-        entry(0x174, 0),
-        entry(0x175, 0),
-        entry(0x176, 0),
-        entry(0xc000_0081, 0),
-        entry(0xc000_0083, 0),
-        entry(0xc000_0102, 0),
-        entry(0xc000_0084, 0),
-        entry(0xc000_0082, 0),
-        entry(0x10, 0),
-        entry(0x1a0, 1),
-        entry(0x2ff, MTRR_DEFAULT),
-    ]
-}
-
 /// All of the VM that a vCPU's own steps need.
 #[derive(Clone)]
 pub struct Plan {
     pub vm: Arc<VmFd>,
     pub offered: Option<CpuId>,
     pub start: Option<Start>,
-    pub memory: GuestMemoryMmap<()>,
+    pub memory: Memory,
     pub cpus: u8,
 }
 
@@ -83,17 +63,11 @@ impl Plan {
             VcpuStep::Cpuid => {
                 set_cpuid(vcpu, self.offered.as_ref().context("CPUID was not asked for")?, id, self.cpus)?;
             }
-            VcpuStep::Msrs => {
-                let msrs = boot_msrs();
-                let set = vcpu.set_msrs(&Msrs::from_entries(&msrs).context("MSRs")?).context("KVM_SET_MSRS")?;
-                if set != msrs.len() {
-                    bail!("KVM_SET_MSRS took {set} of {}", msrs.len());
-                }
-            }
+            VcpuStep::Msrs => linux::set_boot_msrs(vcpu)?,
             VcpuStep::MsrsOneByOne => {
                 const MTRR_CAP: kvm_msr_entry = kvm_msr_entry { index: 0xfe, reserved: 0, data: 0 };
                 let _ = vcpu.get_msrs(&mut Msrs::from_entries(&[MTRR_CAP]).context("MSRs")?);
-                for msr in boot_msrs() {
+                for msr in linux::boot_msrs() {
                     let set = vcpu.set_msrs(&Msrs::from_entries(&[msr]).context("MSRs")?).context("KVM_SET_MSRS")?;
                     if set != 1 {
                         bail!("KVM_SET_MSRS did not take {:#x}", msr.index);
@@ -109,24 +83,10 @@ impl Plan {
                 let sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
                 vcpu.set_sregs(&self.start()?.sregs(&self.memory, sregs)?).context("KVM_SET_SREGS")?;
             }
-            VcpuStep::Lapic => set_lint(vcpu)?,
+            VcpuStep::Lapic => linux::set_lint(vcpu)?,
         }
         Ok(())
     }
-}
-
-/// LINT0 is the PIC's, LINT1 is NMI: what every VMM makes of the local APIC's reset state.
-fn set_lint(vcpu: &VcpuFd) -> Result<()> {
-    const LVT_LINT0: usize = 0x350;
-    const LVT_LINT1: usize = 0x360;
-    let mut lapic = vcpu.get_lapic().context("KVM_GET_LAPIC")?;
-    for (register, mode) in [(LVT_LINT0, 7_u32), (LVT_LINT1, 4)] {
-        let mut bytes = [0; 4];
-        bytes.iter_mut().zip(&lapic.regs[register..]).for_each(|(to, from)| *to = from.cast_unsigned());
-        let value = u32::from_le_bytes(bytes) & !0x700 | mode << 8;
-        lapic.regs[register..].iter_mut().zip(value.to_le_bytes()).for_each(|(to, byte)| *to = byte.cast_signed());
-    }
-    vcpu.set_lapic(&lapic).context("KVM_SET_LAPIC")
 }
 
 /// What a vCPU's thread has.

@@ -7,7 +7,7 @@ use softkvm_tests::softkvm;
 
 use crate::cargo::{program, succeeds};
 
-/// Measure softkvm, and beside it QEMU's JIT and Bochs on the same guest.
+/// Measure softkvm below QEMU and below a plain VMM, and beside it QEMU's JIT and Bochs on the same guest.
 ///
 /// Not a gate: numbers to compare with another run on the same machine, which should have nothing else to do. What was
 /// measured is kept in `benches/results`.
