@@ -41,7 +41,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let memory = Memory::from_ranges(&[(GuestAddress(0), size)]).context("no memory for the guest")?;
     let initrd = fs::read(initrd).with_context(|| format!("cannot read {initrd}"))?;
     let initrd = linux::put_initrd(&memory, &initrd)?;
-    linux::put_command_line(&memory, options)?;
+    // By the keyboard controller: there is no other way.
+    linux::put_command_line(&memory, &format!("{options} reboot=k"))?;
     let rsdp = acpi::write(&memory, 1, Vec::new())?;
     let start = linux::put_bzimage(&memory, Path::new(kernel), initrd, rsdp)?;
 
@@ -91,11 +92,12 @@ impl Trigger for Irqfd {
 
 /// Runs the guest until it resets the machine. What nobody answers reads as ones, as on an empty bus.
 fn exits(vcpu: &mut VcpuFd, serial: &mut Serial<Irqfd, NoEvents, Stdout>) -> Result<()> {
-    /// The keyboard controller's command that pulls the reset line.
+    /// Of the keyboard controller there is the one command that pulls the reset line, for which its buffer is always empty.
     const KEYBOARD: u16 = 0x64;
     const RESET: &[u8] = &[0xfe];
     loop {
         match vcpu.run() {
+            Ok(VcpuExit::IoIn(KEYBOARD, data)) => data.fill(0),
             Ok(VcpuExit::IoIn(port, data)) => match (serial_register(port), &mut *data) {
                 (Some(register), [byte]) => *byte = serial.read(register),
                 _ => data.fill(0xff),

@@ -36,9 +36,9 @@ enum Step {
     Fmt,
     /// Lints: `cargo clippy`, warnings are errors
     Clippy,
-    /// The tests beside the code, of every crate
+    /// The tests beside the code, of every crate that starts no guests
     Unit,
-    /// The whole-system tests in `tests/`: VMMs as clients of the release build
+    /// The whole-system tests in `tests/` and `benches/`: VMMs as clients of the release build
     System,
     /// Documentation: `cargo doc`, warnings are errors
     Doc,
@@ -60,10 +60,13 @@ impl Step {
         match self {
             Step::Fmt => vec![cargo(["fmt", "--all", "--", "--check"])],
             Step::Clippy => vec![cargo(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"])],
-            Step::Unit => vec![cargo(["test", "--workspace", "--no-fail-fast", "--exclude", "softkvm-tests"])],
+            Step::Unit => {
+                let clients = ["--exclude", "softkvm-tests", "--exclude", "softkvm-benches"];
+                vec![cargo(["test", "--workspace", "--no-fail-fast"].iter().chain(&clients))]
+            }
             Step::System => vec![
                 cargo(["build", "--release", "--package", "cuse-daemon"]),
-                cargo(["test", "--package", "softkvm-tests", "--no-fail-fast"]),
+                cargo(["test", "--package", "softkvm-tests", "--package", "softkvm-benches", "--no-fail-fast"]),
             ],
             Step::Doc => {
                 let mut doc = cargo(["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"]);
