@@ -8,6 +8,7 @@ mod demo;
 mod fuzz;
 mod install;
 mod isa;
+mod layout;
 mod record;
 mod test;
 
@@ -34,6 +35,7 @@ enum Command {
     Record(record::Args),
     Install(install::Args),
     Isa(isa::Args),
+    Layout(layout::Args),
     Fuzz(fuzz::Args),
 }
 
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Record(args) => record::run(&args),
         Command::Install(args) => install::run(&args),
         Command::Isa(args) => isa::run(&args),
+        Command::Layout(args) => layout::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
     });
     match done {
