@@ -8,9 +8,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, RwLock};
 use thiserror::Error;
 use tracing::{debug, error, trace, warn};
 use zerocopy::IntoBytes;
@@ -23,8 +24,11 @@ use crate::layout::{
 use crate::reply::{Answer, inval_inode};
 use crate::request::{Malformed, Operation, Request};
 
-/// Workers that stay when nothing is to do. A burst ends without threads being made and ended all the time.
+/// Workers in read(2) when nothing is to do. The kernel wakes the one that has waited longest, so all of them take turns, each with
+/// a stack that the others have pushed out of the caches.
 const SPARE_WORKERS: usize = 2;
+/// How long one beyond these stays, for the next burst: it is quicker called than made.
+const LINGER: Duration = Duration::from_secs(1);
 /// Bytes of a write, and nearly those of the longest request: one ioctl argument has at most 16 KiB.
 const MAX_WRITE: u32 = 32 * 1024;
 const BUFFER: usize = MAX_WRITE as usize + MIN_READ_BUFFER;
@@ -83,9 +87,18 @@ pub struct Session {
     /// One per worker; scanned only when an interrupt comes.
     running: RwLock<Vec<Arc<Running>>>,
     idle: AtomicUsize,
+    parked: Mutex<Parked>,
+    called: Condvar,
     workers: AtomicUsize,
     names: AtomicU32,
     over: AtomicBool,
+}
+
+/// Workers that wait to be called, and calls that none has heard yet.
+#[derive(Default)]
+struct Parked {
+    workers: usize,
+    calls: usize,
 }
 
 /// The request that one worker serves.
@@ -145,6 +158,8 @@ impl Session {
             negotiated: OnceLock::new(),
             running: RwLock::new(Vec::new()),
             idle: AtomicUsize::new(0),
+            parked: Mutex::default(),
+            called: Condvar::new(),
             workers: AtomicUsize::new(0),
             names: AtomicU32::new(0),
             over: AtomicBool::new(false),
@@ -231,7 +246,7 @@ impl Session {
             if let Some((unique, answer)) = answer {
                 self.answer(unique, &answer);
             }
-            if !stays {
+            if !stays && !self.park() {
                 break;
             }
         }
@@ -239,7 +254,34 @@ impl Session {
         self.workers.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// One beyond those that stay waits to be called, and is counted idle then. False: nobody did.
+    fn park(&self) -> bool {
+        let until = Instant::now() + LINGER;
+        let mut parked = self.parked.lock();
+        parked.workers += 1;
+        while parked.calls == 0 && !self.is_over() && !self.called.wait_until(&mut parked, until).timed_out() {}
+        parked.workers -= 1;
+        let is_called = parked.calls > 0;
+        parked.calls -= usize::from(is_called);
+        is_called
+    }
+
+    /// Calls one that is parked. False: there is none.
+    fn call(&self) -> bool {
+        let mut parked = self.parked.lock();
+        let is_there = parked.workers > parked.calls;
+        if is_there {
+            parked.calls += 1;
+            self.idle.fetch_add(1, Ordering::AcqRel);
+            self.called.notify_one();
+        }
+        is_there
+    }
+
     fn replenish(self: &Arc<Self>, service: &Arc<dyn Service>) {
+        if self.call() {
+            return;
+        }
         if let Err(err) = self.add_worker(service) {
             error!(%err, workers = self.workers(), "no thread for another worker: requests wait for each other");
         }
@@ -247,6 +289,9 @@ impl Session {
 
     fn ended(&self, errno: Errno) {
         if !self.over.swap(true, Ordering::AcqRel) {
+            // Who looked before is asleep when the lock is free.
+            drop(self.parked.lock());
+            self.called.notify_all();
             match errno {
                 Errno::ENODEV | Errno::ECONNABORTED => debug!("connection closed"),
                 errno => error!(%errno, "cannot read from the FUSE device; this connection ends"),
