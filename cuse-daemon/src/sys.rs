@@ -138,7 +138,7 @@ pub fn userfault_register(fd: BorrowedFd<'_>, range: &Range<u64>) -> Result<(), 
 }
 
 /// What a userfaultfd told of.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum UserfaultNews {
     /// Discarded; it may not have come to that yet.
     Removed(Range<u64>),
@@ -149,9 +149,9 @@ pub enum UserfaultNews {
 /// The oldest of its news, for which a thread waits: this lets it go on.
 pub fn userfault_read(fd: BorrowedFd<'_>) -> Option<UserfaultNews> {
     let mut message = [0; userfault::MESSAGE];
-    let word = |message: &[u8], at: usize| message[at..].first_chunk().copied().map_or(0, u64::from_ne_bytes);
     while nix::unistd::read(fd, &mut message) == Ok(userfault::MESSAGE) {
-        let range = word(&message, 8)..word(&message, 16);
+        let word = |at: usize| message[at..].first_chunk().copied().map_or(0, u64::from_ne_bytes);
+        let range = word(8)..word(16);
         match message[0] {
             userfault::EVENT_REMOVE => return Some(UserfaultNews::Removed(range)),
             userfault::EVENT_UNMAP => return Some(UserfaultNews::Unmapped(range)),

@@ -31,6 +31,8 @@ struct Fixture {
     waiting: AtomicUsize,
     released: AtomicBool,
     forgotten: AtomicU64,
+    /// Workers, those that ended included.
+    started: AtomicUsize,
 }
 
 fn attr(node: u64) -> Attr {
@@ -94,6 +96,10 @@ impl Service for Fixture {
             _ => Answer::Error(Errno::ENOSYS),
         }
     }
+
+    fn worker_started(&self) {
+        self.started.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 /// A mounted fixture. The mount is private to the thread that made it and to what that thread starts.
@@ -123,6 +129,7 @@ impl Mounted {
             waiting: AtomicUsize::new(0),
             released: AtomicBool::new(false),
             forgotten: AtomicU64::new(0),
+            started: AtomicUsize::new(0),
         });
         mount(Some("cuse-rs-test"), &dir, Some("fuse"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options.as_str()))
             .unwrap();
@@ -211,6 +218,40 @@ fn many_requests_block_at_once() {
     eventually("idle workers end", || mounted.session.workers() <= 5);
     let mut bytes = *b"wxyz";
     assert_eq!(ioctl(&file, REVERSE, bytes.as_mut_ptr().addr() as u64), Ok(7));
+}
+
+#[test]
+fn one_caller_makes_no_workers() {
+    let Some(mounted) = Mounted::new(None, 1) else { return };
+    let file = mounted.open();
+    let started = || mounted.fixture.started.load(Ordering::SeqCst);
+    eventually("two workers", || started() == 2 && mounted.session.workers() == 2);
+    for _ in 0..5_000 {
+        assert_eq!(ioctl(&file, 0x1234, 0), Err(Errno::ENOTTY));
+    }
+    assert_eq!(started(), 2);
+}
+
+#[test]
+fn a_burst_is_served_by_the_workers_of_the_one_before() {
+    const CALLERS: usize = 8;
+    let Some(mounted) = Mounted::new(None, CALLERS) else { return };
+    let file = mounted.open();
+    let makes_workers = || {
+        let before = mounted.fixture.started.load(Ordering::SeqCst);
+        thread::scope(|scope| {
+            for _ in 0..CALLERS {
+                scope.spawn(|| assert_eq!(ioctl(&file, MEET, 0), Ok(0)));
+            }
+        });
+        mounted.fixture.started.load(Ordering::SeqCst) > before
+    };
+    assert!(makes_workers());
+    // One that has not yet got to where it waits is not found there.
+    assert!((0..20).any(|_| {
+        thread::sleep(Duration::from_millis(20));
+        !makes_workers()
+    }));
 }
 
 #[test]

@@ -98,22 +98,18 @@ impl VmClock {
         kvm_clock_data { clock, flags: CLOCK_FLAGS, realtime, host_tsc, ..Plain::zeroed() }
     }
 
-    /// When it read 0, ns of the wall clock.
-    fn began(&self) -> u64 {
-        realtime_ns().wrapping_sub(self.ns_at(host_tsc()))
+    /// When it read 0 by the wall clock: lower half of the seconds, nanoseconds, as they stand behind a version; and the upper half.
+    fn began(&self) -> ([u8; 8], [u8; 4]) {
+        let began = realtime_ns().wrapping_sub(self.ns_at(host_tsc()));
+        let (seconds, ns) = (began / NS_PER_S as u64, began % NS_PER_S as u64);
+        ((ns << 32 | seconds & 0xffff_ffff).to_le_bytes(), ((seconds >> 32) as u32).to_le_bytes())
     }
 
     /// Xen's wall clock, `at` behind `gpa`: version, seconds, nanoseconds; and the upper half of the seconds. `kvm_xen_shared_info_init`
     pub(crate) fn write_xen_wall_clock(&self, view: &View, gpa: GuestPhysAddr, at: [u64; 2]) {
-        let began = self.began();
-        let (seconds, ns) = (began / NS_PER_S as u64, began % NS_PER_S as u64);
-        let [clock, upper] = at.map(|at| gpa.wrapping_add(at));
-        let body = [(seconds as u32).to_le_bytes(), (ns as u32).to_le_bytes()].concat();
-        write_versioned(
-            view,
-            clock,
-            &[(clock.wrapping_add(4), &body), (upper, &((seconds >> 32) as u32).to_le_bytes())],
-        );
+        let (body, upper) = self.began();
+        let [clock, upper_at] = at.map(|at| gpa.wrapping_add(at));
+        write_versioned(view, clock, &[(clock.wrapping_add(4), &body), (upper_at, &upper)]);
     }
 
     /// `KVM_SET_CLOCK`: goes on from `ns`, and from what has passed since `realtime` if that is given.
@@ -232,6 +228,7 @@ impl Vcpu {
         let system_time = time.system_time.load(Relaxed);
         let own = (system_time & ENABLE != 0).then_some(GuestPhysAddr(system_time & !ENABLE));
         let generation = time.vm.generation.load(Relaxed);
+        let scale = Scale::of_khz(self.machine.counted_khz().into());
         let mut stopped = 0;
         for gpa in [own].into_iter().chain(self.xen.clocks()).flatten() {
             let mut page = [0; PAGE_BYTES];
@@ -243,7 +240,6 @@ impl Vcpu {
                 stopped = GUEST_STOPPED;
             }
             let start = *time.vm.start.lock();
-            let scale = Scale::of_khz(self.machine.counted_khz().into());
             page[8..16].copy_from_slice(&self.machine.tsc_at(start.host_tsc).to_le_bytes());
             page[16..24].copy_from_slice(&start.ns.to_le_bytes());
             page[24..28].copy_from_slice(&scale.mul.to_le_bytes());
@@ -254,10 +250,8 @@ impl Vcpu {
         time.shows.store(generation, Relaxed);
         if time.wall_clock_due.swap(false, Relaxed) {
             let gpa = time.vm.wall_clock.load(Relaxed);
-            let began = time.vm.began();
-            let (seconds, ns) = (began / NS_PER_S as u64, began % NS_PER_S as u64);
-            let body = [(seconds as u32).to_le_bytes(), (ns as u32).to_le_bytes()].concat();
             if gpa != 0 {
+                let (body, _) = time.vm.began();
                 let gpa = GuestPhysAddr(gpa);
                 write_versioned(&view, gpa, &[(gpa.wrapping_add(4), &body)]);
             }

@@ -24,7 +24,7 @@ pub(crate) struct Args {
     /// The workloads' size in percent
     #[arg(long, value_name = "PERCENT", default_value_t = 10)]
     scale: u32,
-    /// Only these workloads [default: all]
+    /// Only these workloads [default: two thirds of them, where system calls, exits and all kinds of programs are]
     #[arg(value_name = "NAME")]
     names: Vec<String>,
 }
@@ -87,9 +87,9 @@ const WORKLOADS: &[&str] = &[
 ];
 
 fn llvm_profdata() -> Result<PathBuf> {
-    let sysroot = done(Command::new("rustc").args(["--print", "target-libdir"]).current_dir(workspace()))?;
-    let sysroot = String::from_utf8(sysroot)?;
-    let tool = Path::new(sysroot.trim()).with_file_name("bin").join("llvm-profdata");
+    let libraries = done(Command::new("rustc").args(["--print", "target-libdir"]).current_dir(workspace()))?;
+    let libraries = String::from_utf8(libraries)?;
+    let tool = Path::new(libraries.trim()).with_file_name("bin").join("llvm-profdata");
     if !tool.exists() {
         bail!("{} is not there. Next step: rustup component add llvm-tools", tool.display());
     }

@@ -91,8 +91,8 @@ fn stop_all(tgid: Pid, keep: Pid, is_waiting: impl Fn(u32) -> bool, told: mpsc::
         for (&tid, stands) in threads.iter_mut().filter(|(_, stands)| !**stands) {
             let waits = is_waiting(tid.as_raw().cast_unsigned());
             *stands = waits
-                || waits_for_watcher(tgid, tid) == Some(true)
                 || !matches!(sys::wait_for(tid, false), Ok(None))
+                || waits_for_watcher(tgid, tid) == Some(true)
                 || is_dead(tid);
         }
         if !new && threads.values().all(|stands| *stands) {
