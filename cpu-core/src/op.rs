@@ -8,6 +8,8 @@
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::sync::atomic::Ordering;
 
+use mmu::host::opaque;
+
 use crate::access::By;
 use crate::cpu::{Cpu, Done, JumpEntry, Stop, Then};
 use crate::decode::trace::{At, OPS_PER_LINE};
@@ -748,7 +750,7 @@ impl Form for BaseDisp {
     #[inline(always)]
     unsafe fn linear(m: &Machine, _: u32, _: bool) -> Result<u64, To> {
         let op = m.op();
-        Ok(m.get::<u64>(op.base).wrapping_add(op.disp as u64))
+        Ok(opaque(m.get::<u64>(op.base).wrapping_add(op.disp as u64)))
     }
 }
 
@@ -757,7 +759,7 @@ impl Form for BaseIndex {
     unsafe fn linear(m: &Machine, _: u32, _: bool) -> Result<u64, To> {
         let op = m.op();
         let index = m.get::<u64>(op.index).wrapping_mul(u64::from(op.scale));
-        Ok(m.get::<u64>(op.base).wrapping_add(index).wrapping_add(op.disp as u64))
+        Ok(opaque(m.get::<u64>(op.base).wrapping_add(index).wrapping_add(op.disp as u64)))
     }
 }
 

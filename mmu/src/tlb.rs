@@ -8,6 +8,7 @@
 //! MOV CR3 leaves global translations, a kernel's all, in place. Each array knows which of its entries are others, so that
 //! what goes is found without a look at the rest.
 
+use crate::host;
 use crate::structures::Structures;
 use crate::walk::Translation;
 
@@ -167,9 +168,10 @@ impl Tlb {
     #[inline(always)]
     fn probe(entries: &Data, context: u64, la: u64, size: u64) -> Option<u64> {
         let entry = entries.at(la);
+        let there = host::opaque(la.wrapping_add(entry.addend));
         // The last byte's page is compared, so an access that crosses into the next page misses.
         let key = (la.wrapping_add(size - 1) & PAGE_MASK) | context;
-        if entry.tag == key { Some(la.wrapping_add(entry.addend)) } else { None }
+        if entry.tag == key { Some(there) } else { None }
     }
 
     /// Guest-physical address that fetches at `la` come from.
