@@ -15,8 +15,10 @@ const TLB_MISS: &str = "load, TLB miss, the walk begins at the page directory";
 const WALK: &str = "MOV CR3 and load, the whole walk";
 const LOOKUP: &str = "indirect jump to one of 64 traces";
 const DECODE: &str = "first run of an instruction: decode";
+const FITTING: &str = "1.5 million instructions in turn, each, traces fit";
+const BEYOND: &str = "6 million instructions in turn, each, traces do not fit";
 const DELIVERY: &str = "INT and IRET, 32-bit";
-pub(crate) const NAMES: &[&str] = &[TLB_HIT, TLB_MISS, WALK, LOOKUP, DECODE, DELIVERY];
+pub(crate) const NAMES: &[&str] = &[TLB_HIT, TLB_MISS, WALK, LOOKUP, DECODE, FITTING, BEYOND, DELIVERY];
 
 const MIB: usize = 1 << 20;
 /// Behind code, stack and paging structures.
@@ -34,6 +36,8 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
         nanoseconds(WALK, walk()?),
         nanoseconds(LOOKUP, lookup()?),
         nanoseconds(DECODE, decode()?),
+        nanoseconds(FITTING, straight(1_500_000)?),
+        nanoseconds(BEYOND, straight(6_000_000)?),
         nanoseconds(DELIVERY, delivery()?),
     ])
 }
@@ -171,28 +175,42 @@ fn lookup() -> Result<f64> {
     Ok((with - without) * 1e9 / f64::from(TIMES))
 }
 
-/// The first run of much code, beyond the second.
-fn decode() -> Result<f64> {
-    const INSTRUCTIONS: usize = 60_000;
-    let code = assemble(Mode::Long, |a| {
-        for i in 0..INSTRUCTIONS / 4 {
-            a.add(eax, i as i32)?;
-            a.mov(edx, eax)?;
-            a.xor(edx, esi)?;
-            a.lea(rsi, qword_ptr(rsi + rdx * 2 + 1))?;
-        }
-        a.hlt()
+/// A guest that goes through so many instructions to a HLT, no two of them in one place.
+fn long_way(instructions: usize) -> Result<Guest> {
+    let four = assemble(Mode::Long, |a| {
+        a.add(eax, 0x1234_5678)?;
+        a.mov(edx, eax)?;
+        a.xor(edx, esi)?;
+        a.lea(rsi, qword_ptr(rsi + rdx * 2 + 1))
     })?;
     // It is longer than what lies between the usual place and the stack.
-    let place = 2 * MIB as u64;
+    let place = 2 * MIB;
     let jump = assemble(Mode::Long, |a| {
         a.mov(eax, place as u32)?;
         a.jmp(rax)
     })?;
+    let code = four.repeat(instructions / 4);
+    let mut guest = Guest::new(Mode::Long, (place + code.len()).next_multiple_of(MIB) + MIB, &jump)?;
+    guest.ram()[place..][..code.len()].copy_from_slice(&code);
+    guest.ram()[place + code.len()] = HALT;
+    Ok(guest)
+}
+
+/// HLT.
+const HALT: u8 = 0xf4;
+
+/// Nanoseconds an instruction of a way of so many, behind the first time. The vCPU's traces have room for some three million:
+/// beyond that each way begins with traces of its second half at best, the worst that can meet a bound.
+fn straight(instructions: usize) -> Result<f64> {
+    Ok(best(&mut long_way(instructions)?)? * 1e9 / instructions as f64)
+}
+
+/// The first run of much code, beyond the second.
+fn decode() -> Result<f64> {
+    const INSTRUCTIONS: usize = 60_000;
     let mut each = f64::INFINITY;
     for _ in 0..ROUNDS {
-        let mut guest = Guest::new(Mode::Long, 4 * MIB, &jump)?;
-        guest.ram()[place as usize..][..code.len()].copy_from_slice(&code);
+        let mut guest = long_way(INSTRUCTIONS)?;
         let first = seconds(&mut guest)?;
         let regs = guest.vcpu().get_regs().context("KVM_GET_REGS")?;
         guest.vcpu().set_regs(&kvm_bindings::kvm_regs { rip: CODE, ..regs }).context("KVM_SET_REGS")?;
