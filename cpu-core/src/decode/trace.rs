@@ -235,6 +235,8 @@ pub(crate) struct Traces {
     singles: Vec<Option<Single>>,
     /// Traces that were dropped one by one.
     pub(crate) dropped: u64,
+    /// What is being decoded; kept for its memory.
+    lowered: Vec<Lowered>,
 }
 
 /// An instruction that was executed by itself, kept by its bytes; its ops lie in the arena, in slots of their own.
@@ -297,6 +299,7 @@ impl Traces {
             pages: Map::default(),
             singles: vec![None; SINGLES],
             dropped: 0,
+            lowered: Vec::new(),
         }
     }
 
@@ -637,10 +640,29 @@ impl Cpu {
         }
         // SAFETY: `available` bytes from `gpa` on lie in one page of a slot that `view` keeps alive.
         unsafe { host::copy_out(host, &mut bytes[..available]) };
-        let (lowered, len) = lower_all(&bytes[..available], ip, mode, MAX_INSTRUCTIONS);
-        if lowered.is_empty() {
-            return NONE;
+        let mut lowered = std::mem::take(&mut self.traces.lowered);
+        let len = lower_all(&bytes[..available], ip, mode, MAX_INSTRUCTIONS, &mut lowered);
+        let head =
+            if lowered.is_empty() { NONE } else { self.write_trace(gpa, ip, mode, host, &bytes[..len], &lowered) };
+        self.traces.lowered = lowered;
+        if !head.is_null() && self.traces.enter_page(self.traces.list.len() as u32 - 1) {
+            // From now on stores to this page take the slow path, whatever address they use.
+            self.tlb.protect(ptr.as_ptr().addr() as u64);
         }
+        head
+    }
+
+    /// Writes the trace of some instructions, whose bytes at `gpa` the host has at `host`.
+    fn write_trace(
+        &mut self,
+        gpa: u64,
+        ip: u64,
+        mode: Mode,
+        host: u64,
+        bytes: &[u8],
+        lowered: &[Lowered],
+    ) -> *const Op {
+        let len = bytes.len();
         let index = self.traces.list.len() as u32;
         self.traces.begin_line(slots(len) + 1);
         let copy = self.traces.push(blank(handler::<Enter>));
@@ -653,7 +675,7 @@ impl Cpu {
         let first = self.traces.push(blank(handler::<Enter>));
         debug_assert!(first.addr().is_multiple_of(OPS_PER_LINE * size_of::<Op>()), "a head begins a line");
         let aligned = self.seg_base[Seg::Cs as usize] & (PAGE - 1) == 0;
-        self.traces.emit(&lowered, ip, ip.wrapping_add(len as u64), aligned, resolve, NonNull::new(first));
+        self.traces.emit(lowered, ip, ip.wrapping_add(len as u64), aligned, resolve, NonNull::new(first));
         let head = Head {
             // SAFETY: `first` was pushed just now.
             handler: unsafe { (*first).handler },
@@ -673,10 +695,6 @@ impl Cpu {
         self.traces.list.push(Trace { gpa, key, head: At(NonNull::new(first).expect("inside the arena")) });
         self.traces.by_address.insert(key, index);
         self.counts.traces_decoded += 1;
-        if self.traces.enter_page(index) {
-            // From now on stores to this page take the slow path, whatever address they use.
-            self.tlb.protect(ptr.as_ptr().addr() as u64);
-        }
         first
     }
 
@@ -693,8 +711,8 @@ impl Cpu {
             known.ip == ip && known.mode == mode && bytes.len() >= len && bytes[..len] == known.bytes[..len]
         });
         if !known {
-            let (lowered, len) = lower_all(bytes, ip, mode, 1);
-            let lowered = *lowered.first()?;
+            let len = lower_all(bytes, ip, mode, 1, &mut self.traces.lowered);
+            let lowered = *self.traces.lowered.first()?;
             if old.is_some_and(|old| old.is_call) {
                 self.forget_jumps();
             }
@@ -838,11 +856,11 @@ fn take_over(first: NonNull<Op>, second: *mut Op) -> bool {
     true
 }
 
-/// Decodes and lowers up to `max` instructions that lie wholly in `bytes`. Returns them and their length in bytes.
-fn lower_all(bytes: &[u8], ip: u64, mode: Mode, max: usize) -> (Vec<Lowered>, usize) {
+/// Decodes and lowers up to `max` instructions that lie wholly in `bytes`. Puts them into `all`, and returns their length in bytes.
+fn lower_all(bytes: &[u8], ip: u64, mode: Mode, max: usize, all: &mut Vec<Lowered>) -> usize {
+    all.clear();
     let mut decoder = Decoder::with_ip(mode.bitness(), bytes, ip, DecoderOptions::NONE);
     let mut ins = Instruction::default();
-    let mut all = Vec::new();
     let mut known_flags = None;
     let mut len = 0;
     while all.len() < max && decoder.can_decode() {
@@ -892,7 +910,7 @@ fn lower_all(bytes: &[u8], ip: u64, mode: Mode, max: usize) -> (Vec<Lowered>, us
             break;
         }
     }
-    (all, len)
+    len
 }
 
 /// Where a jump that lies before byte `len` goes, if the trace should go on there: `distance` bytes from its start,
