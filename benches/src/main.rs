@@ -142,7 +142,7 @@ fn run(args: &Args) -> Result<()> {
             }
         }
         // What there is, should the next round not come to its end.
-        if !args.discard {
+        if !args.discard && !guests.is_empty() {
             report.keep().context("the result is not kept")?;
         }
     }

@@ -113,7 +113,8 @@ impl Links {
     }
 }
 
-type Map<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+/// By addresses.
+pub(crate) type Map<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
 struct Trace {
     gpa: u64,

@@ -6,8 +6,6 @@
 //!
 //! The rows are those that run most in a boot of Debian's kernel, gcc, Python and sorting; rotations and 32-bit sums are of hash functions.
 
-use std::collections::HashMap;
-use std::hash::BuildHasherDefault;
 use std::sync::LazyLock;
 
 use super::alu::{self, Add, And, Cmp, Or, Sub, Test, Xor};
@@ -15,7 +13,7 @@ use super::branch::{Call, Fused, Jump, Ret64};
 use super::mov::{ExtendMem, ExtendReg, Lea, Load, RegImm, RegReg, Sign, Store, StoreImm, Zero};
 use super::shift::{self, Ror, Shl, Shr};
 use super::stack::{PopReg64, PushReg64};
-use crate::decode::trace::AddressHasher;
+use crate::decode::trace::Map;
 use crate::op::{BaseDisp, BaseIndex, Enter, General, Handler, Semantics, handler, pair as both};
 
 /// What a branch behind it is fused with: comparisons with an immediate, with a register, of memory with an immediate.
@@ -87,18 +85,18 @@ table! {
 /// Where a handler is in the two lists.
 #[derive(Clone, Copy, Default)]
 struct Place {
-    first: Option<u8>,
-    second: Option<u8>,
+    first: Option<usize>,
+    second: Option<usize>,
 }
 
 /// By address.
-static PLACES: LazyLock<HashMap<u64, Place, BuildHasherDefault<AddressHasher>>> = LazyLock::new(|| {
-    let mut places: HashMap<u64, Place, _> = HashMap::default();
+static PLACES: LazyLock<Map<u64, Place>> = LazyLock::new(|| {
+    let mut places = Map::<u64, Place>::default();
     let address = |handler: &Handler| *handler as usize as u64;
-    for (i, handler) in (0..).zip(FIRSTS) {
+    for (i, handler) in FIRSTS.iter().enumerate() {
         places.entry(address(handler)).or_default().first = Some(i);
     }
-    for (i, handler) in (0..).zip(SECONDS) {
+    for (i, handler) in SECONDS.iter().enumerate() {
         places.entry(address(handler)).or_default().second = Some(i);
     }
     places
@@ -107,5 +105,5 @@ static PLACES: LazyLock<HashMap<u64, Place, BuildHasherDefault<AddressHasher>>> 
 /// The handler that does an op of `first` and its neighbour of `second`, if there is one.
 pub(crate) fn pair(first: Handler, second: Handler) -> Option<Handler> {
     let place = |of: Handler| PLACES.get(&(of as usize as u64));
-    Some(BOTH[usize::from(place(first)?.first?)][usize::from(place(second)?.second?)])
+    Some(BOTH[place(first)?.first?][place(second)?.second?])
 }
